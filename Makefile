@@ -1,0 +1,59 @@
+# make demo    every stage of the method, for real, on two CPU cores; ends by naming a report to open
+# make test    the tests
+# make lint    ruff
+# make clean   removes what demo made
+#
+# make demo SEED=1 draws everything anew; out/demo always points at the newest demo. Each stage is a target of its own, e.g.
+# make out/seed-0/pairs/MANIFEST.json. Interrupted, the same command goes on; finished, it does nothing.
+
+SEED   ?= 0
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    := out/seed-$(SEED)
+PY     := $(VENV)/bin/python
+MADE   := MANIFEST.json
+
+# The demo's models are so small that more threads make them slower.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint clean
+demo: $(OUT)/report.html
+	@ln -sfn seed-$(SEED) out/demo
+	@echo "demo: open out/demo/report.html"
+
+$(OUT)/clips/$(MADE): | $(VENV)/runtime
+	$(PY) world.py --out $(OUT)/clips --seed $(SEED)
+$(OUT)/shards/$(MADE): $(OUT)/clips/$(MADE)
+	$(PY) prepare.py --videos $(OUT)/clips --out $(OUT)/shards
+$(OUT)/base/$(MADE): $(OUT)/shards/$(MADE)
+	$(PY) sft.py --data $(OUT)/shards --split train --out $(OUT)/base --seed $(SEED)
+$(OUT)/sft/$(MADE): $(OUT)/base/$(MADE)
+	$(PY) sft.py --data $(OUT)/shards --split align --base $(OUT)/base --out $(OUT)/sft --seed $(SEED)
+$(OUT)/continuation/$(MADE): $(OUT)/base/$(MADE)
+	$(PY) continuation.py --base $(OUT)/base --data $(OUT)/shards --out $(OUT)/continuation --seed $(SEED)
+$(OUT)/pairs/$(MADE): $(OUT)/continuation/$(MADE)
+	$(PY) make_pairs.py --base $(OUT)/base --continuation $(OUT)/continuation --data $(OUT)/shards --out $(OUT)/pairs --seed $(SEED)
+$(OUT)/asymdpo/$(MADE): $(OUT)/pairs/$(MADE) $(OUT)/sft/$(MADE)
+	$(PY) asymdpo.py --base $(OUT)/base --sft $(OUT)/sft --pairs $(OUT)/pairs --out $(OUT)/asymdpo --seed $(SEED)
+$(OUT)/eval/$(MADE): $(OUT)/asymdpo/$(MADE)
+	$(PY) evaluate.py --base $(OUT)/base --sft $(OUT)/sft --asymdpo $(OUT)/asymdpo --continuation $(OUT)/continuation \
+		--pairs $(OUT)/pairs --data $(OUT)/shards --out $(OUT)/eval --seed $(SEED)
+$(OUT)/report.html: $(OUT)/eval/$(MADE)
+	$(PY) report.py --demo $(OUT)
+
+test: $(VENV)/development
+	$(PY) -m pytest -q tests
+
+lint: $(VENV)/development
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+clean:
+	rm -rf out
+
+# requirements are installed once, and again when their file changes
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+$(VENV)/runtime: requirements.txt | $(VENV)/bin/python
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt && touch $@
+$(VENV)/development: requirements-dev.txt $(VENV)/runtime
+	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt && touch $@

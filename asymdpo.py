@@ -1,0 +1,331 @@
+"""Stage 3, Asymmetrical DPO: the text-to-video model learns from pairs, on the frames where winner and loser differ.
+
+    e_i(f; x) = mean over C, H, W of (v_i − f(x_t, t, text)_i)²           v = noise − x0, one t for the clip
+    d_i       = e_i(policy; x) − e_i(ref; x)
+    S         = Σ_{i ≥ N1} (d_i^w − d_i^l),   K = F − N1
+    outside:  L = softplus(β·S) / K   (default)          inside:  L = softplus(β·S / K)
+
+    frames of a pair:   ① i < N1: the same real frames, no loss    ② N1 ≤ i < N2: real against generated    ③ i ≥ N2: both generated
+
+    python asymdpo.py --self-test                       # the method's invariants, checked here and now
+    python asymdpo.py --base out/demo/base --sft out/demo/sft --pairs out/demo/pairs --out out/demo/asymdpo
+    torchrun --nproc_per_node 8 asymdpo.py --preset 1.3b --base Wan2.1-T2V-1.3B --sft out/sft --pairs out/pairs --out out/asymdpo
+
+How this differs from the loss as it is printed in the paper: a reference is subtracted (the SFT model: fused into the base, so
+"LoRA off" is the reference), and errors are means over C, H, W, not sums; both for the reasons in README. The forward is plain
+text-to-video: every frame noised at one t, no given frames, no task prompts; only the loss is masked. Winner and loser of a pair
+see the same noise and t.
+
+What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside).
+
+In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py
+Out   lora.safetensors (on top of base + SFT), metrics.jsonl
+Cost  two forwards and backwards of the policy and two forwards of the reference a pair
+"""
+
+import dataclasses
+import hashlib
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import common
+import data
+import flow
+import model
+from common import UserError
+from kernels.region_dpo import frame_errors, region_dpo
+
+PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
+    "tiny": dict(layers="attn+ffn", rank=16, batch_size=16, steps=200, lr=1.5e-4, warmup=20, beta=25.0, form="inside", t_mean=1.5),
+    "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
+    "14b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
+}
+BUCKETS = 4  # t in [0, ¼), [¼, ½), [½, ¾), [¾, 1]: what is logged is split by these
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Stage 3: trains the text-to-video model by Asymmetrical DPO."""
+
+    preset: str = "tiny"  # tiny, 1.3b or 14b: what every option that is not given stands at
+    base: str = "out/demo/base"  # model folder
+    sft: str = "out/demo/sft"  # folder of sft.py with the cold start's LoRA; empty: start from the base
+    pairs: str = "out/demo/pairs"  # folder of make_pairs.py
+    out: str = "out/demo/asymdpo"  # folder to write
+    beta: float | None = None  # DPO temperature
+    form: str | None = None  # outside: softplus(beta S)/K, as printed; inside: softplus(beta S/K)
+    region: str = "23"  # frames in the loss: 123 all, 23 from N1 (the method), 3 from N2
+    reference_free: bool = False  # leave the reference out, as in the loss as printed
+    sft_weight: float = 0.0  # weight of the winner's own flow matching loss, against likelihood displacement
+    layers: str | None = None  # layers that get the LoRA: attn, attn+ffn or all
+    rank: int | None = None  # LoRA rank, alpha = rank
+    batch_size: int | None = None  # pairs a step, over all processes
+    micro_batch: int = 0  # pairs a forward and process; 0: all at once
+    steps: int | None = None  # optimiser steps
+    lr: float | None = None  # learning rate of AdamW
+    warmup: int | None = None  # steps of linear warm-up; constant after
+    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); not given and not in the preset: uniform
+    t_shift: float = 1.0  # warp of the training times towards noise
+    checkpointing: bool = False  # recompute activations in the backward: a fraction of the memory, a third more time
+    save_every: int = 50  # steps between checkpoints
+    seed: int = 0  # of initialisation, order, noise and times
+    self_test: bool = False  # check the method's invariants on a small random model, and stop
+
+
+def predict(net, chosen, rejected, text, noise, t):
+    """Velocities of policy and reference at the same noise and t: v_w, v_l, ref_w, ref_l, target_w, target_l (B, C, F, H, W).
+
+    chosen, rejected, noise (B, C, F, H, W), text (B, S, text_dim), t (B,). The reference is net without its LoRA.
+    """
+    x0 = torch.cat([chosen, rejected])
+    noise, t, text = noise.repeat(2, 1, 1, 1, 1), t.repeat(2), text.repeat(2, 1, 1)
+    x_t, target = flow.add_noise(x0, noise, t), flow.velocity(x0, noise)
+    with torch.no_grad(), model.lora_off(net):
+        ref = net(x_t, t, text)
+    return *net(x_t, t, text).chunk(2), *ref.chunk(2), *target.chunk(2)
+
+
+def dpo_loss(cfg, prediction, n1, n2):
+    """Loss (B,) and metrics (dict of (B,)) of the pairs. n1, n2 (B,) integers: the given frames of loser and winner."""
+    v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
+    if cfg.reference_free:
+        ref_w, ref_l = target_w, target_l  # an error of 0
+    start = {"123": torch.zeros_like(n1), "23": n1, "3": n2}[cfg.region]
+    loss, metrics = region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, cfg.beta, cfg.form)
+    if cfg.sft_weight:
+        keep = torch.arange(v_w.shape[2], device=v_w.device) >= start[:, None]
+        per_frame = (v_w - target_w).square().mean(dim=(1, 3, 4))
+        loss = loss + cfg.sft_weight * torch.where(keep, per_frame, 0).sum(1) / keep.sum(1)
+    return loss, metrics
+
+
+def learning_rate(step: int, cfg) -> float:
+    """Linear warm-up, then constant."""
+    return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
+
+
+# ---- what is logged --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def summarise(cfg, prediction, metrics, loss, t, n1, n2) -> dict[str, float]:
+    """Sums, with their counts, of everything that is logged; `averages` divides them once all processes' are added.
+
+    Per region ② and ③, winner and loser: errors of policy and reference and their difference; the difference per time bucket, too.
+    """
+    v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
+    frame = torch.arange(v_w.shape[2], device=v_w.device)
+    regions = {"2": (frame >= n1[:, None]) & (frame < n2[:, None]), "3": frame >= n2[:, None]}
+    sums = {}
+
+    def add(name, values, where):
+        sums[name] = torch.where(where, values, 0).sum().item()
+        sums[f"{name}#"] = where.sum().item()
+
+    for side, parts in (("w", (v_w, ref_w, target_w)), ("l", (v_l, ref_l, target_l))):
+        policy, ref, difference = frame_errors(*parts, torch.zeros_like(n1))
+        for name, where in regions.items():
+            add(f"err/{side}_policy/{name}", policy, where)
+            add(f"err/{side}_ref/{name}", ref, where)
+            add(f"diff/{side}/{name}", difference, where)
+            for b in range(BUCKETS):
+                inside = ((t * BUCKETS).long().clamp(max=BUCKETS - 1) == b)[:, None]
+                add(f"diff/{side}/{name}/t{b}", difference, where & inside)
+    everything = torch.ones_like(loss, dtype=torch.bool)
+    chosen = -cfg.beta * (metrics["err/w_policy"] - metrics["err/w_ref"])
+    rejected = -cfg.beta * (metrics["err/l_policy"] - metrics["err/l_ref"])
+    scaled = cfg.beta * metrics["S"]
+    for name, values in {
+        "loss": loss, "S": metrics["S"], "S_abs": metrics["S"].abs(), "softplus": torch.nn.functional.softplus(scaled),
+        "saturated": (scaled.abs() > 10).float(), "rewards/chosen": chosen, "rewards/rejected": rejected,
+        "rewards/margins": metrics["margin"], "rewards/accuracies": (1 - metrics["S"].sign()) / 2,
+    }.items():  # fmt: skip
+        add(name, values, everything)
+    return sums
+
+
+def averages(sums: dict[str, float]) -> dict[str, float]:
+    """Means of what `summarise` summed; what no frame contributed to is left out."""
+    return {name: sums[name] / sums[f"{name}#"] for name in sums if not name.endswith("#") and sums[f"{name}#"]}
+
+
+def explain(cfg, step: int, row: dict[str, float]) -> str | None:
+    """A sentence for whoever watches the run, at the step that calls for one."""
+    if step == 0:
+        expected = "exactly 0" if not cfg.reference_free else "anything: there is no reference"
+        return f"step 0: S = {row['S']:g} (expected {expected}), loss {row['loss']:.4f}: ln 2 = 0.6931 inside, ln 2 / K outside"
+    if step == max(50, 2 * cfg.warmup) and not cfg.reference_free and cfg.beta * row["S_abs"] < 1e-3:
+        return (f"stuck: |beta S| is {cfg.beta * row['S_abs']:.1e} after {step} steps, so the loss stays where it began and the policy has hardly "
+                "left the reference; raise --lr or --beta, or check that the LoRA gets gradients (grad_norm)")  # fmt: skip
+    if row["saturated"] > 0.5 and step % 50 == 0:
+        return f"saturated: |beta S| > 10 for {row['saturated']:.0%} of the pairs, they no longer teach; lower --beta or use --form inside"
+    return None
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
+    """Base with the cold start fused in, frozen, and a fresh LoRA: LoRA off is the reference."""
+    dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
+    net = model.load_model(cfg.base, dtype, group.device)
+    if shape[0] != net.config.in_dim:
+        raise UserError(f"{cfg.pairs}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
+    if cfg.sft:
+        model.merge_lora(model.load_lora(net, Path(cfg.sft) / "lora.safetensors"))
+    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
+    net.gradient_checkpointing = cfg.checkpointing
+    return net
+
+
+def main(cfg: Config) -> None:
+    # ---- what to do, checked before anything is loaded
+    if cfg.self_test:
+        return self_test()
+    cfg = common.resolve(cfg, PRESETS)
+    check(cfg)
+    group = common.start_group()
+    per_process, forwards = common.local_batch(cfg, group)
+    run = common.Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, "sft": cfg.sft})
+    if run.done:
+        return
+    if cfg.sft:
+        common.read_manifest(cfg.sft, "sft.py --base")
+    pairs = data.Shards(cfg.pairs, "make_pairs.py", verify=group.main)
+    frames = pairs.shape("chosen")[1]
+    usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
+    if not usable:
+        raise UserError(f"{cfg.pairs}: expected pairs with generated frames in the winner for --region 3, got none")
+    net = build(cfg, group, pairs.shape("chosen"))
+
+    # ---- what is trained, and how far it came before
+    names, parameters = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    first, state = run.resume()
+    if state:
+        common.unpack_state(state, names, parameters, optimizer)
+
+    # ---- train
+    bar = run.progress(cfg.steps, first)
+    for step in range(first, cfg.steps):
+        order = [usable[i] for i in data.batch_order(len(usable), cfg.batch_size, step, cfg.seed)]
+        mine = order[group.rank * per_process : (group.rank + 1) * per_process]
+        sums: dict[str, float] = {}
+        for part in torch.tensor(mine).chunk(forwards):
+            part = part.tolist()
+            keys = [(cfg.seed, step, pairs.rows[i]["id"]) for i in part]
+            chosen, rejected, text = pairs.get("chosen", part), pairs.get("rejected", part), pairs.text(part)
+            noise = flow.draw_noise(chosen.shape[1:], keys)
+            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift).to(group.device)
+            n1, n2 = (torch.tensor([pairs.rows[i][n] for i in part], device=group.device) for n in ("n1", "n2"))
+            prediction = predict(net, *(a.to(group.device) for a in (chosen, rejected, text, noise)), t)
+            losses, metrics = dpo_loss(cfg, prediction, n1, n2)
+            (losses.sum() / cfg.batch_size).backward()
+            for name, value in summarise(cfg, prediction, metrics, losses, t, n1, n2).items():
+                sums[name] = sums.get(name, 0.0) + value
+        group.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log, save
+        row = averages(group.sum(sums))
+        run.log(step + 1, **row, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+        if group.main and (sentence := explain(cfg, step, row)):
+            bar.write(sentence, file=sys.stderr)
+        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
+        bar.update()
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            run.save(step + 1, common.pack_state(names, parameters, optimizer))
+    bar.close()
+
+    # ---- result
+    if group.main:
+        model.export_lora(net, run.folder / "lora.safetensors", base=cfg.base, sft=cfg.sft, task="asymdpo")
+    run.finish(["lora.safetensors"])
+
+
+def check(cfg) -> None:
+    """UserError for options that make no sense."""
+    if cfg.region not in ("123", "23", "3"):
+        raise UserError(f"--region: expected 123, 23 or 3, got {cfg.region!r}")
+    if cfg.form not in ("outside", "inside") or cfg.beta <= 0:
+        raise UserError(f"expected --form outside or inside and --beta > 0, got {cfg.form!r} and {cfg.beta}")
+
+
+# ---- self-test -------------------------------------------------------------------------------------------------------
+
+
+def self_test() -> None:
+    """Checks the method's invariants on a small random model and prints each in words. UserError if one does not hold."""
+    torch.manual_seed(0)
+    net = model.init_from_scratch(model.DiT(dataclasses.replace(model.PRESETS["tiny"], num_layers=1)), seed=0)
+    torch.nn.init.normal_(net.time_projection[1].weight, std=0.02)  # time must matter
+    chosen, rejected, noise = torch.randn(3, 4, 48, 13, 2, 2)
+    text, t = torch.randn(4, 7, 32), torch.rand(4)
+    n1, n2 = torch.tensor([1, 3, 7, 5]), torch.tensor([11, 12, 13, 11])
+    results = [*check_model(net, chosen, noise, text, t), *check_loss(net, chosen, rejected, text, noise, t, n1, n2)]
+    for holds, words in results:
+        print(f"{'ok  ' if holds else 'FAIL'}  {words}")
+    if not all(holds for holds, _ in results):
+        raise UserError("self-test: an invariant of the method does not hold, see above")
+    print("At step 0 a run must read S = 0 exactly and the loss ln 2 = 0.6931 (inside) or the mean of ln 2 / K (outside).")
+
+
+@torch.no_grad()
+def check_model(net, x0, noise, text, t):
+    """Invariants of the model as Φ and as T2V."""
+    x_t = flow.add_noise(x0, noise, t)
+    plain, none_given = net(x_t, t, text), torch.zeros(4, 13, dtype=torch.bool)
+    yield torch.equal(plain, net(x_t, t[:, None].repeat(1, 13), text)), "a time for each frame, all equal, is the one-time model, bit for bit"
+    for where in ("context", "frame"):
+        model.add_task_prompt(net, 13, where)
+        yield torch.equal(plain, net(x_t, t, text, none_given)), f"no frame given and zero task prompts ({where}) is the T2V model, bit for bit"
+    cond_mask = torch.arange(13) < torch.tensor([1, 4, 7, 12])[:, None]
+    once, again = (flow.euler(net, noise, text, 3, 4.0, x0, cond_mask) for _ in range(2))
+    given = cond_mask[:, None, :, None, None].expand_as(x0)
+    yield torch.equal(once[given], x0[given]), "the given frames of a continuation are the real ones, bit for bit"
+    yield torch.equal(once, again), "a continuation is a function of clip, given frames and noise"
+    net.task_prompt = None
+
+
+def check_loss(net, chosen, rejected, text, noise, t, n1, n2):
+    """Invariants of the loss, before and after a few steps of training."""
+    K, ln2 = 13 - n1, math.log(2)
+    before = hashlib.sha256(b"".join(p.numpy().tobytes() for p in net.state_dict().values())).digest()
+    parameters = model.add_lora(net, 4, 4, "attn")
+    base = [p for p in net.state_dict() if ".lora_" not in p]
+    for form, expected in (("outside", ln2 / K), ("inside", torch.full((4,), ln2))):
+        loss, metrics = dpo_loss(Config(beta=800.0, form=form), predict(net, chosen, rejected, text, noise, t), n1, n2)
+        exact = bool((metrics["S"] == 0).all()) and torch.allclose(loss, expected.float(), rtol=1e-6)
+        yield exact, f"step 0, {form}: S = 0 exactly, loss = {'ln 2 / K' if form == 'outside' else 'ln 2'}: {[round(x, 4) for x in loss.tolist()]}"
+    cfg = Config(beta=25.0, form="inside")
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for _ in range(3):
+        dpo_loss(cfg, predict(net, chosen, rejected, text, noise, t), n1, n2)[0].sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = hashlib.sha256(b"".join(net.state_dict()[n].numpy().tobytes() for n in base)).digest()
+    yield before == after, "the reference's weights are the same, by sha256, after three steps"
+    prediction = [a.detach() for a in predict(net, chosen, rejected, text, noise, t)]
+    loss, metrics = dpo_loss(cfg, prediction, n1, n2)
+    v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
+    _, swapped = dpo_loss(cfg, (v_l, v_w, ref_l, ref_w, target_l, target_w), n1, n2)
+    yield torch.equal(metrics["S"], -swapped["S"]) and bool((metrics["S"] != 0).all()), "swapping winner and loser negates the margin"
+    alone = torch.cat([dpo_loss(cfg, [a[i : i + 1] for a in prediction], n1[i : i + 1], n2[i : i + 1])[0] for i in range(4)])
+    yield torch.equal(loss, alone), "a pair's loss does not depend on the other pairs of its batch"
+    shared = (torch.arange(13) < n1[:, None])[:, None, :, None, None]
+    for word, value in (("moved by 1000", 1e3), ("NaN", float("nan"))):
+        moved = [torch.where(shared, a + value, a).requires_grad_() for a in prediction]
+        moved_loss, _ = dpo_loss(cfg, moved, n1, n2)
+        gradient = torch.autograd.grad(moved_loss.sum(), moved[0])[0]
+        silent = torch.equal(loss, moved_loss) and bool((gradient.masked_select(shared) == 0).all()) and bool(gradient.isfinite().all())
+        yield silent, f"frames before N1, {word}: same loss bit for bit, gradient exactly 0 there"
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

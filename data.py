@@ -1,0 +1,129 @@
+"""Shards: the files between the stages, and the order in which training reads them.
+
+A folder of shards (clips from prepare.py, pairs from make_pairs.py) holds
+
+    shard-00000.safetensors   each field stacked over the shard's samples, e.g. `x0 (n, C, F, H, W)`; the text states of all
+                              samples one after the other in `text (sum of S, text_dim)`, cut at `text_start (n + 1,)`
+    shard-00000.json          its size and sha256, a row of facts (id, caption, …) for each sample, and what was rejected
+    rejects.jsonl             everything rejected, and why
+    MANIFEST.json             written last
+
+Shard k holds what was kept of items k·size … (k+1)·size − 1, so it does not matter which process makes it, or when.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import common
+from common import UserError
+from flow import generator
+
+
+def shard_name(k: int) -> str:
+    return f"shard-{k:05d}"
+
+
+def write_shard(folder: Path, k: int, rows: list[dict], fields: dict[str, list[Tensor]], text: list[Tensor], rejects: list[dict]) -> None:
+    """Writes shard k: rows[i] describes sample i, fields[name][i] and text[i] (S, text_dim) are its tensors."""
+    path = folder / f"{shard_name(k)}.safetensors"
+    tensors = {name: torch.stack(values) for name, values in fields.items() if values}
+    if text:
+        tensors["text"] = torch.cat(text)
+        tensors["text_start"] = torch.tensor([0] + [len(t) for t in text]).cumsum(0)
+    common.write_tensors(path, tensors)
+    common.write_json(path.with_suffix(".json"), {**common.fingerprint(path), "rows": rows, "rejects": rejects})
+
+
+def shard_is_whole(folder: Path, k: int) -> bool:
+    """Whether shard k was finished before, by its size and sha256."""
+    path = folder / f"{shard_name(k)}.safetensors"
+    if not path.is_file() or not path.with_suffix(".json").is_file():
+        return False
+    facts = json.loads(path.with_suffix(".json").read_text())
+    return common.fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
+
+
+def collect_rejects(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:
+    """Writes rejects.jsonl from all the shards and `more`. Returns the folder's files, and the numbers kept and rejected."""
+    files, kept, rejects = ["rejects.jsonl"], 0, list(more)
+    for k in range(shards):
+        facts = json.loads((folder / f"{shard_name(k)}.json").read_text())
+        files += [f"{shard_name(k)}.safetensors", f"{shard_name(k)}.json"]
+        kept += len(facts["rows"])
+        rejects += facts["rejects"]
+    common.write_text(folder / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects))
+    return files, kept, len(rejects)
+
+
+class Shards:
+    """Random access to a finished folder of shards. `rows[i]` are the facts of sample i; tensors are read when asked for."""
+
+    def __init__(self, folder: str | Path, made_by: str, split: str | None = None, verify: bool = True):
+        """split: only samples whose row says so. verify: compare every file's sha256 first (let one process do it).
+
+        UserError if the folder is missing, unfinished or damaged, or has no sample of that split.
+        """
+        self.folder = Path(folder)
+        self.manifest = common.read_manifest(folder, made_by, verify)
+        self.rows, self._where, self._open = [], [], {}
+        for name in sorted(n for n in self.manifest["files"] if n.startswith("shard-") and n.endswith(".json")):
+            for i, row in enumerate(json.loads((self.folder / name).read_text())["rows"]):
+                if split in (None, row.get("split")):
+                    self.rows.append(row)
+                    self._where.append((self.folder / name).with_suffix(".safetensors"))
+                    row["index"] = i
+        if not self.rows:
+            raise UserError(f"{folder}: expected samples{f' of split {split!r}' if split else ''}, got none; see its rejects.jsonl")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _shard(self, path: Path):
+        if path not in self._open:
+            file = safe_open(path, "pt")
+            self._open[path] = file, (file.get_tensor("text_start").tolist() if "text_start" in file.keys() else [])
+        return self._open[path]
+
+    def get(self, field: str, index: Sequence[int]) -> Tensor:
+        """A field of the samples index, stacked: (B, *shape)."""
+        return torch.stack([self._shard(self._where[i])[0].get_slice(field)[self.rows[i]["index"]] for i in index])
+
+    def states(self, index: Sequence[int]) -> list[Tensor]:
+        """Text states of the samples index, each (S, text_dim) at its true length."""
+        states = []
+        for i in index:
+            file, start = self._shard(self._where[i])
+            row = self.rows[i]["index"]
+            states.append(file.get_slice("text")[start[row] : start[row + 1]])
+        return states
+
+    def text(self, index: Sequence[int]) -> Tensor:
+        """Text states (B, S, text_dim) of the samples index, padded with zeros to the longest."""
+        return torch.nn.utils.rnn.pad_sequence(self.states(index), batch_first=True)
+
+    def shape(self, field: str) -> tuple[int, ...]:
+        """Shape of one sample's field."""
+        return tuple(self._shard(self._where[0])[0].get_slice(field).get_shape()[1:])
+
+
+def batch_order(n: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The samples of global batch `step`: each epoch is a permutation of 0 … n−1 drawn from (seed, epoch), read on and on.
+
+    A function of its arguments alone, so a resumed run and a run on another number of processes see the same batches.
+    """
+    order = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, i = divmod(position, n)
+        order.append(_permutation(n, seed, epoch)[i])
+    return order
+
+
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=generator("order", seed, epoch)).tolist()

@@ -1,0 +1,472 @@
+"""The video diffusion transformer: Wan2.1's text-to-video architecture under Wan's own parameter names, and LoRA on it.
+
+    v = DiT(config)(x_t, t, text)              one time t for the clip, (B,)
+    v = DiT(config)(x_t, t, text)              a time for each latent frame, (B, F)
+    v = DiT(config)(x_t, t, text, cond_mask)   continuation: frames with cond_mask are given (clean) and see time 0
+
+The time convention is flow.py's: t in [0, 1], 0 = data, 1 = noise; the network itself is fed 1000 t, as Wan was trained.
+
+Read it in this order: `DiTConfig`, `DiT.forward`, `Block.forward`, then the small parts above them, LoRA, files.
+Architecture facts are from the Wan2.1 release (github.com/Wan-Video/Wan2.1, wan/modules/model.py, Apache-2.0), restated
+in this project's own code and held to its outputs by tests/test_golden.py.
+
+dtype policy, in one place: the residual stream, modulation, norms and rotary embedding are float32 (the RoPE table computed
+in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32; LoRA weights are float32 masters.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import UserError
+from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's file name
+TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a DiT, named as in Wan's config.json. Defaults are those that Wan2.1's 1.3B and 14B share."""
+
+    dim: int  # width D of the residual stream
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16  # latent channels C
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512  # text tokens S that the network sees; shorter text is padded with zeros, which it attends to
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+
+PRESETS = {
+    "tiny": DiTConfig(96, 192, 3, 3, in_dim=48, out_dim=48, text_dim=32, text_len=24, freq_dim=64, patch_size=(1, 1, 1)),
+    "1.3b": DiTConfig(1536, 8960, 12, 30),
+    "14b": DiTConfig(5120, 13824, 40, 40),
+}
+
+
+class Linear(nn.Linear):
+    """nn.Linear with an optional low-rank term: y = x Wᵀ + b + lora_scale · (x Aᵀ) Bᵀ."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.register_parameter("lora_A", None)  # (rank, in_features) float32
+        self.register_parameter("lora_B", None)  # (out_features, rank) float32
+        self.lora_scale = 0.0  # alpha / rank
+        self.lora_on = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_A is None or not self.lora_on:
+            return y
+        # float32 masters, computed in the activations' dtype: float32 activations would be kept for backward at 30 % more memory
+        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora_scale
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last axis, in float32. Wan applies it to q and k over all heads together."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def sinusoid(position: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding (..., dim): dim/2 cosines, then dim/2 sines, of position · 10000^(−2i/dim). float64 inside."""
+    half = dim // 2
+    freq = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
+    angle = position.double().unsqueeze(-1) * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+def rope_split(head_dim: int) -> tuple[int, int, int]:
+    """Head channels that rotate with the frame, the row and the column: 128 -> 44, 42, 42; 16 -> 8, 4, 4."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
+    """exp(i·angle) of the 3-D rotary embedding, (F·H·W, 1, head_dim / 2) complex64 from float64; theta 10000 on each axis."""
+    angles = []
+    for axis, dim in enumerate(rope_split(head_dim)):
+        freq = torch.pow(10000.0, -torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angle = torch.arange(size[axis], dtype=torch.float64, device=device)[:, None] * freq
+        angles.append(angle.view([size[a] if a == axis else 1 for a in range(3)] + [-1]).expand(*size, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotates adjacent channel pairs (2i, 2i+1) of x (B, L, heads, head_dim), in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed q and k: self-attention with RoPE, or cross-attention to the text, without."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
+
+    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None) -> Tensor:
+        q = rearrange(self.norm_q(self.q(x)), "b l (n k) -> b l n k", n=self.num_heads)
+        k = rearrange(self.norm_k(self.k(context)), "b s (n k) -> b s n k", n=self.num_heads)
+        v = rearrange(self.v(context), "b s (n k) -> b s n k", n=self.num_heads)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out = F.scaled_dot_product_attention(*(a.transpose(1, 2).to(v.dtype) for a in (q, k, v)))
+        return self.o(rearrange(out, "b n l k -> b l (n k)"))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward. Shift, scale, gate: the block's own table plus the time projection."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
+        self.self_attn, self.cross_attn = Attention(config), Attention(config)
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)  # before cross-attention; the other two norms have no parameters
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(self, x: Tensor, e0: Tensor, row: Tensor, context: Tensor, rope: Tensor) -> Tensor:
+        """x (B, L, D), e0 (B, R, 6, D) float32, row (B, F) int32, context (B, S, D) -> (B, L, D)"""
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + e0).unbind(2)
+        dtype = self.ffn[0].weight.dtype
+        h = ln_modulate(x, shift_sa, scale_sa, row, self.eps).to(dtype)
+        x = gate_residual(x, self.self_attn(h, h, rope).to(x.dtype), gate_sa, row)
+        h = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        h = self.cross_attn(h.to(dtype), context).to(x.dtype)
+        h, x = residual_ln_modulate(x, h, None, shift_ff, scale_ff, row, self.eps)
+        return gate_residual(x, self.ffn(h.to(dtype)).to(x.dtype), gate_ff, row)
+
+
+class Head(nn.Module):
+    """LayerNorm, modulation by the time embedding itself (not its projection), and the linear map to patches."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
+        self.head = Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+
+    def forward(self, x: Tensor, e: Tensor, row: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unbind(2)
+        return self.head(ln_modulate(x, shift, scale, row, self.eps).to(self.head.weight.dtype))
+
+
+class TaskPrompt(nn.Module):
+    """Learnable frame-level task prompts of the continuation model: P_task = M ⊙ P_cond + (1 − M) ⊙ P_noisy.
+
+    `where="context"` adds them to the last F slots of the embedded text, which are padding for a text of up to
+    text_len − F tokens; `where="frame"` adds them to the tokens of their frame. Both tables (frames, D) start at zero,
+    so the untrained continuation model is exactly the text-to-video model.
+    """
+
+    def __init__(self, frames: int, dim: int, where: str):
+        super().__init__()
+        if where not in ("context", "frame"):
+            raise ValueError(f"task prompt: expected where = 'context' or 'frame', got {where!r}")
+        self.where = where
+        self.cond = nn.Parameter(torch.zeros(frames, dim))
+        self.noisy = nn.Parameter(torch.zeros(frames, dim))
+
+    def forward(self, cond_mask: Tensor) -> Tensor:
+        """(B, F) bool -> (B, F, D)"""
+        F_ = cond_mask.shape[1]
+        if F_ > len(self.cond):
+            raise ValueError(f"task prompt: expected at most {len(self.cond)} latent frames, got {F_}")
+        return torch.where(cond_mask.unsqueeze(-1), self.cond[:F_], self.noisy[:F_])
+
+
+class DiT(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        D = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, D, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, D), nn.GELU(approximate="tanh"), Linear(D, D))
+        self.time_embedding = nn.Sequential(Linear(config.freq_dim, D), nn.SiLU(), Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.task_prompt: TaskPrompt | None = None
+        self.gradient_checkpointing = False
+        self._rope: dict[tuple, Tensor] = {}
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None = None) -> Tensor:
+        """The velocity v = noise − x0 at x_t.
+
+        x_t (B, C, F, H, W); t in [0, 1], (B,) or, one for each latent frame, (B, F); text (B, S, text_dim), S ≤ text_len;
+        cond_mask (B, F) bool or None: frames that are given. With it t must be (B,): given frames see time 0 whatever t is
+        (t' = t·(1 − M)), x_t must hold them clean, and the task prompts, where there are any, are switched on.
+        Returns (B, C, F, H, W) float32. ValueError for shapes that do not fit.
+        """
+        self._check(x_t, t, text, cond_mask)
+        pf, ph, pw = self.config.patch_size
+        _, _, F_, H, W = x_t.shape
+        size = (F_ // pf, H // ph, W // pw)
+        e, e0, row = self._time(t, size[0], cond_mask)
+        context = self._context(text)
+        x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()  # (B, L, D)
+        if cond_mask is not None and self.task_prompt is not None:
+            prompt = self.task_prompt(cond_mask)
+            if self.task_prompt.where == "context":
+                context = torch.cat([context[:, :-F_], context[:, -F_:] + prompt.to(context.dtype)], dim=1)
+            else:
+                x = x + prompt.repeat_interleave(size[1] * size[2], dim=1)
+        rope = self._rope_table(size, x.device)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, e0, row, context, rope, use_reentrant=False)
+            else:
+                x = block(x, e0, row, context, rope)
+        v = self.head(x, e, row)
+        f, h, w = size
+        return rearrange(v, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
+
+    def _time(self, t: Tensor, F_: int, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding e (B, R, D), its projection e0 (B, R, 6, D), both float32, and each frame's row (B, F) of them."""
+        B = t.shape[0]
+        if cond_mask is not None:  # two rows: the time of the frames to generate, and 0
+            t, row = torch.stack([t, torch.zeros_like(t)], dim=1), cond_mask.int()
+        elif t.ndim == 1:
+            t, row = t.unsqueeze(1), t.new_zeros(B, F_, dtype=torch.int32)
+        else:
+            row = torch.arange(F_, dtype=torch.int32, device=t.device).expand(B, F_)
+        with torch.autocast(t.device.type, enabled=False):
+            weight_dtype = self.time_embedding[0].weight.dtype
+            e = self.time_embedding(sinusoid(1000 * t.double(), self.config.freq_dim).to(weight_dtype))
+            e0 = self.time_projection(e).unflatten(-1, (6, -1))
+        return e.float(), e0.float(), row
+
+    def _context(self, text: Tensor) -> Tensor:
+        """Text states (B, S, text_dim), padded with zeros to text_len and embedded: (B, text_len, D)."""
+        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+
+    def _rope_table(self, size: tuple[int, int, int], device) -> Tensor:
+        key = (*size, device)
+        if key not in self._rope:
+            self._rope[key] = rope_table(self.config.dim // self.config.num_heads, size, device)
+        return self._rope[key]
+
+    def _check(self, x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None) -> None:
+        c = self.config
+        if x_t.ndim != 5 or x_t.shape[1] != c.in_dim or any(n % p for n, p in zip(x_t.shape[2:], c.patch_size)):
+            raise ValueError(
+                f"x_t: expected (B, {c.in_dim}, F, H, W) with F, H, W divisible by {c.patch_size}, got {tuple(x_t.shape)}"
+            )
+        B, F_ = x_t.shape[0], x_t.shape[2]
+        shapes = [(B,)] if cond_mask is not None else [(B,), (B, F_)]
+        if tuple(t.shape) not in shapes:
+            raise ValueError(f"t: expected {' or '.join(map(str, shapes))}, got {tuple(t.shape)}")
+        if text.ndim != 3 or text.shape[0] != B or text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
+            raise ValueError(f"text: expected (B={B}, S ≤ {c.text_len}, {c.text_dim}), got {tuple(text.shape)}")
+        if cond_mask is not None and (tuple(cond_mask.shape) != (B, F_) or cond_mask.dtype != torch.bool):
+            raise ValueError(f"cond_mask: expected bool {(B, F_)}, got {cond_mask.dtype} {tuple(cond_mask.shape)}")
+
+
+# ---- initialisation --------------------------------------------------------------------------------------------------
+
+
+def init_from_scratch(net: DiT, seed: int) -> DiT:
+    """Random weights for training a small base: PyTorch's Linear init, no modulation at first. Returns net.
+
+    Wan's own init (Xavier, normal(0.02) embeddings, zero head) is made for long runs and learns several times slower here.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in net.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                module.reset_parameters()
+    nn.init.zeros_(net.time_projection[1].weight)
+    nn.init.zeros_(net.time_projection[1].bias)
+    return net
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+LORA_LAYERS = {  # name -> the layers that get an adapter, as suffixes of Wan's parameter names
+    "attn": ("attn.q", "attn.k", "attn.v", "attn.o"),
+    "attn+ffn": ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.0", "ffn.2"),
+    "all": ("",),  # every Linear: also text, time and modulation projections and the head
+}
+
+
+def add_lora(net: DiT, rank: int, alpha: float, layers: str = "attn", seed: int = 0) -> list[nn.Parameter]:
+    """Freezes net and adds LoRA W + (alpha / rank)·B·A to its `layers` (a key of LORA_LAYERS).
+
+    A is Kaiming-uniform as in PEFT, B is zero, so the output does not move before training. Returns the new parameters.
+    ValueError if net has a LoRA already (merge it first).
+    """
+    net.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in net.named_modules():
+        if not isinstance(module, Linear) or not name.endswith(LORA_LAYERS[layers]):
+            continue
+        if module.lora_A is not None:
+            raise ValueError(f"{name} has a LoRA already: merge_lora(net) first")
+        bound = 1 / math.sqrt(module.in_features)
+        A = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
+        module.lora_A = nn.Parameter(A.to(module.weight.device))
+        module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=module.weight.device))
+        module.lora_scale = alpha / rank
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def lora_linears(net: DiT) -> dict[str, Linear]:
+    """The layers that carry a LoRA, by name."""
+    return {n: m for n, m in net.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+
+
+@contextlib.contextmanager
+def lora_off(net: DiT):
+    """Within it net is the model without its LoRA: the reference of a DPO run."""
+    layers = lora_linears(net).values()
+    for layer in layers:
+        layer.lora_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_on = True
+
+
+def merge_lora(net: DiT) -> DiT:
+    """Adds (alpha / rank)·B·A to the weights, in float32, and removes the adapters. Returns net."""
+    for layer in lora_linears(net).values():
+        with torch.no_grad():
+            delta = layer.lora_scale * (layer.lora_B.float() @ layer.lora_A.float())
+            layer.weight.copy_(layer.weight.float() + delta)
+        layer.lora_A = layer.lora_B = None
+    return net
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+LORA_PREFIX = "diffusion_model."  # the key format that ComfyUI, diffusers, DiffSynth and musubi-tuner all read
+
+
+def save_model(net: DiT, folder: str | Path) -> list[str]:
+    """Writes config.json and the weights under Wan's names, float32 as trained. Returns the file names."""
+    folder = Path(folder)
+    config = dataclasses.asdict(net.config)
+    common.write_json(folder / "config.json", {"_class_name": "WanModel", "model_type": "t2v", **config})
+    common.write_tensors(folder / WEIGHTS_NAME, dict(net.state_dict()))
+    return ["config.json", WEIGHTS_NAME]
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
+    """The model of a folder in Wan's original layout: config.json beside one .safetensors file or several.
+
+    UserError if the folder has no such files, or if their tensors are not those of the configuration, by name and shape.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors"))
+    if not (path / "config.json").is_file() or not files:
+        raise UserError(f"{path}: expected a folder with config.json and *.safetensors, in Wan2.1's layout; found no such files")
+    fields = {f.name for f in dataclasses.fields(DiTConfig)}
+    config = {k: v for k, v in json.loads((path / "config.json").read_text()).items() if k in fields}
+    if "patch_size" in config:
+        config["patch_size"] = tuple(config["patch_size"])
+    with torch.device("meta"):
+        net = DiT(DiTConfig(**config))
+    tensors = {}
+    for file in files:
+        tensors |= {k: v.to(device, dtype) for k, v in common.read_tensors(file).items()}
+    expected = {k: v.shape for k, v in net.state_dict().items()}
+    wrong = [k for k in {**expected, **tensors} if k not in tensors or expected.get(k) != tensors[k].shape]
+    if wrong:
+        got = tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "nothing"
+        want = tuple(expected[wrong[0]]) if wrong[0] in expected else "no such tensor"
+        raise UserError(f"{path}: expected the tensors that its config.json describes; {wrong[0]}: expected {want}, got {got}")
+    net.load_state_dict(tensors, assign=True)
+    return net.requires_grad_(False)
+
+
+def export_lora(net: DiT, path: str | Path, **provenance: str) -> None:
+    """Writes net's LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, float32.
+
+    alpha / rank is folded into B, so the file's W + B·A needs no further number; header keys tell rank and provenance.
+    """
+    tensors = {}
+    for name, layer in lora_linears(net).items():
+        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = layer.lora_B * layer.lora_scale
+        provenance["rank"] = str(layer.lora_A.shape[0])
+    common.write_tensors(Path(path), tensors, provenance)
+
+
+def load_lora(net: DiT, path: str | Path) -> DiT:
+    """Adds the LoRA of a file that `export_lora` wrote. Returns net. UserError if a key or a shape does not fit net."""
+    tensors = common.read_tensors(Path(path))
+    linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
+    names = {key.removeprefix(LORA_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    for name in sorted(names):
+        layer = linears.get(name)
+        A, B = (tensors.get(f"{LORA_PREFIX}{name}.lora_{x}.weight") for x in "AB")
+        if layer is None or A is None or B is None or (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
+            raise UserError(f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it")
+        device = layer.weight.device
+        layer.lora_A, layer.lora_B = nn.Parameter(A.float().to(device)), nn.Parameter(B.float().to(device))
+        layer.lora_scale = 1.0
+    if not names:
+        raise UserError(f"{path}: expected a LoRA, got a file without tensors")
+    return net
+
+
+def add_task_prompt(net: DiT, frames: int, where: str = "context") -> DiT:
+    """Gives net zero task prompts for up to `frames` latent frames: from now on cond_mask switches them on. Returns net."""
+    net.task_prompt = TaskPrompt(frames, net.config.dim, where).to(net.patch_embedding.weight.device)
+    return net
+
+
+def save_task_prompt(net: DiT, path: str | Path) -> None:
+    """Writes the task prompts to a file of their own: in the LoRA's file, other programs would refuse them."""
+    tensors = {k: v for k, v in net.state_dict().items() if k.startswith(TASK_PROMPT)}
+    common.write_tensors(Path(path), tensors, {"where": net.task_prompt.where})
+
+
+def load_task_prompt(net: DiT, path: str | Path) -> DiT:
+    """Reads the file of `save_task_prompt`. Returns net."""
+    tensors = common.read_tensors(Path(path))
+    with safe_open(path, "pt") as file:
+        where = file.metadata()["where"]
+    add_task_prompt(net, len(tensors[f"{TASK_PROMPT}cond"]), where)
+    net.load_state_dict(tensors, strict=False)
+    return net
+
+
+def load_continuation(base: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
+    """The continuation model Φ, frozen: the base with the LoRA of a continuation.py folder fused in, and its task prompts."""
+    net = load_model(base, dtype, device)
+    merge_lora(load_lora(net, Path(folder) / "lora.safetensors"))
+    if (Path(folder) / "task_prompt.safetensors").exists():
+        load_task_prompt(net, Path(folder) / "task_prompt.safetensors")
+    return net.eval().requires_grad_(False)

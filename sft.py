@@ -1,0 +1,148 @@
+"""Plain flow matching on real clips: the LoRA cold start of the method, or a small base model from scratch.
+
+    L = mean ‖ noise − x0 − v_θ(x_t, t, text) ‖²,   x_t = (1 − t)·x0 + t·noise
+
+    python sft.py --data out/demo/shards --out out/demo/base --split train                         # from scratch, all weights
+    python sft.py --data out/demo/shards --out out/demo/sft --split align --base out/demo/base     # LoRA cold start
+    torchrun --nproc_per_node 8 sft.py --preset 1.3b --base Wan2.1-T2V-1.3B --data shards --split align --out out/sft
+
+Why: every DPO variant starts from one and the same cold start, so that what DPO adds is not just more training on these clips.
+
+In    shards of prepare.py; with --base, a model folder (config.json + *.safetensors, Wan2.1's names)
+Out   lora.safetensors, or with all weights trained config.json + diffusion_pytorch_model.safetensors; metrics.jsonl
+Cost  one forward and backward a clip and step
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+import common
+import data
+import flow
+import model
+from common import UserError
+
+PRESETS = {  # the LoRA cold start. tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
+    "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.5),
+    "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
+    "14b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
+}
+FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=2800, lr=4e-3, warmup=100, t_mean=1.5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Plain flow matching: the LoRA cold start on a base, or a small base from scratch."""
+
+    preset: str = "tiny"  # tiny, 1.3b or 14b: the model's size, and what every option that is not given stands at
+    data: str = "out/demo/shards"  # shards of prepare.py
+    split: str = "train"  # which clips: train, align or eval
+    base: str = ""  # model folder to put the LoRA on; empty: from scratch, all weights
+    out: str = "out/demo/base"  # folder to write
+    layers: str | None = None  # layers that get the LoRA: attn, attn+ffn or all
+    rank: int | None = None  # LoRA rank, alpha = rank; 0: train all weights
+    batch_size: int | None = None  # clips a step, over all processes
+    micro_batch: int = 0  # clips a forward and process; 0: all at once
+    steps: int | None = None  # optimiser steps
+    lr: float | None = None  # peak learning rate of AdamW
+    warmup: int | None = None  # steps of linear warm-up; then a cosine to 0
+    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); not given and not in the preset: uniform
+    t_shift: float = 1.0  # warp of the training times towards noise
+    caption_dropout: float = 0.0  # share of clips trained without their caption, for guidance
+    checkpointing: bool = False  # recompute activations in the backward: a fraction of the memory, a third more time
+    save_every: int = 250  # steps between checkpoints
+    seed: int = 0  # of initialisation, order, noise and times
+
+
+def flow_loss(net, x0, text, noise, t):
+    """‖v − v_θ‖² averaged over C, F, H, W: (B,) float32. x0, noise (B, C, F, H, W), text (B, S, text_dim), t (B,)."""
+    error = net(flow.add_noise(x0, noise, t), t, text) - flow.velocity(x0, noise)
+    return error.square().mean(dim=(1, 2, 3, 4))
+
+
+def learning_rate(step: int, cfg) -> float:
+    """Linear warm-up, then a cosine to 0."""
+    return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
+
+
+def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
+    """The network with just what is to be trained requiring gradients."""
+    if cfg.base:
+        dtype = torch.bfloat16 if group.device.type == "cuda" and cfg.rank else torch.float32
+        net = model.load_model(cfg.base, dtype, group.device)
+    else:
+        net = model.init_from_scratch(model.DiT(model.PRESETS[cfg.preset]), cfg.seed).to(group.device)
+    if shape[0] != net.config.in_dim:
+        raise UserError(f"{cfg.data}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
+    if cfg.rank:
+        model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
+    else:
+        net.requires_grad_(True)
+    net.gradient_checkpointing = cfg.checkpointing
+    return net
+
+
+def main(cfg: Config) -> None:
+    # ---- what to do, checked before anything is loaded
+    cfg = common.resolve(cfg, PRESETS if cfg.base else FROM_SCRATCH)
+    group = common.start_group()
+    per_process, forwards = common.local_batch(cfg, group)
+    run = common.Run(cfg, "sft", group, {"data": cfg.data, "base": cfg.base})
+    if run.done:
+        return
+    shards = data.Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    net = build(cfg, group, shards.shape("x0"))
+
+    # ---- what is trained, and how far it came before
+    names, parameters = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    first, state = run.resume()
+    if state:
+        common.unpack_state(state, names, parameters, optimizer)
+
+    # ---- train
+    bar = run.progress(cfg.steps, first)
+    for step in range(first, cfg.steps):
+        order = data.batch_order(len(shards), cfg.batch_size, step, cfg.seed)
+        mine = order[group.rank * per_process : (group.rank + 1) * per_process]
+        total = 0.0
+        for part in torch.tensor(mine).chunk(forwards):
+            part = part.tolist()
+            keys = [(cfg.seed, step, shards.rows[i]["id"]) for i in part]
+            x0, text = shards.get("x0", part), shards.text(part)
+            noise = flow.draw_noise(x0.shape[1:], keys)
+            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
+            keep = [torch.rand((), generator=flow.generator("caption", *key)) >= cfg.caption_dropout for key in keys]
+            text = text * torch.stack(keep)[:, None, None]
+            losses = flow_loss(net, *(a.to(group.device) for a in (x0, text, noise, t)))
+            (losses.sum() / cfg.batch_size).backward()
+            total += losses.detach().sum().item()
+        group.average_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log, save
+        loss = group.sum({"loss": total})["loss"] / cfg.batch_size
+        run.log(step + 1, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.update()
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            run.save(step + 1, common.pack_state(names, parameters, optimizer))
+    bar.close()
+
+    # ---- result
+    files = ["lora.safetensors"] if cfg.rank else ["config.json", model.WEIGHTS_NAME]
+    if group.main and cfg.rank:
+        model.export_lora(net, run.folder / "lora.safetensors", base=cfg.base, task="sft")
+    elif group.main:
+        model.save_model(net, run.folder)
+    run.finish(files)
+
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)

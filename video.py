@@ -1,0 +1,73 @@
+"""Pictures from and to video files: decord reads, PyAV writes.
+
+Frames are (T, h, w, 3) uint8 RGB arrays. decord decodes frames past the first bad packet wrongly or not at all, so a clip
+counts as read only when it has every frame that its header promises.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import common
+
+
+class BadVideo(ValueError):
+    """A video that cannot be used, and why."""
+
+
+def read_clip(path: str | Path, frames: int, size: tuple[int, int] | None = None, exact: bool = False) -> np.ndarray:
+    """The first `frames` frames of a video: (frames, h, w, 3) uint8 RGB.
+
+    size (h, w) resizes, None keeps the file's. exact: the file must have just this number of frames.
+    BadVideo if decord cannot read it, it is too short, or its frames do not number what its header says.
+    """
+    import decord
+
+    if not Path(path).is_file():
+        raise BadVideo("no such file")
+    h, w = size or (-1, -1)
+    try:
+        reader = decord.VideoReader(str(path), width=w, height=h, num_threads=1)
+        count = len(reader)
+    except (decord.DECORDError, RuntimeError) as error:
+        raise BadVideo(f"decord cannot open it: {_first_line(error)}") from None
+    if count < frames:
+        raise BadVideo(f"too short: expected {frames} frames, got {count}")
+    if exact and count != frames:
+        raise BadVideo(f"wrong frame count: expected {frames} frames, got {count}")
+    try:
+        clip = reader.get_batch(range(frames)).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        raise BadVideo(f"decord cannot decode it: {_first_line(error)}") from None
+    if len(clip) != frames:
+        raise BadVideo(f"wrong frame count: its header says {count}, decoding gave {len(clip)}")
+    return clip
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip()[:160] for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12) -> None:
+    """Writes (T, h, w, 3) uint8 RGB, h and w even, as H.264 yuv420p; whole or not at all."""
+    import av
+
+    with common.whole_file(Path(path)) as temporary, av.open(str(temporary), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        file.mux(stream.encode())
+
+
+def to_pixels(frames: np.ndarray):
+    """(T, h, w, 3) uint8 -> (3, T, h, w) float32 in [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def to_frames(video) -> np.ndarray:
+    """(3, T, h, w) float in [-1, 1] -> (T, h, w, 3) uint8."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
