@@ -258,6 +258,15 @@ def _fail(line: str, code: int) -> int:
 
 # ---- run folder ------------------------------------------------------------------------------------------------------
 
+def _identity(folder: Path) -> str:
+    """What tells an input folder from another: its manifest's sha256, or without one its files' names and sizes."""
+    if (folder / MANIFEST).is_file():
+        return fingerprint(folder / MANIFEST)["sha256"]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder, got {'a file' if folder.exists() else 'no such folder'}")
+    return hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in folder.iterdir())).encode()).hexdigest()
+
+
 NO_EFFECT = ("out", "save_every", "workers", "micro_batch")  # options that do not change a result
 
 
@@ -272,7 +281,7 @@ class Run:
         self.folder, self.stage, self.group = Path(cfg.out), stage, group
         self.started, self.spent = time.time(), 0.0
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT and k not in inputs}
-        digests = {name: fingerprint(Path(path) / MANIFEST)["sha256"] for name, path in inputs.items() if path}
+        digests = {name: _identity(Path(path)) for name, path in inputs.items() if path}
         self.facts = json.loads(json.dumps({"stage": stage, "config": config, "inputs": digests}))
         recipe = self.folder / "run.json"
         if recipe.exists():

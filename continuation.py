@@ -29,7 +29,7 @@ import model
 from common import UserError
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
-    "tiny": dict(layers="all", rank=32, batch_size=32, steps=1000, lr=2e-3, warmup=50, t_mean=1.5, prompts="context"),
+    "tiny": dict(layers="all", rank=64, batch_size=32, steps=1000, lr=4e-3, warmup=50, t_mean=1.0, prompts="context"),
     "1.3b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="context"),
     "14b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="context"),
 }

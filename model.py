@@ -388,6 +388,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     UserError if the folder has no such files, or if their tensors are not those of the configuration, by name and shape.
     """
     path = Path(path)
+    if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
+        common.read_manifest(path, "sft.py")
     files = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").is_file() or not files:
         raise UserError(f"{path}: expected a folder with config.json and *.safetensors, in Wan2.1's layout; found no such files")

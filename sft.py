@@ -26,11 +26,11 @@ import model
 from common import UserError
 
 PRESETS = {  # the LoRA cold start. tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
-    "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.5),
+    "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.0),
     "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
     "14b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
 }
-FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=2800, lr=4e-3, warmup=100, t_mean=1.5)}
+FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=2200, lr=4e-3, warmup=100, t_mean=1.0)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Pictures from and to video files: decord reads, PyAV writes.
 
-Frames are (T, h, w, 3) uint8 RGB arrays. decord decodes frames past the first bad packet wrongly or not at all, so a clip
-counts as read only when it has every frame that its header promises.
+Frames are (T, h, w, 3) uint8 RGB arrays. Where decord has no wheel (it has none for ARM), PyAV reads too, and says so once.
 """
 
+import functools
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +21,57 @@ def read_clip(path: str | Path, frames: int, size: tuple[int, int] | None = None
     """The first `frames` frames of a video: (frames, h, w, 3) uint8 RGB.
 
     size (h, w) resizes, None keeps the file's. exact: the file must have just this number of frames.
-    BadVideo if decord cannot read it, it is too short, or its frames do not number what its header says.
+    BadVideo if it cannot be read, is too short, or has another number of frames than its header says.
     """
-    import decord
-
     if not Path(path).is_file():
         raise BadVideo("no such file")
-    h, w = size or (-1, -1)
-    try:
-        reader = decord.VideoReader(str(path), width=w, height=h, num_threads=1)
-        count = len(reader)
-    except (decord.DECORDError, RuntimeError) as error:
-        raise BadVideo(f"decord cannot open it: {_first_line(error)}") from None
-    if count < frames:
-        raise BadVideo(f"too short: expected {frames} frames, got {count}")
+    count, clip = (_read_decord if _has_decord() else _read_av)(str(path), frames, size)
     if exact and count != frames:
         raise BadVideo(f"wrong frame count: expected {frames} frames, got {count}")
-    try:
-        clip = reader.get_batch(range(frames)).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise BadVideo(f"decord cannot decode it: {_first_line(error)}") from None
     if len(clip) != frames:
         raise BadVideo(f"wrong frame count: its header says {count}, decoding gave {len(clip)}")
     return clip
+
+
+@functools.cache
+def _has_decord() -> bool:
+    if importlib.util.find_spec("decord"):
+        return True
+    print("video: decord is not installed (it has no wheel for this machine): reading with PyAV", file=sys.stderr)
+    return False
+
+
+def _read_decord(path: str, frames: int, size: tuple[int, int] | None) -> tuple[int, np.ndarray]:
+    """The header's frame count, and the first frames."""
+    import decord
+
+    h, w = size or (-1, -1)
+    try:
+        reader = decord.VideoReader(path, width=w, height=h, num_threads=1)
+        count = len(reader)
+        if count < frames:
+            raise BadVideo(f"too short: expected {frames} frames, got {count}")
+        return count, reader.get_batch(range(frames)).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        raise BadVideo(f"decord cannot read it: {_first_line(error)}") from None
+
+
+def _read_av(path: str, frames: int, size: tuple[int, int] | None) -> tuple[int, np.ndarray]:
+    """The same by PyAV, which decodes every frame to count them."""
+    import av
+
+    shape = {} if size is None else {"height": size[0], "width": size[1]}
+    clip, count = [], 0
+    try:
+        with av.open(path) as file:
+            for count, frame in enumerate(file.decode(video=0), 1):
+                if count <= frames:
+                    clip.append(frame.to_ndarray(format="rgb24", **shape))
+    except (av.FFmpegError, IndexError) as error:
+        raise BadVideo(f"PyAV cannot read it: {error}") from None
+    if count < frames:
+        raise BadVideo(f"too short: expected {frames} frames, got {count}")
+    return count, np.stack(clip)
 
 
 def _first_line(error: Exception) -> str:

@@ -112,29 +112,31 @@ def make_clip(seed: int, index: int) -> tuple[np.ndarray, str, np.ndarray]:
 
 
 @functools.cache
-def _bank(falling: bool) -> np.ndarray:
-    """Every valid motion along one axis, on a grid: 53 positions × 60 velocities -> (3180, FRAMES) px."""
+def _bank(falling: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Every valid motion along one axis, on a grid: 53 positions × 60 velocities -> (3180, FRAMES) px, and its square."""
     speed = np.linspace(*SPEED, 30)
     position, velocity = np.meshgrid(np.linspace(*WALLS, 53), np.concatenate([-speed, speed]), indexing="ij")
-    return simulate(position.ravel(), velocity.ravel(), GRAVITY * falling)
+    bank = simulate(position.ravel(), velocity.ravel(), GRAVITY * falling)
+    return bank, bank * bank
+
+
+WHOLE = np.maximum(spots(np.array([SIZE / 2, SIZE / 2])) - 0.1, 0).sum()  # mass of a ball
 
 
 def detect(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the balls: video (T, H, W, 3) in [0, 1] -> centres (3, 2, T) px and mass (3, T), 1 = a whole ball."""
-    light = np.clip(video - 0.1, 0, None).astype(np.float32)  # below 10 % is codec noise
-    weight = light.transpose(3, 0, 1, 2)
-    total = weight.sum((2, 3)) + 1e-9
+    light = np.maximum(np.ascontiguousarray(video.transpose(3, 0, 1, 2), np.float32) - 0.1, 0)  # below 10 % is codec noise
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
-    centre = np.stack([(weight.sum(2) * axis).sum(-1), (weight.sum(3) * axis).sum(-1)], 1) / total[:, None]
-    whole = np.clip(spots(np.array([SIZE / 2, SIZE / 2])) - 0.1, 0, None).sum()
-    return centre, total / whole
+    row, row_x = np.moveaxis(light @ np.stack([np.ones_like(axis), axis], 1), -1, 0)  # (3, T, H): mass, first moment
+    total = row.sum(-1) + 1e-9
+    return np.stack([row_x.sum(-1), row @ axis], 1) / total[:, None], total / WHOLE
 
 
 def nearest_valid(track: np.ndarray, seen: np.ndarray, falling: bool) -> np.ndarray:
-    """Mean squared distance (px²) along one axis from track (T,) at the frames seen (T,) to the nearest valid motion."""
-    bank = _bank(falling)[:, -len(track) :] if len(track) < FRAMES else _bank(falling)
+    """Summed squared distance (px²) along one axis from track (FRAMES,) at the frames seen (FRAMES,) to the nearest valid motion."""
+    bank, square = _bank(falling)
     w = seen.astype(np.float64)
-    distance = (w * track * track).sum() - 2 * bank @ (w * track) + (bank * bank) @ w
+    distance = (w * track * track).sum() - 2 * bank @ (w * track) + square @ w
     return max(float(distance.min()), 0.0)
 
 
@@ -161,8 +163,8 @@ def score_clip(video: np.ndarray, text: str, frames: slice = slice(None)) -> dic
         seen = there[c] & judged
         fit = sum(nearest_valid(centre[c, axis], seen, falling and axis == 1) for axis in (0, 1))
         traj.append(np.sqrt((fit + MISSING**2 * (judged & ~seen).sum()) / judged.sum()))
-        ideal = spots(centre[c].T)[judged]
-        shape.append(np.sqrt(((video[judged][..., c] - ideal) ** 2).mean()))
+        blurred = (video[judged, ..., c] - spots(centre[c].T[judged])).ravel()
+        shape.append(np.sqrt(blurred @ blurred / len(blurred)))
         step = np.diff(centre[c], axis=1)
         both = seen[1:] & seen[:-1]
         dyn.append(np.sqrt((step**2).sum(0))[both].mean() if both.any() else 0.0)
