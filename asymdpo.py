@@ -226,7 +226,7 @@ def main(cfg: Config) -> None:
             (losses.sum() / cfg.batch_size).backward()
             for name, value in summarise(cfg, prediction, metrics, losses, t, n1, n2).items():
                 sums[name] = sums.get(name, 0.0) + value
-        group.average_gradients(parameters)
+        group.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
         optimizer.step()

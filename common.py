@@ -153,7 +153,7 @@ class Group:
         if self.size > 1:
             dist.barrier()
 
-    def average_gradients(self, parameters: list[Tensor]) -> None:
+    def sum_gradients(self, parameters: list[Tensor]) -> None:
         """Sums the gradients over all processes: each process has scaled its loss by the global batch already."""
         if self.size > 1:
             flat = torch.cat([p.grad.flatten() for p in parameters])
@@ -267,7 +267,7 @@ def _identity(folder: Path) -> str:
     return hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in folder.iterdir())).encode()).hexdigest()
 
 
-NO_EFFECT = ("out", "save_every", "workers", "micro_batch")  # options that do not change a result
+NO_EFFECT = ("out", "save_every", "workers", "micro_batch", "checkpointing", "self_test")  # options that do not change a result
 
 
 class Run:

@@ -128,7 +128,7 @@ def main(cfg: Config) -> None:
             losses = continuation_loss(net, *(a.to(group.device) for a in (x0, text, noise, t, cond_mask)))
             (losses.sum() / cfg.batch_size).backward()
             total += losses.detach().sum().item()
-        group.average_gradients(parameters)
+        group.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
         optimizer.step()

@@ -6,6 +6,7 @@ A folder of shards (clips from prepare.py, pairs from make_pairs.py) holds
                               samples one after the other in `text (sum of S, text_dim)`, cut at `text_start (n + 1,)`
     shard-00000.json          its size and sha256, a row of facts (id, caption, …) for each sample, and what was rejected
     rejects.jsonl             everything rejected, and why
+    metrics.jsonl             a line a shard: numbers kept and rejected, means
     MANIFEST.json             written last
 
 Shard k holds what was kept of items k·size … (k+1)·size − 1, so it does not matter which process makes it, or when.
@@ -49,16 +50,22 @@ def shard_is_whole(folder: Path, k: int) -> bool:
     return common.fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
 
 
-def collect_rejects(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:
-    """Writes rejects.jsonl from all the shards and `more`. Returns the folder's files, and the numbers kept and rejected."""
-    files, kept, rejects = ["rejects.jsonl"], 0, list(more)
+def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:
+    """Gathers what the shards say: rejects.jsonl from all of them and `more`; metrics.jsonl, a line a shard with the numbers kept
+    and rejected and the mean of each numeric fact. Returns the folder's files, and the numbers kept and rejected in all.
+    """
+    files, metrics, rejects = ["rejects.jsonl", "metrics.jsonl"], [], list(more)
     for k in range(shards):
         facts = json.loads((folder / f"{shard_name(k)}.json").read_text())
         files += [f"{shard_name(k)}.safetensors", f"{shard_name(k)}.json"]
-        kept += len(facts["rows"])
+        rows = facts["rows"]
+        numeric = [key for key in (rows[0] if rows else ()) if isinstance(rows[0][key], int | float)]
+        means = {key: round(sum(row[key] for row in rows) / len(rows), 4) for key in numeric}
+        metrics.append({"step": k, "kept": len(rows), "rejected": len(facts["rejects"]), **means})
         rejects += facts["rejects"]
-    common.write_text(folder / "rejects.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejects))
-    return files, kept, len(rejects)
+    for name, lines in (("rejects.jsonl", rejects), ("metrics.jsonl", metrics)):
+        common.write_text(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return files, sum(m["kept"] for m in metrics), len(rejects)
 
 
 class Shards:

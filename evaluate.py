@@ -115,8 +115,8 @@ def sample_all(net, noise, text, cfg, x0=None, cond_mask=None, progress=None) ->
     return torch.cat(made)
 
 
-def sweep(net, codec, clips, cfg, bar) -> tuple[list[dict], dict]:
-    """Continues the same clips, from the same noise, from 0 … F given frames."""
+def sweep(net, codec, clips, cfg, run, bar) -> tuple[list[dict], dict]:
+    """Continues the same clips, from the same noise, from 0 … F given frames. Returns a row for each, and samples to show."""
     index = list(range(cfg.sweep_clips))
     x0, text = clips.get("x0", index), clips.text(index)
     captions = [clips.rows[i]["caption"] for i in index]
@@ -137,6 +137,7 @@ def sweep(net, codec, clips, cfg, bar) -> tuple[list[dict], dict]:
             row |= {"next_frame": round(float(error.mean()), 4), "hold": round(float(hold.mean()), 4)}
             row |= {"next_frame_last": round(float(error[:, -1].mean()), 4), "hold_last": round(float(hold[:, -1].mean()), 4)}
         rows.append(row)
+        run.log(n, **{key: value for key, value in row.items() if isinstance(value, float)})
         shown[f"sweep_{n}"] = made[:SHOWN]
     return rows, shown
 
@@ -194,12 +195,15 @@ def main(cfg: Config) -> None:
     clips, pairs = data.Shards(cfg.data, "prepare.py", cfg.split), data.Shards(cfg.pairs, "make_pairs.py")
     if cfg.sweep_clips > len(clips):
         raise UserError(f"--sweep_clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.sweep_clips}")
+    if not all(world.read_caption(row["caption"])[0] for row in clips.rows + pairs.rows):
+        raise UserError(f"{cfg.data}: expected clips of world.py, whose captions name coloured balls: their physics is what is scored")
     codec, frames = vae.load(cfg.data), clips.shape("x0")[1]
 
-    # ---- measure
+    # ---- measure; not so long that it needs checkpoints
+    run.resume()
     with run.progress(frames * cfg.sweep_clips + 3 * cfg.clips, unit="clip") as bar:
         net = model.load_continuation(cfg.base, cfg.continuation)
-        curve, shown = sweep(net, codec, clips, cfg, bar)
+        curve, shown = sweep(net, codec, clips, cfg, run, bar)
         rows, scores, more = table(cfg, codec, clips, bar)
     labels = label_accuracy(codec, pairs)
 

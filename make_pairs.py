@@ -136,7 +136,7 @@ def main(cfg: Config) -> None:
     # ---- result
     group.barrier()
     if group.main:
-        files, kept, _ = data.collect_rejects(run.folder, len(starts), [])
+        files, kept, _ = data.collect(run.folder, len(starts), [])
         print(f"make_pairs: {kept} pairs, loser given {window[0]}..{window[1]}, winner {window[2]}..{window[3]} of {frames} frames")
     run.finish(files if group.main else [], window=window, frames=frames)
 

@@ -227,7 +227,7 @@ def main(cfg: Config) -> None:
     group.barrier()
     files, kept = [], 0
     if group.main:
-        files, kept, rejected = data.collect_rejects(run.folder, len(shards), rejects)
+        files, kept, rejected = data.collect(run.folder, len(shards), rejects)
         print(f"prepare: kept {kept} clips, rejected {rejected}" + (f", see {run.folder / 'rejects.jsonl'}" if rejected else ""))
         common.write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([""])[0]})
         files += ["codec.safetensors", "negative.safetensors"]

@@ -45,6 +45,7 @@ def _read_decord(path: str, frames: int, size: tuple[int, int] | None) -> tuple[
     """The header's frame count, and the first frames."""
     import decord
 
+    decord.logging.set_level(decord.logging.QUIET)  # what goes wrong is said once, in the exception
     h, w = size or (-1, -1)
     try:
         reader = decord.VideoReader(path, width=w, height=h, num_threads=1)

@@ -132,19 +132,22 @@ def detect(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([row_x.sum(-1), row @ axis], 1) / total[:, None], total / WHOLE
 
 
-def nearest_valid(track: np.ndarray, seen: np.ndarray, falling: bool) -> np.ndarray:
-    """Summed squared distance (px²) along one axis from track (FRAMES,) at the frames seen (FRAMES,) to the nearest valid motion."""
+def distance_to_valid(track: np.ndarray, seen: np.ndarray, judged: np.ndarray, falling: bool) -> float:
+    """Summed squared distance (px²) along one axis, over the frames seen and judged, to the valid motion nearest to all frames seen.
+
+    track (FRAMES,) px; seen, judged (FRAMES,) bool.
+    """
     bank, square = _bank(falling)
     w = seen.astype(np.float64)
-    distance = (w * track * track).sum() - 2 * bank @ (w * track) + square @ w
-    return max(float(distance.min()), 0.0)
+    nearest = bank[np.argmin(square @ w - 2 * bank @ (w * track))]
+    return float(((track - nearest)[seen & judged] ** 2).sum())
 
 
 def score_clip(video: np.ndarray, text: str, frames: slice = slice(None)) -> dict[str, float]:
     """The exact score of a clip for its caption.
 
-    video (FRAMES, SIZE, SIZE, 3) float in [0, 1]. `frames` limits which frames are judged (the motion is still fitted to the
-    judged frames only). Returns
+    video (FRAMES, SIZE, SIZE, 3) float in [0, 1]. `frames` limits which frames are judged; the valid motion is the nearest
+    to the whole clip all the same, so generated frames must go on from the given ones. Returns
       traj      px: distance of the balls' centres from the nearest physically valid motion, root mean square over frames
       presence  share of (frame, colour) that are as the caption says: a prompted ball there, any other absent
       shape     root mean square difference between a ball's picture and a perfect ball at the same centre
@@ -160,8 +163,8 @@ def score_clip(video: np.ndarray, text: str, frames: slice = slice(None)) -> dic
     as_prompted = np.array([there[c] if c in colours else mass[c] < 0.25 for c in range(3)])
     traj, shape, dyn, accel = [], [], [], []
     for c in colours:
+        fit = sum(distance_to_valid(centre[c, axis], there[c], judged, falling and axis == 1) for axis in (0, 1))
         seen = there[c] & judged
-        fit = sum(nearest_valid(centre[c, axis], seen, falling and axis == 1) for axis in (0, 1))
         traj.append(np.sqrt((fit + MISSING**2 * (judged & ~seen).sum()) / judged.sum()))
         blurred = (video[judged, ..., c] - spots(centre[c].T[judged])).ravel()
         shape.append(np.sqrt(blurred @ blurred / len(blurred)))
@@ -209,6 +212,8 @@ def main(cfg: Config) -> None:
     writer.writeheader()
     writer.writerows(rows)
     common.write_text(run.folder / "metadata.csv", table.getvalue())
+    run.resume()  # an interrupted run's metrics are dropped
+    run.log(cfg.clips, motion=float(np.mean([float(row["motion score"]) for row in rows])))
     run.finish(["metadata.csv"] + [row["video"] for row in rows])
 
 
