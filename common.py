@@ -1,13 +1,14 @@
-"""What every stage needs and no stage is about: errors, whole files, the process group, the command line, the run folder.
+"""What every stage needs and no stage is about: errors, whole files, the process group, the command line, the
+run folder.
 
-Files are written to a temporary name, synced and renamed; a folder counts as whole once its MANIFEST.json, written last,
-names every file with its size and sha256. So whatever kills a run, nothing half-written is ever taken for whole.
+Files are written to a temporary name, synced and renamed; a folder counts as whole once its MANIFEST.json,
+written last, names every file with its size and sha256. So whatever kills a run, nothing half-written is ever
+taken for whole.
 """
 
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import inspect
 import json
@@ -41,7 +42,9 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path`, synced to disk, when the block ends well, and is removed when it does not."""
+    """A temporary path that becomes `path`, synced to disk, when the block ends well, and is removed when it
+    does not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -102,7 +105,8 @@ def write_manifest(folder: Path, files: list[str], **facts) -> None:
 def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict:
     """The manifest of a finished folder, after every file it names was compared with it.
 
-    made_by: the command that makes such a folder, for the error. UserError if the folder is missing, unfinished or damaged.
+    made_by: the command that makes such a folder, for the error. UserError if the folder is missing, unfinished
+    or damaged.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -117,9 +121,13 @@ def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise UserError(f"{path}: expected {expected['bytes']} bytes, got {got}; delete {folder} and run {made_by} again")
+            raise UserError(
+                f"{path}: expected {expected['bytes']} bytes, got {got}; delete {folder} and run {made_by} again"
+            )
         if verify and fingerprint(path)["sha256"] != expected["sha256"]:
-            raise UserError(f"{path}: its sha256 is not the manifest's: damaged; delete {folder} and run {made_by} again")
+            raise UserError(
+                f"{path}: its sha256 is not the manifest's: damaged; delete {folder} and run {made_by} again"
+            )
     return manifest
 
 
@@ -127,8 +135,12 @@ def commit() -> str:
     """The git commit of this code, "+" appended if the tree is changed, or "unknown"."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -183,13 +195,16 @@ def start_group() -> Group:
 
 
 def local_batch(cfg, group: Group) -> tuple[int, int]:
-    """Samples of the global batch that this process takes, and in how many forwards. UserError if it does not divide."""
+    """Samples of the global batch that this process takes, and in how many forwards.
+
+    UserError if it does not divide.
+    """
     per_process, rest = divmod(cfg.batch_size, group.size)
     micro = min(cfg.micro_batch or per_process, per_process)
     if rest or micro < 1 or per_process % micro:
         raise UserError(
-            f"batch_size {cfg.batch_size}: expected a multiple of {group.size} process(es) x micro_batch {cfg.micro_batch or 1}; "
-            "change --batch_size or --micro_batch"
+            f"batch_size {cfg.batch_size}: expected a multiple of {group.size} process(es) "
+            f"x micro_batch {cfg.micro_batch or 1}; change --batch_size or --micro_batch"
         )
     return per_process, per_process // micro
 
@@ -208,15 +223,24 @@ def parse(config: type, argv: list[str], doc: str):
         kind = hints[field.name]
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        shown = comments.get(field.name, "") + ("" if field.default in (None, "", False) else f" (default {field.default})")
-        options = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__, "default": field.default}
+        shown = comments.get(field.name, "") + (
+            "" if field.default in (None, "", False) else f" (default {field.default})"
+        )
+        options = (
+            {"action": "store_true"}
+            if kind is bool
+            else {"type": kind, "metavar": kind.__name__, "default": field.default}
+        )
         parser.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **options)
     spelled = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in argv]  # --self-test is --self_test
     return config(**vars(parser.parse_args(spelled)))
 
 
 def resolve(cfg, presets: dict[str, dict]):
-    """cfg with every field that is None set to what its preset says. UserError for an unknown preset or nothing to do."""
+    """cfg with every field that is None set to what its preset says.
+
+    UserError for an unknown preset or nothing to do.
+    """
     if cfg.preset not in presets:
         raise UserError(f"--preset: expected one of {', '.join(presets)}, got {cfg.preset!r}")
     values = {k: v for k, v in presets[cfg.preset].items() if getattr(cfg, k) is None}
@@ -244,8 +268,10 @@ def run(main: Callable, config: type, doc: str) -> None:
         while not folder.is_dir():
             folder = folder.parent
         free = shutil.disk_usage(folder).free / 2**20
-        sys.exit(_fail(f"{where}error: disk full writing {error.filename}: {free:.1f} MiB free; free some space and run the same "
-                       "command again, what was finished is kept", 2))  # fmt: skip
+        line = (
+            f"{where}error: disk full writing {error.filename}: {free:.1f} MiB free; free some space and run the same "
+        )
+        sys.exit(_fail(line + "command again, what was finished is kept", 2))
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
@@ -258,6 +284,7 @@ def _fail(line: str, code: int) -> int:
 
 # ---- run folder ------------------------------------------------------------------------------------------------------
 
+
 def _identity(folder: Path) -> str:
     """What tells an input folder from another: its manifest's sha256, or without one its files' names and sizes."""
     if (folder / MANIFEST).is_file():
@@ -267,7 +294,14 @@ def _identity(folder: Path) -> str:
     return hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in folder.iterdir())).encode()).hexdigest()
 
 
-NO_EFFECT = ("out", "save_every", "workers", "micro_batch", "checkpointing", "self_test")  # options that do not change a result
+NO_EFFECT = (
+    "out",
+    "save_every",
+    "workers",
+    "micro_batch",
+    "checkpointing",
+    "self_test",
+)  # options that do not change a result
 
 
 class Run:
@@ -287,7 +321,9 @@ class Run:
         if recipe.exists():
             self._compare(json.loads(recipe.read_text()))
         elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder}: expected an empty folder or an earlier {stage} run, got other files; use another --out")
+            raise UserError(
+                f"{self.folder}: expected an empty folder or an earlier {stage} run, got other files; use another --out"
+            )
         group.barrier()
         if group.main and not recipe.exists():
             write_json(recipe, self.facts)
@@ -301,7 +337,9 @@ class Run:
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
                 old, new, part = old.get(key), new.get(key), f"{part} {key}"
-            raise UserError(f"{self.folder} was made with {part} = {old!r}, now {new!r}; use another --out or delete the folder")
+            raise UserError(
+                f"{self.folder} was made with {part} = {old!r}, now {new!r}; use another --out or delete the folder"
+            )
 
     @property
     def done(self) -> bool:
@@ -314,7 +352,13 @@ class Run:
     def progress(self, items: int, start: int = 0, unit: str = "step") -> tqdm:
         """A progress bar with rate and time left, on the first process only."""
         return tqdm(
-            total=items, initial=start, unit=unit, desc=self.stage, disable=not self.group.main, dynamic_ncols=True, mininterval=1.0
+            total=items,
+            initial=start,
+            unit=unit,
+            desc=self.stage,
+            disable=not self.group.main,
+            dynamic_ncols=True,
+            mininterval=1.0,
         )
 
     def log(self, step: int, **metrics: float) -> None:
@@ -387,7 +431,9 @@ def read_jsonl(path: Path) -> list[dict]:
 # ---- training state --------------------------------------------------------------------------------------------------
 
 
-def pack_state(names: list[str], parameters: list[Tensor], optimizer: torch.optim.Optimizer, **more: list[Tensor]) -> dict[str, Tensor]:
+def pack_state(
+    names: list[str], parameters: list[Tensor], optimizer: torch.optim.Optimizer, **more: list[Tensor]
+) -> dict[str, Tensor]:
     """Parameters, the optimizer's moments, and more lists of tensors alongside, as one flat dict for a checkpoint."""
     state = {f"param/{n}": p for n, p in zip(names, parameters)}
     for name, p in zip(names, parameters):
@@ -397,7 +443,9 @@ def pack_state(names: list[str], parameters: list[Tensor], optimizer: torch.opti
     return state
 
 
-def unpack_state(state: dict[str, Tensor], names: list[str], parameters: list[Tensor], optimizer, **more: list[Tensor]) -> None:
+def unpack_state(
+    state: dict[str, Tensor], names: list[str], parameters: list[Tensor], optimizer, **more: list[Tensor]
+) -> None:
     """The inverse of `pack_state`, in place."""
     with torch.no_grad():
         for name, p in zip(names, parameters):

@@ -1,4 +1,5 @@
-"""Stage 1, the continuation model Φ: a frozen text-to-video model, LoRA and task prompts learn to go on from given frames.
+"""Stage 1, the continuation model Φ: a frozen text-to-video model, LoRA and task prompts learn to go on from
+given frames.
 
     M       (B, F): True on the given frames, the first n_cond, n_cond ~ U{1 … F−1}
     t'_i    = t·(1 − M_i)                         timestep masking: given frames see time 0
@@ -7,10 +8,11 @@
     L       = mean over generated frames of ‖ noise − x0 − v_Φ(x'_t, t', text, P_task) ‖²
 
     python continuation.py --base out/demo/base --data out/demo/shards --out out/demo/continuation
-    torchrun --nproc_per_node 8 continuation.py --preset 1.3b --base Wan2.1-T2V-1.3B --data shards --out out/continuation
+    torchrun --nproc_per_node 8 continuation.py --preset 1.3b --base Wan2.1-T2V-1.3B --data shards \\
+        --out out/continuation
 
-Why: a video's beginning is real whatever follows, so the same model continuing one clip from few and from many given frames
-makes a worse and a better video of the same scene. Nobody has to label them.
+Why: a video's beginning is real whatever follows, so the same model continuing one clip from few and from many
+given frames makes a worse and a better video of the same scene. Nobody has to label them.
 
 In    a model folder, shards of prepare.py
 Out   lora.safetensors, task_prompt.safetensors, metrics.jsonl
@@ -60,7 +62,9 @@ class Config:
 
 
 def draw_cond_mask(keys: list[tuple], frames: int) -> torch.Tensor:
-    """(B, F) bool with the first n_cond ~ U{1 … F−1} frames of each sample True: one given, one to generate at least."""
+    """(B, F) bool with the first n_cond ~ U{1 … F−1} frames of each sample True: one given, one to generate
+    at least.
+    """
     n_cond = [torch.randint(1, frames, (), generator=flow.generator("n_cond", *key)) for key in keys]
     return torch.arange(frames) < torch.stack(n_cond)[:, None]
 

@@ -2,9 +2,9 @@
 
 A folder of shards (clips from prepare.py, pairs from make_pairs.py) holds
 
-    shard-00000.safetensors   each field stacked over the shard's samples, e.g. `x0 (n, C, F, H, W)`; the text states of all
-                              samples one after the other in `text (sum of S, text_dim)`, cut at `text_start (n + 1,)`
-    shard-00000.json          its size and sha256, a row of facts (id, caption, …) for each sample, and what was rejected
+    shard-00000.safetensors   each field stacked over the shard's samples, e.g. `x0 (n, C, F, H, W)`; the text states
+                              of all samples in a row in `text (sum of S, text_dim)`, cut at `text_start (n + 1,)`
+    shard-00000.json          its size and sha256, a row of facts (id, caption, …) a sample, and what was rejected
     rejects.jsonl             everything rejected, and why
     metrics.jsonl             a line a shard: numbers kept and rejected, means
     MANIFEST.json             written last
@@ -30,7 +30,9 @@ def shard_name(k: int) -> str:
     return f"shard-{k:05d}"
 
 
-def write_shard(folder: Path, k: int, rows: list[dict], fields: dict[str, list[Tensor]], text: list[Tensor], rejects: list[dict]) -> None:
+def write_shard(
+    folder: Path, k: int, rows: list[dict], fields: dict[str, list[Tensor]], text: list[Tensor], rejects: list[dict]
+) -> None:
     """Writes shard k: rows[i] describes sample i, fields[name][i] and text[i] (S, text_dim) are its tensors."""
     path = folder / f"{shard_name(k)}.safetensors"
     tensors = {name: torch.stack(values) for name, values in fields.items() if values}
@@ -51,8 +53,9 @@ def shard_is_whole(folder: Path, k: int) -> bool:
 
 
 def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:
-    """Gathers what the shards say: rejects.jsonl from all of them and `more`; metrics.jsonl, a line a shard with the numbers kept
-    and rejected and the mean of each numeric fact. Returns the folder's files, and the numbers kept and rejected in all.
+    """Gathers what the shards say: rejects.jsonl from all of them and `more`; metrics.jsonl, a line a shard
+    with the numbers kept and rejected and the mean of each numeric fact. Returns the folder's files, and the
+    numbers kept and rejected in all.
     """
     files, metrics, rejects = ["rejects.jsonl", "metrics.jsonl"], [], list(more)
     for k in range(shards):
@@ -69,7 +72,10 @@ def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int
 
 
 class Shards:
-    """Random access to a finished folder of shards. `rows[i]` are the facts of sample i; tensors are read when asked for."""
+    """Random access to a finished folder of shards.
+
+    `rows[i]` are the facts of sample i; tensors are read when asked for.
+    """
 
     def __init__(self, folder: str | Path, made_by: str, split: str | None = None, verify: bool = True):
         """split: only samples whose row says so. verify: compare every file's sha256 first (let one process do it).
@@ -86,7 +92,9 @@ class Shards:
                     self._where.append((self.folder / name).with_suffix(".safetensors"))
                     row["index"] = i
         if not self.rows:
-            raise UserError(f"{folder}: expected samples{f' of split {split!r}' if split else ''}, got none; see its rejects.jsonl")
+            raise UserError(
+                f"{folder}: expected samples{f' of split {split!r}' if split else ''}, got none; see its rejects.jsonl"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +128,8 @@ class Shards:
 
 
 def batch_order(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The samples of global batch `step`: each epoch is a permutation of 0 … n−1 drawn from (seed, epoch), read on and on.
+    """The samples of global batch `step`: each epoch is a permutation of 0 … n−1 drawn from (seed, epoch), read
+    on and on.
 
     A function of its arguments alone, so a resumed run and a run on another number of processes see the same batches.
     """

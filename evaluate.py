@@ -1,13 +1,14 @@
-"""Evaluation on the embedded default's exact physics: the sweep over given frames, the pairs' labels, the table of models.
+"""Evaluation on the embedded default's exact physics: the sweep over given frames, the pairs' labels, the table
+of models.
 
-    python evaluate.py --base out/demo/base --sft out/demo/sft --asymdpo out/demo/asymdpo --continuation out/demo/continuation \\
-        --pairs out/demo/pairs --data out/demo/shards --out out/demo/eval
+    python evaluate.py --base out/demo/base --sft out/demo/sft --asymdpo out/demo/asymdpo \\
+        --continuation out/demo/continuation --pairs out/demo/pairs --data out/demo/shards --out out/demo/eval
 
-    sweep       Φ continues the same clips from 0, 1, … F given frames: does quality rise with them? Whole clip, and generated
-                frames only: part of the first is just that more of the clip is real.
+    sweep       Φ continues the same clips from 0, 1, … F given frames: does quality rise with them? Whole clip, and
+                generated frames only: part of the first is just that more of the clip is real.
     next frame  the first generated frame against the true one, in px, beside holding the last given picture
     labels      how often the exact score agrees that the winner of a pair is better
-    table       Pretrain, SFT and DynamicsBoost on the same prompts and noise, and the paired difference with its interval
+    table       Pretrain, SFT and DynamicsBoost on the same prompts and noise; the paired difference and its interval
 
 In    the folders of the other stages; clips of the embedded default, whose captions say what physics to expect
 Out   summary.json, samples.safetensors (latents shown in the report)
@@ -84,11 +85,13 @@ def paired_bootstrap(difference: np.ndarray, seed: int, draws: int = 10_000) -> 
     return {"mean": round(float(difference.mean()), 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4)}
 
 
-def centre_errors(made: np.ndarray, true: np.ndarray, held: np.ndarray, caption: str) -> tuple[list[float], list[float]]:
+def centre_errors(
+    made: np.ndarray, true: np.ndarray, held: np.ndarray, caption: str
+) -> tuple[list[float], list[float]]:
     """Distances in px of each ball's centre from the true one: in the made frames, and if the held frame just stayed.
 
-    made, true (n, h, w, 3) the same pixel frames; held (h, w, 3) the last given one; all float in [0, 1]. A ball that is not
-    there counts world.MISSING.
+    made, true (n, h, w, 3) the same pixel frames; held (h, w, 3) the last given one; all float in [0, 1]. A
+    ball that is not there counts world.MISSING.
     """
     (at, mass), (truth, _) = world.detect(made), world.detect(true)
     still, _ = world.detect(held[None])
@@ -116,7 +119,10 @@ def sample_all(net, noise, text, cfg, x0=None, cond_mask=None, progress=None) ->
 
 
 def sweep(net, codec, clips, cfg, run, bar) -> tuple[list[dict], dict]:
-    """Continues the same clips, from the same noise, from 0 … F given frames. Returns a row for each, and samples to show."""
+    """Continues the same clips, from the same noise, from 0 … F given frames.
+
+    Returns a row for each, and samples to show.
+    """
     index = list(range(cfg.sweep_clips))
     x0, text = clips.get("x0", index), clips.text(index)
     captions = [clips.rows[i]["caption"] for i in index]
@@ -135,7 +141,10 @@ def sweep(net, codec, clips, cfg, run, bar) -> tuple[list[dict], dict]:
             both = [centre_errors(g, t[first : first + 4], t[first - 1], c) for g, t, c in zip(got, true, captions)]
             error, hold = (np.array([e for pair in both for e in pair[k]]).reshape(-1, 4) for k in (0, 1))
             row |= {"next_frame": round(float(error.mean()), 4), "hold": round(float(hold.mean()), 4)}
-            row |= {"next_frame_last": round(float(error[:, -1].mean()), 4), "hold_last": round(float(hold[:, -1].mean()), 4)}
+            row |= {
+                "next_frame_last": round(float(error[:, -1].mean()), 4),
+                "hold_last": round(float(hold[:, -1].mean()), 4),
+            }
         rows.append(row)
         run.log(n, **{key: value for key, value in row.items() if isinstance(value, float)})
         shown[f"sweep_{n}"] = made[:SHOWN]
@@ -148,7 +157,12 @@ def label_accuracy(codec, pairs) -> dict[str, float]:
     captions = [row["caption"] for row in pairs.rows]
     chosen, rejected = (score(codec, pairs.get(side, index), captions)["score"] for side in ("chosen", "rejected"))
     agree = (chosen > rejected) + 0.5 * (chosen == rejected)
-    return {"accuracy": float(agree.mean()), "chosen": float(chosen.mean()), "rejected": float(rejected.mean()), "pairs": len(index)}
+    return {
+        "accuracy": float(agree.mean()),
+        "chosen": float(chosen.mean()),
+        "rejected": float(rejected.mean()),
+        "pairs": len(index),
+    }
 
 
 def load_rows(cfg, device) -> dict[str, model.DiT]:
@@ -158,11 +172,18 @@ def load_rows(cfg, device) -> dict[str, model.DiT]:
         return model.merge_lora(model.load_lora(net, Path(folder) / "lora.safetensors"))
 
     pretrain, sft, dpo = (model.load_model(cfg.base, device=device) for _ in range(3))
-    return {"Pretrain": pretrain, "SFT": with_lora(sft, cfg.sft), "DynamicsBoost": with_lora(with_lora(dpo, cfg.sft), cfg.asymdpo)}
+    return {
+        "Pretrain": pretrain,
+        "SFT": with_lora(sft, cfg.sft),
+        "DynamicsBoost": with_lora(with_lora(dpo, cfg.sft), cfg.asymdpo),
+    }
 
 
 def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
-    """Every model on the same prompts and noise: mean metrics, scores of each clip, samples to show. Real clips beside them."""
+    """Every model on the same prompts and noise: mean metrics, scores of each clip, samples to show.
+
+    Real clips beside them.
+    """
     index = [i % len(clips) for i in range(cfg.clips)]
     text, captions = clips.text(index), [clips.rows[i]["caption"] for i in index]
     keys = [("table", cfg.seed, clips.rows[i]["id"], n // len(clips)) for n, i in enumerate(index)]
@@ -177,7 +198,12 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
 
 def check_folders(cfg) -> None:
     """UserError unless every input is finished and has what is asked of it."""
-    for folder, maker in ((cfg.base, "sft.py"), (cfg.sft, "sft.py --base"), (cfg.asymdpo, "asymdpo.py"), (cfg.continuation, "continuation.py")):
+    for folder, maker in (
+        (cfg.base, "sft.py"),
+        (cfg.sft, "sft.py --base"),
+        (cfg.asymdpo, "asymdpo.py"),
+        (cfg.continuation, "continuation.py"),
+    ):
         common.read_manifest(folder, maker)
     if cfg.clips < 2 or cfg.sweep_clips < 2:
         raise UserError(f"--clips, --sweep_clips: expected at least 2 each, got {cfg.clips} and {cfg.sweep_clips}")
@@ -194,9 +220,11 @@ def main(cfg: Config) -> None:
         return
     clips, pairs = data.Shards(cfg.data, "prepare.py", cfg.split), data.Shards(cfg.pairs, "make_pairs.py")
     if cfg.sweep_clips > len(clips):
-        raise UserError(f"--sweep_clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.sweep_clips}")
+        raise UserError(
+            f"--sweep_clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.sweep_clips}"
+        )
     if not all(world.read_caption(row["caption"])[0] for row in clips.rows + pairs.rows):
-        raise UserError(f"{cfg.data}: expected clips of world.py, whose captions name coloured balls: their physics is what is scored")
+        raise UserError(f"{cfg.data}: expected clips of world.py, which name coloured balls: physics is what is scored")
     codec, frames = vae.load(cfg.data), clips.shape("x0")[1]
 
     # ---- measure; not so long that it needs checkpoints
@@ -209,17 +237,26 @@ def main(cfg: Config) -> None:
 
     # ---- result
     difference = scores["DynamicsBoost"]["score"] - scores["SFT"]["score"]
+    sweep_scores = {
+        "score": {row["n_cond"]: row["score"] for row in curve},
+        "generated": {row["n_cond"]: row["generated_score"] for row in curve[:-1]},
+    }
+    # one given picture says nothing about velocity: from two given latent frames on
     between = [row for row in curve if 2 <= row["n_cond"] <= frames - 1]
+    distances = ("next_frame", "hold", "next_frame_last", "hold_last")
     summary = {
         "label_accuracy": labels["accuracy"],
         "labels": labels,
-        "sweep": {"score": {r["n_cond"]: r["score"] for r in curve}, "generated": {r["n_cond"]: r["generated_score"] for r in curve[:-1]}},
+        "sweep": sweep_scores,
         "sweep_rows": curve,
         "table": rows,
         "asymdpo_minus_sft": paired_bootstrap(difference, cfg.seed),
-        "next_frame_error": {key: round(float(np.mean([r[key] for r in between])), 4) for key in ("next_frame", "hold", "next_frame_last", "hold_last")},
-        "clips": cfg.clips, "sweep_clips": cfg.sweep_clips, "seed": cfg.seed, "commit": common.commit(),
-    }  # fmt: skip
+        "next_frame_error": {key: round(float(np.mean([row[key] for row in between])), 4) for key in distances},
+        "clips": cfg.clips,
+        "sweep_clips": cfg.sweep_clips,
+        "seed": cfg.seed,
+        "commit": common.commit(),
+    }
     common.write_json(run.folder / "summary.json", summary)
     common.write_tensors(run.folder / "samples.safetensors", {k: v.contiguous() for k, v in {**shown, **more}.items()})
     run.finish(["summary.json", "samples.safetensors"])

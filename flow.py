@@ -4,8 +4,8 @@
     x_t = (1 − t)·x0 + t·noise            the straight path from data to noise
     v   = noise − x0 = d x_t / dt         what the network predicts
 
-Every random number is drawn from a key such as (seed, step, clip id): nothing depends on how many processes run, on the batch
-a sample falls in, or on whether the run was interrupted.
+Every random number is drawn from a key such as (seed, step, clip id): nothing depends on how many processes
+run, on the batch a sample falls in, or on whether the run was interrupted.
 """
 
 import hashlib
@@ -27,7 +27,9 @@ def draw_noise(shape: Sequence[int], keys: Sequence[tuple]) -> Tensor:
 
 
 def draw_t(keys: Sequence[tuple], mean: float | None = None, std: float = 1.0, t_shift: float = 1.0) -> Tensor:
-    """Training times (len(keys),) float32 in (0, 1): uniform, or with a mean logit-normal(mean, std); then `shift_t`."""
+    """Training times (len(keys),) float32 in (0, 1): uniform, or with a mean logit-normal(mean, std); then
+    `shift_t`.
+    """
     if mean is None:
         t = torch.stack([torch.rand((), generator=generator("t", *key)) for key in keys])
     else:
@@ -60,8 +62,8 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
 def guided(net: Callable, guidance: float, negative: Tensor | None = None) -> Callable:
     """Classifier-free guidance u + guidance·(c − u) around net(x_t, t, text, cond_mask); guidance = 1 is net itself.
 
-    `negative (S, text_dim)`: text states of the unconditional branch (empty text, or a negative prompt). The given frames
-    are given in both branches.
+    `negative (S, text_dim)`: text states of the unconditional branch (empty text, or a negative prompt). The
+    given frames are given in both branches.
     """
     if guidance == 1:
         return net
@@ -83,12 +85,18 @@ def time_grid(nfe: int, t_shift: float) -> Tensor:
 
 @torch.no_grad()
 def euler(
-    net: Callable, noise: Tensor, text: Tensor, nfe: int, t_shift: float, x0: Tensor | None = None, cond_mask: Tensor | None = None
+    net: Callable,
+    noise: Tensor,
+    text: Tensor,
+    nfe: int,
+    t_shift: float,
+    x0: Tensor | None = None,
+    cond_mask: Tensor | None = None,
 ) -> Tensor:
     """Samples x0 from noise by nfe Euler steps of dx/dt = net(x_t, t, text[, cond_mask]).
 
-    noise (B, C, F, H, W), text (B, S, text_dim). With cond_mask (B, F) bool and the clean x0, the given frames are x0's at
-    every step, so they come out bit for bit as they went in.
+    noise (B, C, F, H, W), text (B, S, text_dim). With cond_mask (B, F) bool and the clean x0, the given frames
+    are x0's at every step, so they come out bit for bit as they went in.
     """
     given = None if cond_mask is None else cond_mask[:, None, :, None, None]
     x = noise if given is None else torch.where(given, x0, noise)

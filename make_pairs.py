@@ -7,12 +7,13 @@
         winner   real  ① real    ② generated ③
         loser    real  ① generated ② generated ③
 
-    python make_pairs.py --base out/demo/base --continuation out/demo/continuation --data out/demo/shards --out out/demo/pairs
+    python make_pairs.py --base out/demo/base --continuation out/demo/continuation --data out/demo/shards \\
+        --out out/demo/pairs
     torchrun --nproc_per_node 8 make_pairs.py --preset 1.3b --base Wan2.1-T2V-1.3B --continuation out/continuation \\
         --data shards --out out/pairs
 
-Both continuations of a clip start from the same noise, so a pair differs by the number of given frames only. A pair is a
-function of (clip, N1, N2, seed). Everything stays in latents: nothing is decoded and encoded again.
+Both continuations of a clip start from the same noise, so a pair differs by the number of given frames only. A
+pair is a function of (clip, N1, N2, seed). Everything stays in latents: nothing is decoded and encoded again.
 
 In    a model folder, a finished continuation.py folder, shards of prepare.py
 Out   shards with `chosen` and `rejected` (C, F, H, W), text states, and for each pair id, caption, n1, n2
@@ -61,7 +62,10 @@ class Config:
 
 
 def windows(cfg, frames: int) -> tuple[int, int, int, int]:
-    """n1_min, n1_max, n2_min, n2_max in latent frames. UserError unless 0 ≤ n1_min ≤ n1_max < n2_min ≤ n2_max ≤ F."""
+    """n1_min, n1_max, n2_min, n2_max in latent frames.
+
+    UserError unless 0 ≤ n1_min ≤ n1_max < n2_min ≤ n2_max ≤ F.
+    """
     default = (1, math.floor(0.6 * frames), math.ceil(0.8 * frames), frames)
     given = (cfg.n1_min, cfg.n1_max, cfg.n2_min, cfg.n2_max)
     low1, high1, low2, high2 = (d if g is None else g for g, d in zip(given, default))
@@ -123,7 +127,9 @@ def main(cfg: Config) -> None:
             lengths = [draw_lengths(cfg.seed, clips.rows[i]["id"], window) for i in index]
             keys = [("pair", cfg.seed, clips.rows[i]["id"]) for i in index]
             x0, text = x0.to(group.device), text.to(group.device)
-            rejected, chosen = (continue_clips(net, x0, text, torch.tensor(n), keys, cfg, negative).cpu() for n in zip(*lengths))
+            rejected, chosen = (
+                continue_clips(net, x0, text, torch.tensor(n), keys, cfg, negative).cpu() for n in zip(*lengths)
+            )
             rows = [
                 {"id": clips.rows[i]["id"], "caption": clips.rows[i]["caption"], "n1": n1, "n2": n2, "seed": cfg.seed}
                 for i, (n1, n2) in zip(index, lengths)
@@ -137,7 +143,8 @@ def main(cfg: Config) -> None:
     group.barrier()
     if group.main:
         files, kept, _ = data.collect(run.folder, len(starts), [])
-        print(f"make_pairs: {kept} pairs, loser given {window[0]}..{window[1]}, winner {window[2]}..{window[3]} of {frames} frames")
+        given = f"loser given {window[0]}..{window[1]}, winner {window[2]}..{window[3]} of {frames} frames"
+        print(f"make_pairs: {kept} pairs, {given}")
     run.finish(files if group.main else [], window=window, frames=frames)
 
 

@@ -4,14 +4,16 @@
     v = DiT(config)(x_t, t, text)              a time for each latent frame, (B, F)
     v = DiT(config)(x_t, t, text, cond_mask)   continuation: frames with cond_mask are given (clean) and see time 0
 
-The time convention is flow.py's: t in [0, 1], 0 = data, 1 = noise; the network itself is fed 1000 t, as Wan was trained.
+The time convention is flow.py's: t in [0, 1], 0 = data, 1 = noise; the network itself is fed 1000 t, as Wan was
+trained.
 
 Read it in this order: `DiTConfig`, `DiT.forward`, `Block.forward`, then the small parts above them, LoRA, files.
 Architecture facts are from the Wan2.1 release (github.com/Wan-Video/Wan2.1, wan/modules/model.py, Apache-2.0), restated
 in this project's own code and held to its outputs by tests/test_golden.py.
 
-dtype policy, in one place: the residual stream, modulation, norms and rotary embedding are float32 (the RoPE table computed
-in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32; LoRA weights are float32 masters.
+dtype policy, in one place: the residual stream, modulation, norms and rotary embedding are float32 (the RoPE
+table computed in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32; LoRA
+weights are float32 masters.
 """
 
 import contextlib
@@ -54,7 +56,9 @@ class DiTConfig:
 
 
 PRESETS = {
-    "tiny": DiTConfig(96, 192, 3, 3, in_dim=48, out_dim=48, text_dim=32, text_len=24, freq_dim=64, patch_size=(1, 1, 1)),
+    "tiny": DiTConfig(
+        96, 192, 3, 3, in_dim=48, out_dim=48, text_dim=32, text_len=24, freq_dim=64, patch_size=(1, 1, 1)
+    ),
     "1.3b": DiTConfig(1536, 8960, 12, 30),
     "14b": DiTConfig(5120, 13824, 40, 40),
 }
@@ -71,11 +75,13 @@ class Linear(nn.Linear):
         self.lora_on = True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or not self.lora_on:
-            return y
-        # float32 masters, computed in the activations' dtype: float32 activations would be kept for backward at 30 % more memory
-        return y + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype)) * self.lora_scale
+            return F.linear(x, self.weight, self.bias)
+        if self.weight.dtype == torch.float32:  # one product; in bfloat16 the sum would round the adapter away
+            return F.linear(x, self.weight + self.lora_scale * (self.lora_B @ self.lora_A), self.bias)
+        # float32 masters, used in the activations' dtype: float32 activations would take 30 % more memory for backward
+        low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + low * self.lora_scale
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +97,10 @@ class RMSNorm(nn.Module):
 
 
 def sinusoid(position: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding (..., dim): dim/2 cosines, then dim/2 sines, of position · 10000^(−2i/dim). float64 inside."""
+    """Sinusoidal embedding (..., dim): dim/2 cosines, then dim/2 sines, of position · 10000^(−2i/dim).
+
+    float64 inside.
+    """
     half = dim // 2
     freq = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
     angle = position.double().unsqueeze(-1) * freq
@@ -105,7 +114,9 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
-    """exp(i·angle) of the 3-D rotary embedding, (F·H·W, 1, head_dim / 2) complex64 from float64; theta 10000 on each axis."""
+    """exp(i·angle) of the 3-D rotary embedding, (F·H·W, 1, head_dim / 2) complex64 from float64; theta 10000
+    on each axis.
+    """
     angles = []
     for axis, dim in enumerate(rope_split(head_dim)):
         freq = torch.pow(10000.0, -torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
@@ -122,7 +133,9 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normed q and k: self-attention with RoPE, or cross-attention to the text, without."""
+    """Multi-head attention with RMS-normed q and k: self-attention with RoPE, or cross-attention to the text,
+    without.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -142,14 +155,19 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward. Shift, scale, gate: the block's own table plus the time projection."""
+    """Self-attention, cross-attention, feed-forward.
+
+    Shift, scale, gate: the block's own table plus the time projection.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
         self.self_attn, self.cross_attn = Attention(config), Attention(config)
-        self.norm3 = nn.LayerNorm(config.dim, config.eps)  # before cross-attention; the other two norms have no parameters
+        self.norm3 = nn.LayerNorm(
+            config.dim, config.eps
+        )  # before cross-attention; the other two norms have no parameters
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
@@ -222,10 +240,10 @@ class DiT(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None = None) -> Tensor:
         """The velocity v = noise − x0 at x_t.
 
-        x_t (B, C, F, H, W); t in [0, 1], (B,) or, one for each latent frame, (B, F); text (B, S, text_dim), S ≤ text_len;
-        cond_mask (B, F) bool or None: frames that are given. With it t must be (B,): given frames see time 0 whatever t is
-        (t' = t·(1 − M)), x_t must hold them clean, and the task prompts, where there are any, are switched on.
-        Returns (B, C, F, H, W) float32. ValueError for shapes that do not fit.
+        x_t (B, C, F, H, W); t in [0, 1], (B,) or, one for each latent frame, (B, F); text (B, S, text_dim), S ≤
+        text_len; cond_mask (B, F) bool or None: frames that are given. With it t must be (B,): given frames see
+        time 0 whatever t is (t' = t·(1 − M)), x_t must hold them clean, and the task prompts, where there are
+        any, are switched on. Returns (B, C, F, H, W) float32. ValueError for shapes that do not fit.
         """
         self._check(x_t, t, text, cond_mask)
         pf, ph, pw = self.config.patch_size
@@ -233,7 +251,9 @@ class DiT(nn.Module):
         size = (F_ // pf, H // ph, W // pw)
         e, e0, row = self._time(t, size[0], cond_mask)
         context = self._context(text)
-        x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()  # (B, L, D)
+        x = (
+            self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
+        )  # (B, L, D)
         if cond_mask is not None and self.task_prompt is not None:
             prompt = self.task_prompt(cond_mask)
             if self.task_prompt.where == "context":
@@ -248,10 +268,14 @@ class DiT(nn.Module):
                 x = block(x, e0, row, context, rope)
         v = self.head(x, e, row)
         f, h, w = size
-        return rearrange(v, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
+        return rearrange(
+            v, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw
+        ).float()
 
     def _time(self, t: Tensor, F_: int, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embedding e (B, R, D), its projection e0 (B, R, 6, D), both float32, and each frame's row (B, F) of them."""
+        """Time embedding e (B, R, D), its projection e0 (B, R, 6, D), both float32, and each frame's row (B,
+        F) of them.
+        """
         B = t.shape[0]
         if cond_mask is not None:  # two rows: the time of the frames to generate, and 0
             t, row = torch.stack([t, torch.zeros_like(t)], dim=1), cond_mask.int()
@@ -279,9 +303,8 @@ class DiT(nn.Module):
     def _check(self, x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None) -> None:
         c = self.config
         if x_t.ndim != 5 or x_t.shape[1] != c.in_dim or any(n % p for n, p in zip(x_t.shape[2:], c.patch_size)):
-            raise ValueError(
-                f"x_t: expected (B, {c.in_dim}, F, H, W) with F, H, W divisible by {c.patch_size}, got {tuple(x_t.shape)}"
-            )
+            wanted = f"(B, {c.in_dim}, F, H, W) with F, H, W divisible by {c.patch_size}"
+            raise ValueError(f"x_t: expected {wanted}, got {tuple(x_t.shape)}")
         B, F_ = x_t.shape[0], x_t.shape[2]
         shapes = [(B,)] if cond_mask is not None else [(B,), (B, F_)]
         if tuple(t.shape) not in shapes:
@@ -298,7 +321,8 @@ class DiT(nn.Module):
 def init_from_scratch(net: DiT, seed: int) -> DiT:
     """Random weights for training a small base: PyTorch's Linear init, no modulation at first. Returns net.
 
-    Wan's own init (Xavier, normal(0.02) embeddings, zero head) is made for long runs and learns several times slower here.
+    Wan's own init (Xavier, normal(0.02) embeddings, zero head) is made for long runs and learns several times
+    slower here.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -385,14 +409,17 @@ def save_model(net: DiT, folder: str | Path) -> list[str]:
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
     """The model of a folder in Wan's original layout: config.json beside one .safetensors file or several.
 
-    UserError if the folder has no such files, or if their tensors are not those of the configuration, by name and shape.
+    UserError if the folder has no such files, or if their tensors are not those of the configuration, by name
+    and shape.
     """
     path = Path(path)
     if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
         common.read_manifest(path, "sft.py")
     files = sorted(path.glob("*.safetensors"))
     if not (path / "config.json").is_file() or not files:
-        raise UserError(f"{path}: expected a folder with config.json and *.safetensors, in Wan2.1's layout; found no such files")
+        raise UserError(
+            f"{path}: expected a folder with config.json and *.safetensors, in Wan2.1's layout; found no such files"
+        )
     fields = {f.name for f in dataclasses.fields(DiTConfig)}
     config = {k: v for k, v in json.loads((path / "config.json").read_text()).items() if k in fields}
     if "patch_size" in config:
@@ -407,7 +434,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     if wrong:
         got = tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "nothing"
         want = tuple(expected[wrong[0]]) if wrong[0] in expected else "no such tensor"
-        raise UserError(f"{path}: expected the tensors that its config.json describes; {wrong[0]}: expected {want}, got {got}")
+        raise UserError(
+            f"{path}: expected the tensors that its config.json describes; {wrong[0]}: expected {want}, got {got}"
+        )
     net.load_state_dict(tensors, assign=True)
     return net.requires_grad_(False)
 
@@ -433,8 +462,15 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
     for name in sorted(names):
         layer = linears.get(name)
         A, B = (tensors.get(f"{LORA_PREFIX}{name}.lora_{x}.weight") for x in "AB")
-        if layer is None or A is None or B is None or (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features):
-            raise UserError(f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it")
+        if (
+            layer is None
+            or A is None
+            or B is None
+            or (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features)
+        ):
+            raise UserError(
+                f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it"
+            )
         device = layer.weight.device
         layer.lora_A, layer.lora_B = nn.Parameter(A.float().to(device)), nn.Parameter(B.float().to(device))
         layer.lora_scale = 1.0
@@ -444,7 +480,10 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
 
 
 def add_task_prompt(net: DiT, frames: int, where: str = "context") -> DiT:
-    """Gives net zero task prompts for up to `frames` latent frames: from now on cond_mask switches them on. Returns net."""
+    """Gives net zero task prompts for up to `frames` latent frames: from now on cond_mask switches them on.
+
+    Returns net.
+    """
     net.task_prompt = TaskPrompt(frames, net.config.dim, where).to(net.patch_embedding.weight.device)
     return net
 
@@ -465,8 +504,12 @@ def load_task_prompt(net: DiT, path: str | Path) -> DiT:
     return net
 
 
-def load_continuation(base: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
-    """The continuation model Φ, frozen: the base with the LoRA of a continuation.py folder fused in, and its task prompts."""
+def load_continuation(
+    base: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiT:
+    """The continuation model Φ, frozen: the base with the LoRA of a continuation.py folder fused in, and its
+    task prompts.
+    """
     net = load_model(base, dtype, device)
     merge_lora(load_lora(net, Path(folder) / "lora.safetensors"))
     if (Path(folder) / "task_prompt.safetensors").exists():

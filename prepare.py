@@ -2,16 +2,18 @@
 
     python prepare.py --videos out/demo/clips --out out/demo/shards
 
-The folder's captions come from metadata.csv (columns `video,caption`, as in OpenVid-1M), metadata.jsonl (the same keys), or a
-`name.txt` beside each `name.mp4`. Each clip's first frames are read by decord, resized, encoded and stored; the clips are
-dealt to the splits train (base and continuation model), align (pairs and cold start) and eval by a hash of their id.
+The folder's captions come from metadata.csv (columns `video,caption`, as in OpenVid-1M), metadata.jsonl (the
+same keys), or a `name.txt` beside each `name.mp4`. Each clip's first frames are read by decord, resized,
+encoded and stored; the clips are dealt to the splits train (base and continuation model), align (pairs and cold
+start) and eval by a hash of their id.
 
-The tiny preset's VAE is a linear codec fitted on the train clips and stored beside the shards; its text states are fixed word
-vectors.
+The tiny preset's VAE is a linear codec fitted on the train clips and stored beside the shards; its text states
+are fixed word vectors.
 
 In    a folder of videos
 Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, caption, split, motion, video;
-      codec.safetensors, negative.safetensors (text states of the empty caption), rejects.jsonl (what was left out, and why)
+      codec.safetensors, negative.safetensors (text states of the empty caption), rejects.jsonl (what was left
+      out, and why)
 Cost  decoding, and one encoder pass a clip
 """
 
@@ -47,7 +49,7 @@ class Config:
     exact: bool = False  # reject a video that has more frames than that, too
     height: int | None = None  # px that the picture is resized to
     width: int | None = None  # px that the picture is resized to
-    motion: str = "frames"  # motion score: frames (mean absolute difference of neighbouring frames, 0 … 255) or column (csv's `motion score`)
+    motion: str = "frames"  # score: frames (mean absolute difference of neighbours, 0 … 255) or column (`motion score`)
     min_motion: float = 0.0  # reject clips whose motion score is lower
     max_motion: float = float("inf")  # reject clips whose motion score is higher
     train: float = 0.6  # share of the clips for base and continuation model
@@ -70,7 +72,9 @@ class Item:
 def read_rows(folder: Path) -> tuple[str, list[dict]]:
     """Name of the metadata and its rows, dicts with `video` and `caption`. UserError if there is nothing to read."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder of videos, got {'a file' if folder.exists() else 'no such folder'}")
+        raise UserError(
+            f"{folder}: expected a folder of videos, got {'a file' if folder.exists() else 'no such folder'}"
+        )
     if (folder / "metadata.csv").is_file():
         with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as f:
             try:
@@ -88,11 +92,17 @@ def read_rows(folder: Path) -> tuple[str, list[dict]]:
         rows = [row for row in rows if row is not None]
     else:
         name, rows = "name.txt", []
-        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".mp4", ".mkv", ".webm", ".mov", ".avi")):
+        for path in sorted(
+            p for p in folder.rglob("*") if p.suffix.lower() in (".mp4", ".mkv", ".webm", ".mov", ".avi")
+        ):
             caption = path.with_suffix(".txt")
-            rows.append({"video": str(path.relative_to(folder)), "caption": caption.read_text() if caption.is_file() else ""})
+            rows.append(
+                {"video": str(path.relative_to(folder)), "caption": caption.read_text() if caption.is_file() else ""}
+            )
     if not rows:
-        raise UserError(f"{folder}: expected videos with metadata.csv, metadata.jsonl or name.mp4 + name.txt, found none")
+        raise UserError(
+            f"{folder}: expected videos with metadata.csv, metadata.jsonl or name.mp4 + name.txt, found none"
+        )
     for column in ("video", "caption"):
         if not isinstance(rows[0], dict) or column not in rows[0]:
             raise UserError(f"{folder / name}: expected the columns video,caption, got {', '.join(map(str, rows[0]))}")
@@ -114,14 +124,18 @@ def problem(folder: Path, row: dict, seen: set[str]) -> str | None:
 
 
 def read_items(cfg) -> tuple[list[Item], list[dict]]:
-    """The usable rows in file order, and the rejected ones. UserError at the first bad row unless cfg.bad_rows is reject."""
+    """The usable rows in file order, and the rejected ones.
+
+    UserError at the first bad row unless cfg.bad_rows is reject.
+    """
     folder = Path(cfg.videos)
     name, rows = read_rows(folder)
     items, rejects, seen = [], [], set()
     for number, row in enumerate(rows, 1):
         reason = problem(folder, row, seen)
         if reason and cfg.bad_rows != "reject":
-            raise UserError(f"{folder / name} row {number} ({row['video']!r}): {reason}; mend it, or leave such rows out with --bad_rows reject")
+            where = f"{folder / name} row {number} ({row['video']!r})"
+            raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad_rows reject")
         if reason:
             rejects.append({"video": row["video"], "reason": reason})
             continue
@@ -170,8 +184,8 @@ def fit_codec(cfg, items: list[Item], path: Path, pool) -> None:
         if len(clips) >= FIT_CLIPS:
             break
     if len(clips) < 2:
-        raise UserError(f"{cfg.videos}: expected at least 2 usable videos, got {len(clips)}; the first is rejected: {read(cfg, order[0])}"
-                        if order and not clips else f"{cfg.videos}: expected at least 2 usable videos, got {len(clips)}")  # fmt: skip
+        first = next((f"; {i.path.name}: {r}" for i in order if isinstance(r := read(cfg, i), str)), "")
+        raise UserError(f"{cfg.videos}: expected at least 2 usable videos, got {len(clips)}{first}")
     vae.LinearVAE.fit(torch.stack(clips[:FIT_CLIPS])).save(path)
 
 
@@ -196,13 +210,16 @@ def main(cfg: Config) -> None:
     cfg = common.resolve(cfg, PRESETS)
     group = common.start_group()
     if cfg.frames % 4 != 1 or cfg.frames < 5:
-        raise UserError(f"--frames: expected 4k+1 and at least 5 (a latent frame holds 4), got {cfg.frames}; try {cfg.frames // 4 * 4 + 1}")
+        near = max(5, cfg.frames // 4 * 4 + 1)
+        raise UserError(f"--frames: expected 4k+1 (a latent frame holds 4), at least 5, got {cfg.frames}; try {near}")
     if cfg.height % vae.PATCH or cfg.width % vae.PATCH:
         raise UserError(f"--height, --width: expected multiples of {vae.PATCH}, got {cfg.height} x {cfg.width}")
     if cfg.train < 0 or cfg.align < 0 or cfg.train + cfg.align > 1:
         raise UserError(f"--train, --align: expected shares that add up to at most 1, got {cfg.train} and {cfg.align}")
     if cfg.motion not in ("frames", "column") or cfg.bad_rows not in ("stop", "reject"):
-        raise UserError(f"expected --motion frames or column and --bad_rows stop or reject, got {cfg.motion} and {cfg.bad_rows}")
+        raise UserError(
+            f"expected --motion frames or column and --bad_rows stop or reject, got {cfg.motion} and {cfg.bad_rows}"
+        )
     items, rejects = read_items(cfg)
     run = common.Run(cfg, "prepare", group)
     if run.done:
@@ -228,7 +245,10 @@ def main(cfg: Config) -> None:
     files, kept = [], 0
     if group.main:
         files, kept, rejected = data.collect(run.folder, len(shards), rejects)
-        print(f"prepare: kept {kept} clips, rejected {rejected}" + (f", see {run.folder / 'rejects.jsonl'}" if rejected else ""))
+        print(
+            f"prepare: kept {kept} clips, rejected {rejected}"
+            + (f", see {run.folder / 'rejects.jsonl'}" if rejected else "")
+        )
         common.write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([""])[0]})
         files += ["codec.safetensors", "negative.safetensors"]
     run.finish(files, clips=kept)

@@ -2,7 +2,7 @@
 
     python sample.py --prompt "a red ball and a blue ball fall" --lora out/demo/sft,out/demo/asymdpo --out out/samples
     python sample.py --prompts prompts.txt --samples 4 --out out/samples
-    python sample.py --prompt "a green ball floats" --continuation out/demo/continuation --video clip.mp4 --n_cond 4 --out out/samples
+    python sample.py --prompt "a green ball floats" --continuation out/demo/continuation --video clip.mp4 --n_cond 4
 
 In    a model folder; folders with a lora.safetensors to fuse into it, in order; the codec beside the shards
 Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl
@@ -65,7 +65,9 @@ def given_frames(cfg, codec) -> torch.Tensor:
     """Latents (C, F, H, W) of --video, of which the first n_cond frames will be given."""
     frames = (cfg.frames - 1) // 4 + 1
     if not cfg.video or not 1 <= cfg.n_cond < frames:
-        raise UserError(f"--continuation needs --video, and --n_cond from 1 to {frames - 1}; got {cfg.video!r} and {cfg.n_cond}")
+        raise UserError(
+            f"--continuation needs --video, and --n_cond from 1 to {frames - 1}; got {cfg.video!r} and {cfg.n_cond}"
+        )
     needed = 1 + 4 * (cfg.n_cond - 1)
     try:
         clip = video.read_clip(cfg.video, needed, (cfg.height, cfg.width))
@@ -92,7 +94,9 @@ def main(cfg: Config) -> None:
     group = common.start_group()
     prompts = read_prompts(cfg)
     if cfg.frames % 4 != 1 or cfg.frames < 5 or cfg.height % vae.PATCH or cfg.width % vae.PATCH:
-        raise UserError(f"expected 4k+1 frames and sides that {vae.PATCH} divides, got {cfg.frames} of {cfg.height} x {cfg.width}")
+        raise UserError(
+            f"expected 4k+1 frames and sides that {vae.PATCH} divides, got {cfg.frames} of {cfg.height} x {cfg.width}"
+        )
     common.read_manifest(cfg.data, "prepare.py", verify=False)
     codec = vae.load(cfg.data)
     net = load(cfg, group.device)

@@ -2,11 +2,13 @@
 
     L = mean ‖ noise − x0 − v_θ(x_t, t, text) ‖²,   x_t = (1 − t)·x0 + t·noise
 
-    python sft.py --data out/demo/shards --out out/demo/base --split train                         # from scratch, all weights
-    python sft.py --data out/demo/shards --out out/demo/sft --split align --base out/demo/base     # LoRA cold start
-    torchrun --nproc_per_node 8 sft.py --preset 1.3b --base Wan2.1-T2V-1.3B --data shards --split align --out out/sft
+    python sft.py --data out/demo/shards --out out/demo/base --split train                   # from scratch
+    python sft.py --data out/demo/shards --out out/demo/sft --split align --base out/demo/base  # LoRA cold start
+    torchrun --nproc_per_node 8 sft.py --preset 1.3b --base Wan2.1-T2V-1.3B --data shards \\
+        --split align --out out/sft
 
-Why: every DPO variant starts from one and the same cold start, so that what DPO adds is not just more training on these clips.
+Why: every DPO variant starts from one and the same cold start, so that what DPO adds is not just more training
+on these clips.
 
 In    shards of prepare.py; with --base, a model folder (config.json + *.safetensors, Wan2.1's names)
 Out   lora.safetensors, or with all weights trained config.json + diffusion_pytorch_model.safetensors; metrics.jsonl
@@ -15,7 +17,6 @@ Cost  one forward and backward a clip and step
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 
@@ -58,7 +59,10 @@ class Config:
 
 
 def flow_loss(net, x0, text, noise, t):
-    """‖v − v_θ‖² averaged over C, F, H, W: (B,) float32. x0, noise (B, C, F, H, W), text (B, S, text_dim), t (B,)."""
+    """‖v − v_θ‖² averaged over C, F, H, W: (B,) float32.
+
+    x0, noise (B, C, F, H, W), text (B, S, text_dim), t (B,).
+    """
     error = net(flow.add_noise(x0, noise, t), t, text) - flow.velocity(x0, noise)
     return error.square().mean(dim=(1, 2, 3, 4))
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 
 class WordVectors:
-    """A standard normal vector for each word, drawn from the word itself: the same on every machine and in every run."""
+    """A standard normal vector for each word, drawn from the word itself: the same on every machine and in
+    every run.
+    """
 
     dim = 32  # the tiny preset's text_dim
     max_len = 11  # its text_len of 24, less 13 slots for the task prompts of 13 latent frames

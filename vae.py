@@ -3,8 +3,8 @@
     encode(video (B, 3, 4k+1, h, w) in [-1, 1]) -> x0 (B, C, k+1, H, W)
     decode(x0) -> video, clamped to [-1, 1]
 
-Latent frame 0 is pixel frame 0; latent frame i is pixel frames 4i−3 … 4i. So a prefix of latent frames is exactly a prefix
-of pixel frames, and no latent frame sees a later pixel.
+Latent frame 0 is pixel frame 0; latent frame i is pixel frames 4i−3 … 4i. So a prefix of latent frames is
+exactly a prefix of pixel frames, and no latent frame sees a later pixel.
 
 `LinearVAE` is the tiny preset's: a PCA of picture patches, fitted in seconds on the clips themselves.
 """
@@ -22,11 +22,13 @@ PATCH = 32  # px, side of LinearVAE's patches
 
 
 class LinearVAE:
-    """A linear codec: each patch of one colour channel, alone (first frame) or over 4 frames, by its first principal components.
+    """A linear codec: each patch of one colour channel, alone (first frame) or over 4 frames, by its first
+    principal components.
 
-    Colour channels and patches share one basis. Latent channel = colour · components + component. One scale for all components
-    makes the mean variance 1 and keeps distances: scaled to unit variance each, the faint components, which nobody sees,
-    would weigh as much as the ball's position, and a model learns visibly slower.
+    Colour channels and patches share one basis. Latent channel = colour · components + component. One scale for
+    all components makes the mean variance 1 and keeps distances: scaled to unit variance each, the faint
+    components, which nobody sees, would weigh as much as the ball's position, and a model learns visibly
+    slower.
     """
 
     def __init__(self, tensors: dict[str, Tensor]):
@@ -44,14 +46,19 @@ class LinearVAE:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # svd_lowrank starts from a random subspace
                 _, s, basis = torch.svd_lowrank(flat - mean, q=components + 8, niter=4)
-            sign = basis[basis.abs().argmax(0), torch.arange(basis.shape[1])].sign()  # a basis vector's sign is free: pin it
+            sign = basis[
+                basis.abs().argmax(0), torch.arange(basis.shape[1])
+            ].sign()  # a basis vector's sign is free: pin it
             tensors[f"{name}.mean"] = mean
             tensors[f"{name}.basis"] = (basis * sign)[:, :components].contiguous()
             tensors[f"{name}.scale"] = s[:components].square().mean().sqrt() / (len(flat) - 1) ** 0.5
         return codec
 
     def encode(self, video: Tensor) -> Tensor:
-        """video (B, 3, 4k+1, h, w) in [-1, 1] -> x0 (B, 3·components, k+1, h / PATCH, w / PATCH). ValueError for other lengths."""
+        """video (B, 3, 4k+1, h, w) in [-1, 1] -> x0 (B, 3·components, k+1, h / PATCH, w / PATCH).
+
+        ValueError for other lengths.
+        """
         coded = []
         for name, x in zip(("first", "group"), self._patches(video)):
             mean, basis, scale = (self.tensors[f"{name}.{part}"] for part in ("mean", "basis", "scale"))

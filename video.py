@@ -1,6 +1,7 @@
 """Pictures from and to video files: decord reads, PyAV writes.
 
-Frames are (T, h, w, 3) uint8 RGB arrays. Where decord has no wheel (it has none for ARM), PyAV reads too, and says so once.
+Frames are (T, h, w, 3) uint8 RGB arrays. Where decord has no wheel (it has none for ARM), PyAV reads too, and
+says so once.
 """
 
 import functools
@@ -76,7 +77,9 @@ def _read_av(path: str, frames: int, size: tuple[int, int] | None) -> tuple[int,
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip()[:160] for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return next(
+        (line.strip()[:160] for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
+    )
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12) -> None:

@@ -2,10 +2,11 @@
 
     python world.py --out out/demo/clips --clips 3000 --seed 0
 
-A clip is 49 frames of 64×64 px at 16 fps. A ball is a Gaussian spot in one pure colour channel (red, green or blue; the
-channels add up, so balls that overlap stay separable), moves in a straight line or falls, bounces elastically off the walls
-and does not touch the other ball. So each axis of each ball moves on its own, and the nearest physically valid motion to any
-observed one is a look-up in a table of all of them: the score needs no learned model.
+A clip is 49 frames of 64×64 px at 16 fps. A ball is a Gaussian spot in one pure colour channel (red, green or
+blue; the channels add up, so balls that overlap stay separable), moves in a straight line or falls, bounces
+elastically off the walls and does not touch the other ball. So each axis of each ball moves on its own, and the
+nearest physically valid motion to any observed one is a look-up in a table of all of them: the score needs no
+learned model.
 
 Out: `<out>/<id>.mp4` (H.264), `<out>/metadata.csv` with OpenVid-1M's columns, `MANIFEST.json`. About 3 KB a clip.
 
@@ -49,10 +50,13 @@ class Config:
 # ---- physics ---------------------------------------------------------------------------------------------------------
 
 
-def simulate(position: np.ndarray, velocity: np.ndarray, gravity: np.ndarray | float, frames: int = FRAMES) -> np.ndarray:
+def simulate(
+    position: np.ndarray, velocity: np.ndarray, gravity: np.ndarray | float, frames: int = FRAMES
+) -> np.ndarray:
     """Positions (..., frames) of balls along one axis: constant acceleration, elastic walls, exact bounce times.
 
-    position, velocity (...,) at frame 0 in px and px/frame; gravity broadcasts against them. At most one bounce a frame.
+    position, velocity (...,) at frame 0 in px and px/frame; gravity broadcasts against them. At most one bounce
+    a frame.
     """
     p, v, g = (np.array(a, np.float64) for a in np.broadcast_arrays(position, velocity, gravity))
     track = [p]
@@ -79,7 +83,10 @@ def draw_motion(rng: np.random.Generator, balls: int, falling: bool) -> np.ndarr
 
 
 def spots(tracks: np.ndarray) -> np.ndarray:
-    """Pictures (..., SIZE, SIZE) float32 in [0, 1] of one ball each at tracks (..., 2) in px. Pixel centres are at i + 0.5."""
+    """Pictures (..., SIZE, SIZE) float32 in [0, 1] of one ball each at tracks (..., 2) in px.
+
+    Pixel centres are at i + 0.5.
+    """
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
     x, y = (np.exp(-0.5 * ((axis - tracks[..., i, None]) / RADIUS) ** 2).astype(np.float32) for i in (0, 1))
     return y[..., :, None] * x[..., None, :]
@@ -113,7 +120,9 @@ def make_clip(seed: int, index: int) -> tuple[np.ndarray, str, np.ndarray]:
 
 @functools.cache
 def _bank(falling: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Every valid motion along one axis, on a grid: 53 positions × 60 velocities -> (3180, FRAMES) px, and its square."""
+    """Every valid motion along one axis, on a grid: 53 positions × 60 velocities -> (3180, FRAMES) px, and
+    its square.
+    """
     speed = np.linspace(*SPEED, 30)
     position, velocity = np.meshgrid(np.linspace(*WALLS, 53), np.concatenate([-speed, speed]), indexing="ij")
     bank = simulate(position.ravel(), velocity.ravel(), GRAVITY * falling)
@@ -125,7 +134,9 @@ WHOLE = np.maximum(spots(np.array([SIZE / 2, SIZE / 2])) - 0.1, 0).sum()  # mass
 
 def detect(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the balls: video (T, H, W, 3) in [0, 1] -> centres (3, 2, T) px and mass (3, T), 1 = a whole ball."""
-    light = np.maximum(np.ascontiguousarray(video.transpose(3, 0, 1, 2), np.float32) - 0.1, 0)  # below 10 % is codec noise
+    light = np.maximum(
+        np.ascontiguousarray(video.transpose(3, 0, 1, 2), np.float32) - 0.1, 0
+    )  # below 10 % is codec noise
     axis = np.arange(SIZE, dtype=np.float32) + 0.5
     row, row_x = np.moveaxis(light @ np.stack([np.ones_like(axis), axis], 1), -1, 0)  # (3, T, H): mass, first moment
     total = row.sum(-1) + 1e-9
@@ -133,7 +144,8 @@ def detect(video: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distance_to_valid(track: np.ndarray, seen: np.ndarray, judged: np.ndarray, falling: bool) -> float:
-    """Summed squared distance (px²) along one axis, over the frames seen and judged, to the valid motion nearest to all frames seen.
+    """Summed squared distance (px²) along one axis, over the frames seen and judged, to the valid motion
+    nearest to all frames seen.
 
     track (FRAMES,) px; seen, judged (FRAMES,) bool.
     """
@@ -146,11 +158,11 @@ def distance_to_valid(track: np.ndarray, seen: np.ndarray, judged: np.ndarray, f
 def score_clip(video: np.ndarray, text: str, frames: slice = slice(None)) -> dict[str, float]:
     """The exact score of a clip for its caption.
 
-    video (FRAMES, SIZE, SIZE, 3) float in [0, 1]. `frames` limits which frames are judged; the valid motion is the nearest
-    to the whole clip all the same, so generated frames must go on from the given ones. Returns
-      traj      px: distance of the balls' centres from the nearest physically valid motion, root mean square over frames
+    video (FRAMES, SIZE, SIZE, 3) float in [0, 1]. `frames` limits which frames are judged; the valid motion is
+    the nearest to the whole clip all the same, so generated frames must go on from the given ones. Returns
+      traj      px: distance of the balls' centres from the nearest physically valid motion, rms over frames
       presence  share of (frame, colour) that are as the caption says: a prompted ball there, any other absent
-      shape     root mean square difference between a ball's picture and a perfect ball at the same centre
+      shape     rms difference between a ball's picture and a perfect ball at the same centre
       dyn       px/frame: mean distance that a ball's centre moves from one frame to the next
       accel     px/frame²: median second difference of the centres
       score     −traj/4 − 2·(1 − presence) − 10·shape; higher is better
@@ -183,7 +195,9 @@ def score_clip(video: np.ndarray, text: str, frames: slice = slice(None)) -> dic
 
 # ---- the data set ----------------------------------------------------------------------------------------------------
 
-COLUMNS = "video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds".split(",")
+COLUMNS = "video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds".split(
+    ","
+)
 
 
 def write_clip(folder: str, seed: int, index: int) -> dict:

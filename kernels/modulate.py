@@ -4,7 +4,8 @@
     residual_ln_modulate  x_out = x + gate[row] * h,   y = LN(x_out) * (1 + scale[row]) + shift[row]
     gate_residual         x_out = x + gate[row] * h
 
-LN has no affine part; its statistics, the modulation and every product with it are float32, whatever the stream's dtype.
+LN has no affine part; its statistics, the modulation and every product with it are float32, whatever the
+stream's dtype.
 
 Where it is used: every block of model.py. `row (B, F)` says which row of the table `(B, R, D)` a latent frame takes:
 
@@ -15,8 +16,8 @@ Where it is used: every block of model.py. `row (B, F)` says which row of the ta
 The table is never expanded to the L = F * (tokens a frame) tokens: a token of frame f reads row[b, f] of it. At
 Wan2.1-1.3B and 49x288x512 that is 74 KB a sample and block at R = 2, where a table for each token takes 276 MB.
 
-The functions named `*_ref` are the definition, in PyTorch; they run on CPU and on CUDA, and autograd differentiates them.
-The file needs torch only and works copied alone.
+The functions named `*_ref` are the definition, in PyTorch; they run on CPU and on CUDA, and autograd
+differentiates them. The file needs torch only and works copied alone.
 """
 
 import torch
@@ -47,7 +48,9 @@ def ln_modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: f
 def gate_residual_ref(x: Tensor, h: Tensor, gate: Tensor | None, row: Tensor) -> Tensor:
     if gate is None:
         return x + h
-    return torch.addcmul(_by_frame(x, row).float(), _take(gate, row), _by_frame(h, row).float()).flatten(1, 2).to(x.dtype)
+    return (
+        torch.addcmul(_by_frame(x, row).float(), _take(gate, row), _by_frame(h, row).float()).flatten(1, 2).to(x.dtype)
+    )
 
 
 def residual_ln_modulate_ref(
@@ -76,7 +79,9 @@ def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor |
         if table.ndim != 3 or table.shape[0] != B or table.shape[2] != D or len(set(rows.values())) != 1:
             raise ValueError(f"{name}: expected (B={B}, R, D={D}), one R for all tables, got {tuple(table.shape)}")
         if table.device != x.device or row.device != x.device:
-            raise ValueError(f"expected one device for all, got x on {x.device}, {name} on {table.device}, row on {row.device}")
+            raise ValueError(
+                f"expected one device for all, got x on {x.device}, {name} on {table.device}, row on {row.device}"
+            )
 
 
 def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6) -> Tensor:

@@ -5,12 +5,13 @@
     S         = Σ_{i ≥ start} (d_i^w − d_i^l),   K = F − start              w: winner, l: loser
     outside:  loss = softplus(β·S) / K            inside:  loss = softplus(β·S / K)
 
-Frames before `start` are selected away, never multiplied by zero: whatever stands there, NaN included, reaches neither the
-loss nor a gradient, and the gradient there is exactly 0. d is accumulated as the product of differences, not as the
-difference of two errors: exactly 0 where policy equals reference, and far closer to float64 near it.
+Frames before `start` are selected away, never multiplied by zero: whatever stands there, NaN included, reaches
+neither the loss nor a gradient, and the gradient there is exactly 0. d is accumulated as the product of
+differences, not as the difference of two errors: exactly 0 where policy equals reference, and far closer to
+float64 near it.
 
-Where it is used: asymdpo.py. `region_dpo_ref` is the definition, in PyTorch, and runs on CPU and CUDA. The file needs torch
-only and works copied alone.
+Where it is used: asymdpo.py. `region_dpo_ref` is the definition, in PyTorch, and runs on CPU and CUDA. The file
+needs torch only and works copied alone.
 """
 
 import torch
@@ -47,15 +48,17 @@ def region_dpo(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of each pair.
 
-    v_*, ref_*, target_* (B, C, F, H, W) floating point: velocity of policy and reference, and noise − x0, for the winner (w)
-    and the loser (l); start (B,) integer in 0 … F−1: first frame in the loss; beta > 0; form "outside" or "inside".
-    Returns loss (B,) float32 and detached (B,) metrics: `err/{w,l}_{policy,ref}` averaged over frames ≥ start, `S`, and
-    `margin` = −β·S/K, positive where the policy prefers the winner. ValueError for shapes or values that do not fit.
+    v_*, ref_*, target_* (B, C, F, H, W) floating point: velocity of policy and reference, and noise − x0, for
+    the winner (w) and the loser (l); start (B,) integer in 0 … F−1: first frame in the loss; beta > 0; form
+    "outside" or "inside". Returns loss (B,) float32 and detached (B,) metrics: `err/{w,l}_{policy,ref}`
+    averaged over frames ≥ start, `S`, and `margin` = −β·S/K, positive where the policy prefers the winner.
+    ValueError for shapes or values that do not fit.
     """
     tensors = {"v_w": v_w, "v_l": v_l, "ref_w": ref_w, "ref_l": ref_l, "target_w": target_w, "target_l": target_l}
     for name, a in tensors.items():
         if a.ndim != 5 or a.shape != v_w.shape or not a.is_floating_point() or a.device != v_w.device:
-            raise ValueError(f"{name}: expected floating point {tuple(v_w.shape)} on {v_w.device}, got {a.dtype} {tuple(a.shape)} on {a.device}")
+            got = f"{a.dtype} {tuple(a.shape)} on {a.device}"
+            raise ValueError(f"{name}: expected floating point {tuple(v_w.shape)} on {v_w.device}, got {got}")
     frames = v_w.shape[2]
     if start.shape != v_w.shape[:1] or start.is_floating_point():
         raise ValueError(f"start: expected integers ({v_w.shape[0]},), got {start.dtype} {tuple(start.shape)}")
