@@ -53,6 +53,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # writing and syncing name no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -114,17 +117,15 @@ def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict
         raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; run {made_by} first")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except (ValueError, KeyError, TypeError):
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / MANIFEST}: expected a manifest, got damaged text; make the folder again") from None
-    for name, expected in files.items():
+    for name, (size, sha256) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+        if not path.is_file() or path.stat().st_size != size:
             got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise UserError(
-                f"{path}: expected {expected['bytes']} bytes, got {got}; delete {folder} and run {made_by} again"
-            )
-        if verify and fingerprint(path)["sha256"] != expected["sha256"]:
+            raise UserError(f"{path}: expected {size} bytes, got {got}; delete {folder} and run {made_by} again")
+        if verify and fingerprint(path)["sha256"] != sha256:
             raise UserError(
                 f"{path}: its sha256 is not the manifest's: damaged; delete {folder} and run {made_by} again"
             )
@@ -245,7 +246,7 @@ def resolve(cfg, presets: dict[str, dict]):
         raise UserError(f"--preset: expected one of {', '.join(presets)}, got {cfg.preset!r}")
     values = {k: v for k, v in presets[cfg.preset].items() if getattr(cfg, k) is None}
     cfg = dataclasses.replace(cfg, **values)
-    for name in ("steps", "batch_size", "nfe", "save_every", "rank"):
+    for name in ("steps", "batch_size", "nfe", "save_every", "shard_size", "rank"):
         value = getattr(cfg, name, None)
         if value is not None and value < (0 if name == "rank" else 1):
             raise UserError(f"--{name}: expected at least {0 if name == 'rank' else 1}, got {value}")
@@ -278,6 +279,8 @@ def run(main: Callable, config: type, doc: str) -> None:
 
 
 def _fail(line: str, code: int) -> int:
+    for bar in list(getattr(tqdm, "_instances", ())):  # so that the line stands alone, and last
+        bar.close()
     print(line, file=sys.stderr, flush=True)
     return code
 
@@ -319,15 +322,22 @@ class Run:
         self.facts = json.loads(json.dumps({"stage": stage, "config": config, "inputs": digests}))
         recipe = self.folder / "run.json"
         if recipe.exists():
-            self._compare(json.loads(recipe.read_text()))
+            try:
+                before = json.loads(recipe.read_text())
+            except ValueError:
+                raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}") from None
+            self._compare(before)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder}: expected an empty folder or an earlier {stage} run, got other files; use another --out"
             )
         group.barrier()
-        if group.main and not recipe.exists():
-            write_json(recipe, self.facts)
-        group.barrier()
+
+    def claim(self) -> None:
+        """Writes run.json: from now on the folder is this run's. After all checks, so that a mistake claims nothing."""
+        if self.group.main and not (self.folder / "run.json").exists():
+            write_json(self.folder / "run.json", self.facts)
+        self.group.barrier()
 
     def _compare(self, before: dict) -> None:
         for part in ("stage", "config", "inputs"):
@@ -351,6 +361,7 @@ class Run:
 
     def progress(self, items: int, start: int = 0, unit: str = "step") -> tqdm:
         """A progress bar with rate and time left, on the first process only."""
+        self.claim()
         return tqdm(
             total=items,
             initial=start,
@@ -387,6 +398,7 @@ class Run:
 
     def resume(self) -> tuple[int, dict[str, Tensor] | None]:
         """Step and tensors of the newest whole checkpoint, or (0, None). Drops logged lines past it."""
+        self.claim()
         found = (0, None)
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             try:

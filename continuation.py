@@ -31,7 +31,7 @@ import model
 from common import UserError
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
-    "tiny": dict(layers="all", rank=64, batch_size=32, steps=1000, lr=4e-3, warmup=50, t_mean=1.0, prompts="context"),
+    "tiny": dict(layers="all", rank=64, batch_size=32, steps=1500, lr=4e-3, warmup=50, t_mean=2.0, prompts="context"),
     "1.3b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="context"),
     "14b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="context"),
 }
@@ -76,8 +76,8 @@ def continuation_loss(net, x0, text, noise, t, cond_mask):
     """
     x_t = flow.add_noise(x0, noise, t[:, None] * ~cond_mask)
     error = net(x_t, t, text, cond_mask) - flow.velocity(x0, noise)
-    per_frame = error.square().mean(dim=(1, 3, 4))  # (B, F)
-    return torch.where(cond_mask, 0, per_frame).sum(1) / (~cond_mask).sum(1)
+    error = torch.where(cond_mask[:, None, :, None, None], 0, error)  # selected before it is squared
+    return error.square().mean(dim=(1, 3, 4)).sum(1) / (~cond_mask).sum(1)
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -101,6 +101,8 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS)
+    if cfg.prompts not in ("context", "frame", "off"):
+        raise UserError(f"--prompts: expected context, frame or off, got {cfg.prompts!r}")
     group = common.start_group()
     per_process, forwards = common.local_batch(cfg, group)
     run = common.Run(cfg, "continuation", group, {"data": cfg.data, "base": cfg.base})

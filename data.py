@@ -48,8 +48,11 @@ def shard_is_whole(folder: Path, k: int) -> bool:
     path = folder / f"{shard_name(k)}.safetensors"
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return False
-    facts = json.loads(path.with_suffix(".json").read_text())
-    return common.fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text())
+        return common.fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:

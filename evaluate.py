@@ -48,7 +48,7 @@ class Config:
     split: str = "eval"  # which clips
     out: str = "out/demo/eval"  # folder to write
     clips: int = 512  # prompts in the table
-    sweep_clips: int = 128  # clips in the sweep
+    sweep_clips: int = 96  # clips in the sweep
     nfe: int | None = None  # solver steps
     t_shift: float | None = None  # warp of the solver's times towards noise
     seed: int = 0  # of the noise and the bootstrap

@@ -349,6 +349,10 @@ def add_lora(net: DiT, rank: int, alpha: float, layers: str = "attn", seed: int 
     A is Kaiming-uniform as in PEFT, B is zero, so the output does not move before training. Returns the new parameters.
     ValueError if net has a LoRA already (merge it first).
     """
+    if layers not in LORA_LAYERS or rank < 1:
+        raise UserError(
+            f"expected --layers {', '.join(LORA_LAYERS)} and --rank of at least 1, got {layers!r} and {rank}"
+        )
     net.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, module in net.named_modules():
@@ -421,11 +425,15 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
             f"{path}: expected a folder with config.json and *.safetensors, in Wan2.1's layout; found no such files"
         )
     fields = {f.name for f in dataclasses.fields(DiTConfig)}
-    config = {k: v for k, v in json.loads((path / "config.json").read_text()).items() if k in fields}
-    if "patch_size" in config:
-        config["patch_size"] = tuple(config["patch_size"])
+    try:
+        config = {k: v for k, v in json.loads((path / "config.json").read_text()).items() if k in fields}
+        if "patch_size" in config:
+            config["patch_size"] = tuple(config["patch_size"])
+        config = DiTConfig(**config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'config.json'}: expected a model's sizes, got: {error}") from None
     with torch.device("meta"):
-        net = DiT(DiTConfig(**config))
+        net = DiT(config)
     tensors = {}
     for file in files:
         tensors |= {k: v.to(device, dtype) for k, v in common.read_tensors(file).items()}
@@ -451,7 +459,8 @@ def export_lora(net: DiT, path: str | Path, **provenance: str) -> None:
         tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = layer.lora_B * layer.lora_scale
         provenance["rank"] = str(layer.lora_A.shape[0])
-    common.write_tensors(Path(path), tensors, provenance)
+    # one key: safetensors writes several in an order that changes from call to call
+    common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(provenance, sort_keys=True)})
 
 
 def load_lora(net: DiT, path: str | Path) -> DiT:
@@ -466,7 +475,7 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
             layer is None
             or A is None
             or B is None
-            or (B.shape[0], A.shape[1]) != (layer.out_features, layer.in_features)
+            or (B.shape[0], B.shape[1], A.shape[1]) != (layer.out_features, A.shape[0], layer.in_features)
         ):
             raise UserError(
                 f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it"

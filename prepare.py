@@ -69,6 +69,14 @@ class Item:
     motion: str  # the `motion score` column as it stands
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. UserError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
+
+
 def read_rows(folder: Path) -> tuple[str, list[dict]]:
     """Name of the metadata and its rows, dicts with `video` and `caption`. UserError if there is nothing to read."""
     if not folder.is_dir():
@@ -84,7 +92,7 @@ def read_rows(folder: Path) -> tuple[str, list[dict]]:
         name = "metadata.csv"
     elif (folder / "metadata.jsonl").is_file():
         name, rows = "metadata.jsonl", []
-        for number, line in enumerate((folder / name).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(folder / name).splitlines(), 1):
             try:
                 rows.append(json.loads(line) if line.strip() else None)
             except ValueError:
@@ -97,15 +105,16 @@ def read_rows(folder: Path) -> tuple[str, list[dict]]:
         ):
             caption = path.with_suffix(".txt")
             rows.append(
-                {"video": str(path.relative_to(folder)), "caption": caption.read_text() if caption.is_file() else ""}
+                {"video": str(path.relative_to(folder)), "caption": read_text(caption) if caption.is_file() else ""}
             )
     if not rows:
         raise UserError(
             f"{folder}: expected videos with metadata.csv, metadata.jsonl or name.mp4 + name.txt, found none"
         )
-    for column in ("video", "caption"):
-        if not isinstance(rows[0], dict) or column not in rows[0]:
-            raise UserError(f"{folder / name}: expected the columns video,caption, got {', '.join(map(str, rows[0]))}")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"video", "caption"} <= row.keys():
+            got = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
+            raise UserError(f"{folder / name} row {number}: expected the columns video,caption, got {got}")
     return name, rows
 
 
@@ -224,6 +233,7 @@ def main(cfg: Config) -> None:
     run = common.Run(cfg, "prepare", group)
     if run.done:
         return
+    run.claim()
 
     # ---- the codec, then a shard at a time; shards that an earlier run finished are kept
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the other half decodes

@@ -86,8 +86,10 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12
     """Writes (T, h, w, 3) uint8 RGB, h and w even, as H.264 yuv420p; whole or not at all."""
     import av
 
+    # no B-frames: with them the bytes vary from run to run
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "bf": "0"}
     with common.whole_file(Path(path)) as temporary, av.open(str(temporary), "w", format="mp4") as file:
-        stream = file.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"})
+        stream = file.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

@@ -217,6 +217,7 @@ def main(cfg: Config) -> None:
     run = common.Run(cfg, "world", common.Group(0, 1, None))
     if run.done:
         return
+    run.claim()
     with ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         jobs = pool.map(write_clip, *zip(*[(cfg.out, cfg.seed, i) for i in range(cfg.clips)]), chunksize=16)
         with run.progress(cfg.clips, unit="clip") as bar:

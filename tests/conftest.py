@@ -1,0 +1,30 @@
+"""Fixtures. The suite runs on two CPU cores and sees no accelerator: results are compared bit for bit."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))  # helpers, from whichever folder pytest is started
+
+import pytest
+import torch
+from helpers import STAGES, run_stage
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """One thread and an untouched global generator, whatever the test before did."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory) -> Path:
+    """A demo folder with every stage's output, made once, as small as it goes. Read only: `helpers.copy` to change."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("demo")
+    for name in STAGES:
+        run_stage(root, name)
+    return root

@@ -1,0 +1,174 @@
+"""The time and sign convention, the solver, and draws that depend on their key alone."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+import flow
+
+SHAPE = (3, 4, 2, 2)
+
+
+def draw(n: int = 4):
+    x0 = torch.randn(n, *SHAPE)
+    return x0, flow.draw_noise(SHAPE, [("test", i) for i in range(n)])
+
+
+# ---- the path --------------------------------------------------------------------------------------------------------
+
+
+def test_ends_of_the_path_are_exact():
+    """t = 0 is data and t = 1 is noise, bit for bit: guards the time convention."""
+    x0, noise = draw()
+    assert torch.equal(flow.add_noise(x0, noise, torch.zeros(4)), x0)
+    assert torch.equal(flow.add_noise(x0, noise, torch.ones(4)), noise)
+
+
+def test_a_time_for_each_frame_noises_each_frame():
+    """Frames at time 0 enter clean, the others as the one-time path has them."""
+    x0, noise = draw()
+    t, given = torch.rand(4), torch.arange(4) < 2
+    x_t = flow.add_noise(x0, noise, t[:, None] * ~given)
+    assert torch.equal(x_t[:, :, given], x0[:, :, given])
+    assert torch.equal(x_t[:, :, ~given], flow.add_noise(x0, noise, t)[:, :, ~given])
+
+
+def test_velocity_is_the_derivative_of_the_path():
+    """Guards the sign of v: noise − x0, not x0 − noise."""
+    x0, noise = (a.double() for a in draw())
+    t, h = torch.rand(4, dtype=torch.float64), 1e-4
+    slope = (flow.add_noise(x0, noise, t + h) - flow.add_noise(x0, noise, t - h)) / (2 * h)
+    assert torch.allclose(slope, flow.velocity(x0, noise), atol=1e-9)
+
+
+# ---- the solver ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t_shift", [1.0, 4.0, 5.0])
+@pytest.mark.parametrize("nfe", [1, 2, 7, 50])
+def test_euler_is_exact_on_a_straight_path(nfe, t_shift):
+    """With the constant velocity noise − x0 the solver must land on x0: guards sign, step sizes and end points."""
+    x0, noise = draw()
+    made = flow.euler(lambda x, t, text: noise - x0, noise, torch.zeros(4, 1, 1), nfe, t_shift)
+    assert (made - x0).abs().max() < 1e-5  # 50 float32 additions
+
+
+def test_euler_hands_the_network_the_time_of_the_state():
+    """Each evaluation must see x_t at its own t (of the interval's noisy end)."""
+    x0, noise = draw()
+    seen = []
+
+    def net(x, t, text):
+        assert torch.allclose(x, flow.add_noise(x0, noise, t), atol=1e-5)
+        seen.append(t[0].item())
+        return noise - x0
+
+    flow.euler(net, noise, torch.zeros(4, 1, 1), 5, 4.0)
+    assert seen == pytest.approx(flow.time_grid(5, 4.0)[:-1].tolist())
+
+
+def test_given_frames_come_out_bitwise_and_go_in_clean():
+    """The given frames are the real ones at every step: bit for bit, not within a tolerance."""
+    x0, noise = draw()
+    cond_mask = torch.arange(4) < torch.tensor([1, 2, 3, 0])[:, None]
+    given = cond_mask[:, None, :, None, None].expand_as(x0)
+
+    def net(x, t, text, mask):
+        assert torch.equal(mask, cond_mask) and torch.equal(x[given], x0[given])
+        return torch.full_like(x, 1e3)  # a velocity that would carry them away
+
+    made = flow.euler(net, noise, torch.zeros(4, 1, 1), 3, 4.0, x0, cond_mask)
+    assert torch.equal(made[given], x0[given])
+    assert (made[~given] - x0[~given]).abs().min() > 100
+
+
+@pytest.mark.parametrize("t_shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("nfe", [1, 12, 50])
+def test_time_grid(nfe, t_shift):
+    """From exactly 1 to exactly 0, strictly falling, nfe + 1 times."""
+    grid = flow.time_grid(nfe, t_shift)
+    assert len(grid) == nfe + 1 and grid[0] == 1 and grid[-1] == 0
+    assert (grid.diff() < 0).all()
+
+
+def test_shift_t_fixed_points_inverse_and_direction():
+    """0 and 1 stay, s and 1/s undo each other, s > 1 moves towards noise, and the closed form at one half holds."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for s in (0.2, 1.0, 4.0):
+        moved = flow.shift_t(t, s)
+        assert moved[0] == 0 and abs(moved[-1] - 1) < 1e-15 and (s < 1 or moved[-1] == 1)
+        assert torch.allclose(flow.shift_t(moved, 1 / s), t, atol=1e-12)
+    assert torch.equal(flow.shift_t(t, 1.0), t)
+    assert (flow.shift_t(t, 4.0)[1:-1] > t[1:-1]).all()
+    assert flow.shift_t(torch.tensor(0.5), 4.0).item() == pytest.approx(0.8)
+
+
+# ---- guidance --------------------------------------------------------------------------------------------------------
+
+
+def test_guidance():
+    """1 is the network itself, at one evaluation; otherwise u + g·(c − u), given frames in both branches."""
+    calls = []
+
+    def net(x, t, text, cond_mask=None):
+        calls.append(cond_mask)
+        return x * text.sum(dim=(1, 2))[:, None, None, None, None]
+
+    assert flow.guided(net, 1.0) is net
+    x, t, mask = torch.randn(2, *SHAPE), torch.rand(2), torch.zeros(2, 4, dtype=torch.bool)
+    text, negative = torch.randn(2, 3, 5), torch.randn(4, 5)
+    got = flow.guided(net, 5.0, negative)(x, t, text, mask)
+    cond, uncond = net(x, t, text), x * negative.sum()
+    assert torch.allclose(got, uncond + 5 * (cond - uncond), atol=1e-4)
+    assert calls[0] is mask and calls[1] is mask
+    with pytest.raises(ValueError, match="unconditional"):
+        flow.guided(net, 5.0)
+
+
+# ---- draws -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draw_one", [lambda keys: flow.draw_noise((3, 2), keys), flow.draw_t], ids=["noise", "t"])
+def test_a_draw_depends_on_its_key_alone(draw_one):
+    """Neighbours, order, the global generator: none may matter, so ranks, batches and resuming do not either."""
+    keys = [(0, 7, f"clip-{i}") for i in range(5)]
+    together = draw_one(keys)
+    torch.manual_seed(123)
+    alone = torch.cat([draw_one([key]) for key in reversed(keys)]).flip(0)
+    assert torch.equal(together, alone)
+    assert len(together.flatten(1).unique(dim=0) if together.ndim > 1 else together.unique()) == 5
+    for other in ((1, 7, "clip-0"), (0, 8, "clip-0"), (0, 7, "clip-00")):
+        assert not torch.equal(draw_one([other]), draw_one(keys[:1]))
+
+
+def test_noise_and_time_of_one_key_are_independent():
+    """The same key serves noise and t: they must not come from one and the same stream."""
+    keys = [(0, i, "clip") for i in range(2000)]
+    first = flow.draw_noise((1,), keys)[:, 0]
+    as_uniform = 0.5 * (1 + torch.erf(first / math.sqrt(2)))
+    assert abs(torch.corrcoef(torch.stack([as_uniform, flow.draw_t(keys)]))[0, 1]) < 0.08
+
+
+def test_noise_is_standard_normal():
+    noise = flow.draw_noise((16,), [("n", i) for i in range(2000)])
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
+def test_distribution_of_training_times():
+    """Uniform without a mean; with one, logit-normal of that mean and standard deviation 1; t_shift applied after."""
+    keys = [("t", i) for i in range(4000)]
+    uniform = flow.draw_t(keys)
+    assert 0 < uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.std() - 12**-0.5) < 0.01
+    logit = torch.logit(flow.draw_t(keys, mean=1.5).double())
+    assert abs(logit.mean() - 1.5) < 0.06 and abs(logit.std() - 1) < 0.05
+    assert torch.equal(flow.draw_t(keys, 1.5, t_shift=3.0), flow.shift_t(flow.draw_t(keys, 1.5), 3.0))
+
+
+def test_generator_is_the_same_everywhere():
+    """A draw recorded once: a machine, PyTorch or hash seed that draws something else breaks reproduction."""
+    recorded = [0.5044460296630859, 0.1477852463722229, 0.08653026819229126]
+    assert torch.rand(3, generator=flow.generator("pair", 0, "ball-00000")).tolist() == recorded
+    assert "hash(" not in inspect.getsource(flow.generator)  # Python's own hash of a str changes from run to run

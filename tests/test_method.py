@@ -1,0 +1,412 @@
+"""The method's invariants end to end: what a pair is, what the losses see, what a run must read at step 0."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from helpers import contents, copy, metrics, run_stage, sha
+
+import asymdpo
+import continuation
+import data
+import flow
+import kernels.region_dpo
+import make_pairs
+import model
+from common import UserError
+from kernels.region_dpo import frame_errors
+
+NAN = float("nan")
+
+
+def small_net(seed: int = 0) -> model.DiT:
+    """A one-block network whose output depends on time and text as that of a trained one does."""
+    net = model.DiT(
+        model.DiTConfig(24, 48, 2, 1, in_dim=6, out_dim=6, text_dim=8, text_len=20, freq_dim=16, patch_size=(1, 1, 1))
+    )
+    model.init_from_scratch(net, seed)
+    torch.nn.init.normal_(net.time_projection[1].weight, std=0.02)
+    return net
+
+
+def batch(n: int = 4, frames: int = 13):
+    """chosen, rejected, noise (n, 6, frames, 2, 2), text, t; pairs share nothing, which no loss may care about."""
+    return *(torch.randn(n, 6, frames, 2, 2) for _ in range(3)), torch.randn(n, 5, 8), torch.rand(n)
+
+
+# ---- the self-test, and that it has teeth ----------------------------------------------------------------------------
+
+
+def test_self_test_passes_and_prints(capsys):
+    asymdpo.main(asymdpo.Config(self_test=True))
+    printed = capsys.readouterr().out
+    assert "FAIL" not in printed and len(re.findall("^ok  ", printed, re.M)) >= 10
+    assert "S = 0" in printed and "0.6931" in printed
+
+
+def multiply_by_zero(monkeypatch):
+    """Region ① masked by a product: NaN · 0 is NaN."""
+
+    def wrong(v, ref, target, start):
+        keep = (torch.arange(v.shape[2]) >= start[:, None]).float()
+        policy, reference, difference = frame_errors(v, ref, target, torch.zeros_like(start))
+        return policy * keep, reference * keep, difference * keep
+
+    monkeypatch.setattr(kernels.region_dpo, "frame_errors", wrong)
+
+
+def no_start(monkeypatch):
+    """Every frame in the loss."""
+
+    def wrong(v, ref, target, start):
+        return frame_errors(v, ref, target, torch.zeros_like(start))
+
+    monkeypatch.setattr(kernels.region_dpo, "frame_errors", wrong)
+
+
+def own_noise_for_the_reference(monkeypatch):
+    """Policy and reference at different states: S is not 0 at step 0."""
+    original = asymdpo.predict
+
+    def wrong(net, chosen, rejected, text, noise, t):
+        other = original(net, chosen, rejected, text, noise + 0.1, t)
+        good = original(net, chosen, rejected, text, noise, t)
+        return *good[:2], *other[2:4], *good[4:]
+
+    monkeypatch.setattr(asymdpo, "predict", wrong)
+
+
+def reference_follows_the_policy(monkeypatch):
+    """LoRA off that leaves it on: S would stay 0 for ever."""
+    import contextlib
+
+    monkeypatch.setattr(model, "lora_off", contextlib.nullcontext)
+
+
+def mean_over_the_batch(monkeypatch):
+    """A pair's loss that depends on its neighbours."""
+    original = asymdpo.region_dpo
+
+    def wrong(*args):
+        loss, more = original(*args)
+        return loss.mean().expand_as(loss), more
+
+    monkeypatch.setattr(asymdpo, "region_dpo", wrong)
+
+
+def given_frames_not_pasted(monkeypatch):
+    """A solver that lets the given frames drift."""
+    original = flow.euler
+
+    def wrong(net, noise, text, nfe, t_shift, x0, mask):
+        return original(lambda x, t, s: net(x, t, s, mask), noise, text, nfe, t_shift)
+
+    monkeypatch.setattr(flow, "euler", wrong)
+
+
+def prompts_not_zero(monkeypatch):
+    """Task prompts that start at random: M = 0 is no longer the text-to-video model."""
+    original = model.add_task_prompt
+
+    def wrong(net, frames, where):
+        torch.nn.init.normal_(original(net, frames, where).task_prompt.noisy)
+
+    monkeypatch.setattr(model, "add_task_prompt", wrong)
+
+
+def sum_is_not_divided(monkeypatch):
+    """A loss without 1/K."""
+    original = asymdpo.region_dpo
+
+    def wrong(v_w, v_l, ref_w, ref_l, target_w, target_l, start, beta, form):
+        loss, more = original(v_w, v_l, ref_w, ref_l, target_w, target_l, start, beta, form)
+        return (loss * (v_w.shape[2] - start) if form == "outside" else loss), more
+
+    monkeypatch.setattr(asymdpo, "region_dpo", wrong)
+
+
+MUTATIONS = [
+    multiply_by_zero, no_start, own_noise_for_the_reference, reference_follows_the_policy, mean_over_the_batch,
+    given_frames_not_pasted, prompts_not_zero, sum_is_not_divided,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
+def test_self_test_notices(mutation, monkeypatch, capsys):
+    """The self-test fails, in words, when one invariant is broken."""
+    mutation(monkeypatch)
+    with pytest.raises(UserError, match="invariant"):
+        asymdpo.main(asymdpo.Config(self_test=True))
+    assert "FAIL" in capsys.readouterr().out
+
+
+# ---- a real run ------------------------------------------------------------------------------------------------------
+
+
+def test_step_0_of_a_real_run(chain):
+    """The first logged step is taken at policy == reference: S is 0 exactly and the loss ln 2; the second is not."""
+    first, second = metrics(chain / "asymdpo")
+    assert (
+        first["S"] == 0 and first["S_abs"] == 0 and first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0.5
+    )
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["softplus"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
+    assert first["grad_norm"] > 0
+    assert second["S_abs"] > 0
+    for side in "wl":
+        for region in "23":
+            if f"err/{side}_policy/{region}" in first:
+                assert first[f"err/{side}_policy/{region}"] == first[f"err/{side}_ref/{region}"] > 0
+
+
+def test_step_0_as_printed_reads_ln2_over_k(chain, tmp_path):
+    """Form "outside": the loss starts at the mean of ln 2 / K."""
+    out = run_stage(chain, "asymdpo", out=str(tmp_path / "run"), form="outside", steps=1, batch_size=8)
+    pairs = data.Shards(chain / "pairs", "make_pairs.py")
+    n1 = [pairs.rows[i]["n1"] for i in data.batch_order(len(pairs), 8, 0, 0)]
+    expected = sum(math.log(2) / (13 - n) for n in n1) / len(n1)
+    assert metrics(out)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_prefers_the_winner(chain, tmp_path):
+    """Guards the sign: a few steps on the same pairs must raise the margin above 0."""
+    out = run_stage(chain, "asymdpo", out=str(tmp_path / "run"), steps=12, lr=2e-3, batch_size=8, t_mean=0.0)
+    last = metrics(out)[-4:]
+    assert sum(row["rewards/margins"] for row in last) > 0
+    assert sum(row["loss"] for row in last) / 4 < math.log(2)
+
+
+def test_base_weights_stay(chain):
+    """DPO and continuation training leave the base's file as it was when sft.py finished it."""
+    manifest = json.loads((chain / "base" / "MANIFEST.json").read_text())
+    assert sha(chain / "base" / model.WEIGHTS_NAME) == manifest["files"][model.WEIGHTS_NAME]["sha256"]
+
+
+def test_reference_is_the_cold_start(chain):
+    """LoRA off is base + SFT, not the base; and stays so when the policy moves."""
+    main, cfg = asymdpo, asymdpo.Config(base=str(chain / "base"), sft=str(chain / "sft"), layers="attn", rank=4)
+    net = main.build(cfg, asymdpo.common.start_group(), (48, 13, 2, 2))
+    sft = model.merge_lora(model.load_lora(model.load_model(chain / "base"), chain / "sft" / "lora.safetensors"))
+    x, t, text = torch.randn(2, 48, 13, 2, 2), torch.rand(2), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        for layer in model.lora_linears(net).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+        with model.lora_off(net):
+            assert torch.equal(net(x, t, text), sft(x, t, text))
+        assert not torch.equal(net(x, t, text), sft(x, t, text))
+        assert not torch.equal(sft(x, t, text), model.load_model(chain / "base")(x, t, text))
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_winner_and_loser_see_the_same_noise_and_time():
+    """All frames noised at one scalar t, no given frames: the plain text-to-video forward, for both sides alike."""
+    chosen, rejected, noise, text, t = batch()
+    seen = []
+
+    class Net(torch.nn.Module):
+        def forward(self, x_t, t, text, cond_mask=None):
+            seen.append((x_t, t, text, cond_mask))
+            return torch.zeros_like(x_t)
+
+    prediction = asymdpo.predict(Net(), chosen, rejected, text, noise, t)
+    assert len(seen) == 2  # reference, policy
+    for x_t, time, states, cond_mask in seen:
+        assert cond_mask is None and time.shape == (8,)
+        assert torch.equal(time[:4], t) and torch.equal(time[4:], t)
+        assert torch.equal(states[:4], text) and torch.equal(states[4:], text)
+        assert torch.equal(x_t[:4], flow.add_noise(chosen, noise, t)) and torch.equal(
+            x_t[4:], flow.add_noise(rejected, noise, t)
+        )
+    assert torch.equal(prediction[4], noise - chosen) and torch.equal(prediction[5], noise - rejected)
+
+
+@pytest.mark.parametrize("region, first", [("123", 0), ("23", 4), ("3", 11)])
+def test_region_option(region, first):
+    """Exactly the frames from 0, N1 or N2 on are in the loss."""
+    prediction = [a.requires_grad_() for a in torch.randn(6, 2, 6, 13, 2, 2)]
+    cfg = asymdpo.Config(beta=1.0, form="inside", region=region)
+    loss, _ = asymdpo.dpo_loss(cfg, prediction, torch.tensor([4, 4]), torch.tensor([11, 11]))
+    gradient = torch.autograd.grad(loss.sum(), prediction[0])[0].abs().amax(dim=(0, 1, 3, 4))
+    assert (gradient[:first] == 0).all() and (gradient[first:] > 0).all()
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_nan_before_n1_reaches_neither_loss_nor_gradient(sft_weight):
+    """Region ① is selected away in every term of the loss, the optional SFT term included."""
+    n1, n2 = torch.tensor([4, 2]), torch.tensor([11, 13])
+    shared = (torch.arange(13) < n1[:, None])[:, None, :, None, None]
+    clean = torch.randn(6, 2, 6, 13, 2, 2)
+    cfg = asymdpo.Config(beta=1.0, form="inside", sft_weight=sft_weight)
+    v = torch.where(shared, NAN, clean[0]).requires_grad_()
+    loss, _ = asymdpo.dpo_loss(cfg, (v, *clean[1:]), n1, n2)
+    assert torch.equal(loss, asymdpo.dpo_loss(cfg, tuple(clean), n1, n2)[0])
+    gradient = torch.autograd.grad(loss.sum(), v)[0]
+    assert gradient.isfinite().all() and (gradient.masked_select(shared) == 0).all()
+    assert (gradient.masked_select(~shared) != 0).all()
+
+
+def test_sft_term():
+    """λ · the winner's flow matching error, averaged over the same frames."""
+    v_w, v_l, ref_w, ref_l, target_w, target_l = prediction = torch.randn(6, 2, 6, 13, 2, 2)
+    n1, n2 = torch.tensor([4, 2]), torch.tensor([11, 13])
+    with_term, _ = asymdpo.dpo_loss(asymdpo.Config(beta=1.0, form="inside", sft_weight=0.5), prediction, n1, n2)
+    without, _ = asymdpo.dpo_loss(asymdpo.Config(beta=1.0, form="inside"), prediction, n1, n2)
+    expected = [0.5 * (v_w - target_w)[i, :, n:].square().mean() for i, n in enumerate(n1.tolist())]
+    assert torch.allclose(with_term - without, torch.stack(expected), atol=1e-6)
+
+
+def test_reference_free_is_the_loss_as_printed():
+    """Without a reference S is the plain difference of errors."""
+    v_w, v_l, ref_w, ref_l, target_w, target_l = prediction = torch.randn(6, 2, 6, 13, 2, 2)
+    n1, n2 = torch.tensor([4, 2]), torch.tensor([11, 13])
+    _, more = asymdpo.dpo_loss(asymdpo.Config(beta=1.0, form="outside", reference_free=True), prediction, n1, n2)
+    error = (v_w - target_w).square() - (v_l - target_l).square()
+    expected = [error[i].mean(dim=(0, 2, 3))[n:].sum() for i, n in enumerate(n1.tolist())]
+    assert torch.allclose(more["S"], torch.stack(expected), atol=1e-4)
+
+
+# ---- continuation ----------------------------------------------------------------------------------------------------
+
+
+def test_continuation_loss_ignores_the_given_frames():
+    """Noise and errors on given frames move neither loss nor gradient: they enter clean and are not supervised."""
+    net, (x0, _, noise, text, t) = small_net(), batch()
+    model.add_task_prompt(net, 13)
+    cond_mask = torch.arange(13) < torch.tensor([1, 4, 7, 12])[:, None]
+    given = cond_mask[:, None, :, None, None]
+    loss = continuation.continuation_loss(net, x0, text, noise, t, cond_mask)
+    assert torch.equal(
+        loss, continuation.continuation_loss(net, x0, text, torch.where(given, noise + 5, noise), t, cond_mask)
+    )
+    assert not torch.equal(
+        loss, continuation.continuation_loss(net, x0, text, torch.where(given, noise, noise + 5), t, cond_mask)
+    )
+
+    target = flow.velocity(x0, noise)
+    for value in (0.0, 1e3, NAN):
+        output = torch.where(given, value, torch.randn_like(x0)).requires_grad_()
+        loss = continuation.continuation_loss(lambda *_, out=output: out, x0, text, noise, t, cond_mask)
+        error = [(output - target)[i, :, n:].square().mean() for i, n in enumerate(cond_mask.sum(1).tolist())]
+        assert torch.allclose(loss, torch.stack(error), rtol=1e-5)
+        gradient = torch.autograd.grad(loss.sum(), output)[0]
+        assert (gradient.masked_select(given) == 0).all(), f"with {value} on the given frames"
+        assert (gradient.masked_select(~given) != 0).all()
+
+
+def test_continuation_trains_lora_and_prompts_only(chain):
+    """The backbone is frozen; both prompts' tables get a gradient, whichever way they enter."""
+    for where in ("context", "frame"):
+        cfg = continuation.Config(base=str(chain / "base"), layers="attn", rank=4, prompts=where)
+        net = continuation.build(cfg, continuation.common.start_group(), (48, 13, 2, 2))
+        x0, noise, text = torch.randn(2, 48, 13, 2, 2), torch.randn(2, 48, 13, 2, 2), torch.randn(2, 5, 32)
+        cond_mask = torch.arange(13) < torch.tensor([3, 6])[:, None]
+        continuation.continuation_loss(net, x0, text, noise, torch.rand(2), cond_mask).sum().backward()
+        trained = {n for n, p in net.named_parameters() if p.requires_grad}
+        assert all(".lora_" in n or n.startswith("task_prompt.") for n in trained) and len(trained) > 2
+        assert net.task_prompt.cond.grad.abs().sum() > 0 and net.task_prompt.noisy.grad.abs().sum() > 0
+
+
+def test_cond_masks_of_training():
+    """A prefix of 1 … F − 1 given frames, each about as often as the others."""
+    masks = continuation.draw_cond_mask([(0, step, "clip") for step in range(1200)], 13)
+    counts = masks.sum(1)
+    assert torch.equal(masks, torch.arange(13) < counts[:, None])
+    frequency = counts.bincount(minlength=14)
+    assert frequency[0] == 0 and frequency[13] == 0 and (frequency[1:13] > 60).all()
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def both(chain, pairs_folder):
+    """The pairs and, in their order, the real latents of their clips."""
+    pairs, clips = data.Shards(pairs_folder, "make_pairs.py"), data.Shards(chain / "shards", "prepare.py")
+    index = {row["id"]: i for i, row in enumerate(clips.rows)}
+    everything = range(len(pairs))
+    real = clips.get("x0", [index[row["id"]] for row in pairs.rows])
+    return pairs, pairs.get("chosen", everything), pairs.get("rejected", everything), real
+
+
+def test_given_frames_of_every_pair_are_the_real_ones(chain):
+    """Bit for bit: chosen before N2, rejected before N1; what follows is generated and differs."""
+    pairs, chosen, rejected, real = both(chain, chain / "pairs")
+    assert len(pairs) >= 8
+    for row, winner, loser, x0 in zip(pairs.rows, chosen, rejected, real, strict=True):
+        n1, n2 = row["n1"], row["n2"]
+        assert 1 <= n1 <= 7 < 11 <= n2 <= 13
+        assert torch.equal(winner[:, :n2], x0[:, :n2]) and torch.equal(loser[:, :n1], x0[:, :n1])
+        assert not torch.isclose(loser[:, n1:], x0[:, n1:]).all()
+        assert n2 == 13 or not torch.isclose(winner[:, n2:], x0[:, n2:]).all()
+        assert winner.isfinite().all() and loser.isfinite().all()
+
+
+def test_a_winner_given_whole_is_the_real_clip(chain, tmp_path):
+    """N2 = F: bit for bit, nothing sampled."""
+    out = run_stage(chain, "pairs", out=str(tmp_path / "pairs"), n2_min=13, pairs=4)
+    _, chosen, rejected, real = both(chain, out)
+    assert torch.equal(chosen, real) and not torch.equal(rejected, real)
+
+
+def test_a_pair_is_a_function_of_clip_lengths_and_seed(chain, tmp_path):
+    """Made again elsewhere: the same bytes. In other batches: the same pairs. Another seed: other pairs."""
+    again = run_stage(chain, "pairs", out=str(tmp_path / "again"))
+    assert contents(again) == contents(chain / "pairs")
+    _, chosen, rejected, _ = both(chain, again)
+    few, c, r, _ = both(chain, run_stage(chain, "pairs", out=str(tmp_path / "few"), shard_size=3, pairs=5))
+    rows = data.Shards(again, "make_pairs.py").rows
+    assert [(a["id"], a["n1"], a["n2"]) for a in rows[:5]] == [(a["id"], a["n1"], a["n2"]) for a in few.rows]
+    assert torch.allclose(c, chosen[:5], atol=1e-4) and torch.allclose(r, rejected[:5], atol=1e-4)
+    other, c, r, _ = both(chain, run_stage(chain, "pairs", out=str(tmp_path / "other"), seed=1, pairs=5))
+    assert [(a["n1"], a["n2"]) for a in other.rows] != [(a["n1"], a["n2"]) for a in rows[:5]]
+
+
+def test_both_continuations_start_from_the_same_noise(chain):
+    """With equal lengths winner and loser are one and the same: the pair differs by its lengths only."""
+    net = model.load_continuation(chain / "base", chain / "continuation")
+    x0, text, keys = torch.randn(2, 48, 13, 2, 2), torch.randn(2, 5, 32), [("pair", 0, "a"), ("pair", 0, "b")]
+    cfg = make_pairs.Config(nfe=2, t_shift=4.0, guidance=1.0)
+    one, two = (make_pairs.continue_clips(net, x0, text, torch.tensor([3, 5]), keys, cfg) for _ in range(2))
+    assert torch.equal(one, two)
+    whole = make_pairs.continue_clips(net, x0, text, torch.tensor([13, 5]), keys, cfg)
+    assert torch.equal(whole[0], x0[0]) and torch.allclose(whole[1], one[1], atol=1e-4)
+
+
+def test_windows():
+    """At 13 latent frames the paper's shares are 1 … 7 and 11 … 13; windows that make no sense are refused."""
+    assert make_pairs.windows(make_pairs.Config(), 13) == (1, 7, 11, 13)
+    assert make_pairs.windows(make_pairs.Config(n1_min=0, n2_min=13), 13) == (0, 7, 13, 13)
+    for wrong in (
+        dict(n1_min=-1),
+        dict(n1_max=11),
+        dict(n2_max=14),
+        dict(n1_min=5, n1_max=4),
+        dict(n2_min=13, n2_max=12),
+        dict(n1_max=12),
+    ):
+        with pytest.raises(UserError, match="n1_min <= n1_max < n2_min <= n2_max"):
+            make_pairs.windows(make_pairs.Config(**wrong), 13)
+
+
+def test_draw_lengths_covers_its_windows():
+    """Every length of both windows, about equally often, and independently of each other."""
+    drawn = torch.tensor([make_pairs.draw_lengths(0, f"clip-{i}", (1, 7, 11, 13)) for i in range(2100)])
+    for column, low, high in ((0, 1, 7), (1, 11, 13)):
+        counts = drawn[:, column].bincount(minlength=14)
+        assert counts[:low].sum() == 0 and counts[low : high + 1].sum() == 2100
+        assert (counts[low : high + 1] > 0.75 * 2100 / (high - low + 1)).all()
+    assert abs(torch.corrcoef(drawn.T.double())[0, 1]) < 0.08
+    assert make_pairs.draw_lengths(0, "clip-3", (1, 7, 11, 13)) == tuple(drawn[3].tolist())
+
+
+def test_region_3_leaves_out_pairs_without_one(chain, tmp_path):
+    """--region 3 cannot learn from a winner that is all real: such pairs are left out; with no other, it says so."""
+    root = copy(chain, tmp_path, "base", "sft", "shards", "continuation")
+    run_stage(root, "pairs", n2_min=13, pairs=4)
+    with pytest.raises(UserError, match="region 3"):
+        run_stage(root, "asymdpo", region="3")
+    run_stage(chain, "asymdpo", region="3", out=str(tmp_path / "mixed"))
