@@ -7,7 +7,7 @@ judge a result are made from the numbers, so they turn with them. An address tha
 every video halfway; &pair=3 chooses a pair, &pairs (or another section's name) goes there.
 
 In    a demo folder whose stages are finished: clips, shards, base, sft, continuation, pairs, asymdpo, eval
-Out   in the same folder: report.html; summary.json, eval's with the seconds of every stage
+Out   in the same folder: report.html; summary.json, eval's with the seconds of every stage; --figure, a picture
 Cost  seconds
 """
 
@@ -81,6 +81,7 @@ class Config:
 
     preset: str = "tiny"  # tiny: the only one that has a demo
     demo: str = "out/demo"  # folder of the demo
+    figure: str = ""  # also write the main results as a picture to this file (.png or .svg)
 
 
 # ---- words and numbers -----------------------------------------------------------------------------------------------
@@ -329,6 +330,31 @@ def timeline(n1: int, n2: int, frames: int, playhead: bool = True) -> str:
         parts.append(f"<line class=playhead data-left={left} data-side={side} x1={left} x2={left} y1=20 y2=82 />")
     box = f'viewBox="0 0 {left + side * frames + 2} 102"'
     return f'<svg class=timeline {box} role="img" aria-label="time line of the pair">{"".join(parts)}</svg>'
+
+
+def figure(path: Path, codec, samples: dict, captions: list[str], summary: dict) -> None:
+    """The main results as one picture: film strips of two prompts by each model, and the sweep over given frames."""
+    picture = Figure(figsize=(11, 5.2), layout="constrained")
+    left, right = picture.subfigures(1, 2, width_ratios=(3, 1.15))
+    strips = left.subplots(2 * len(MODELS), 1)
+    for k, axes in enumerate(strips):
+        row, name = k // len(MODELS), MODELS[k % len(MODELS)]
+        pixels = codec.decode(samples[f"table_{name}"][row : row + 1].float())[0, :, ::4]  # a picture a latent frame
+        axes.imshow(np.concatenate([*((pixels + 1) / 2).permute(1, 2, 3, 0).numpy()], axis=1))
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        if k % len(MODELS) == 0:
+            axes.set_title(f"“{captions[row]}”: same noise; time runs to the right", fontsize=9, loc="left")
+    axes = right.subplots()
+    for key, style, words in (("score", "o-", "whole clip"), ("generated", "s--", "generated frames only")):
+        given = summary["sweep"][key]
+        axes.plot([int(n) for n in given], [*given.values()], style, markersize=3.5, label=words)
+    axes.set(xlabel="given latent frames", ylabel="score (higher is better)")
+    axes.set_title("The continuation model, by given frames", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    with common.whole_file(path) as temporary:
+        picture.savefig(temporary, format=path.suffix[1:], dpi=110)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -690,6 +716,8 @@ def main(cfg: Config) -> None:
     ]
 
     # ---- result: the page last, which make takes for both
+    if cfg.figure:
+        figure(Path(cfg.figure), clips.codec, samples, [row["caption"] for row in rows], summary)
     common.write_json(demo / "summary.json", summary)
     common.write_text(demo / "report.html", page(sections, summary["seed"], world.FRAMES))
     print(f"report: {demo / 'report.html'}, {(demo / 'report.html').stat().st_size / 2**20:.1f} MiB")

@@ -93,6 +93,10 @@ def main(cfg: Config) -> None:
     cfg = common.resolve(cfg, PRESETS)
     group = common.start_group()
     prompts = read_prompts(cfg)
+    if cfg.video and not cfg.continuation:
+        raise UserError("--video needs --continuation: the model that goes on from given frames")
+    if cfg.samples < 1:
+        raise UserError(f"--samples: expected at least 1, got {cfg.samples}")
     if cfg.frames % 4 != 1 or cfg.frames < 5 or cfg.height % vae.PATCH or cfg.width % vae.PATCH:
         raise UserError(
             f"expected 4k+1 frames and sides that {vae.PATCH} divides, got {cfg.frames} of {cfg.height} x {cfg.width}"
@@ -105,17 +109,16 @@ def main(cfg: Config) -> None:
     negative = common.read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
     states = torch.nn.utils.rnn.pad_sequence(text.WordVectors().encode(prompts), batch_first=True)
 
-    jobs = [(p, s) for p in range(len(prompts)) for s in range(cfg.samples)][group.rank :: group.size]
-    out, rows = Path(cfg.out), []
-    for p, s in tqdm(jobs, desc="sample", unit="video", disable=not group.main):
+    out, jobs = Path(cfg.out), [(p, s) for p in range(len(prompts)) for s in range(cfg.samples)]
+    for p, s in tqdm(jobs[group.rank :: group.size], desc="sample", unit="video", disable=not group.main):
         noise = flow.draw_noise(size, [("sample", cfg.seed, p, s)]).to(group.device)
         call = flow.guided(net, cfg.guidance, negative)
         clip = () if given is None else (given[None], (torch.arange(size[1], device=group.device) < cfg.n_cond)[None])
         x0 = flow.euler(call, noise, states[p : p + 1].to(group.device), cfg.nfe, cfg.t_shift, *clip)
-        name = f"{p}-{s}.mp4"
-        video.write_mp4(out / name, video.to_frames(codec.decode(x0.cpu())[0]))
-        rows.append({"video": name, "caption": prompts[p], "seed": cfg.seed})
+        video.write_mp4(out / f"{p}-{s}.mp4", video.to_frames(codec.decode(x0.cpu())[0]))
+    group.barrier()
     if group.main:
+        rows = [{"video": f"{p}-{s}.mp4", "caption": prompts[p], "seed": cfg.seed} for p, s in jobs]
         common.write_text(out / "prompts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"sample: {len(rows)} videos in {out}")
 

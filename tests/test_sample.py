@@ -1,0 +1,58 @@
+"""sample.py: prompts, and first frames where they are given, to mp4 files."""
+
+import numpy as np
+import pytest
+
+import sample
+import vae
+import video
+from common import UserError
+
+
+def config(chain, out, **more):
+    return sample.Config(base=str(chain / "base"), data=str(chain / "shards"), out=str(out), nfe=2, **more)
+
+
+def test_prompts_become_mp4_files(chain, tmp_path):
+    """Each prompt's samples, 49 frames of 64 px at 16 fps; other seeds are other videos, the same seed the same one."""
+    (tmp_path / "prompts.txt").write_text("a red ball falls\na green ball floats\n")
+    more = dict(prompts=str(tmp_path / "prompts.txt"), samples=2, lora=f"{chain / 'sft'},{chain / 'asymdpo'}")
+    sample.main(config(chain, tmp_path / "a", **more))
+    sample.main(config(chain, tmp_path / "b", **more))
+    names = sorted(p.name for p in (tmp_path / "a").glob("*.mp4"))
+    assert names == ["0-0.mp4", "0-1.mp4", "1-0.mp4", "1-1.mp4"]
+    clips = [video.read_clip(tmp_path / "a" / name, 49, exact=True) for name in names]
+    assert clips[0].shape == (49, 64, 64, 3)
+    assert not np.array_equal(clips[0], clips[1])
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("n_cond", [1, 4])
+def test_given_frames_are_shown_as_they_are(chain, tmp_path, n_cond):
+    """The first 1 + 4(n − 1) pictures are the given ones, as the codec and H.264 show them; the rest is not."""
+    given = sorted((chain / "clips").glob("*.mp4"))[0]
+    more = dict(prompt="a red ball falls", continuation=str(chain / "continuation"), video=str(given), n_cond=n_cond)
+    sample.main(config(chain, tmp_path, **more))
+    made, real = video.read_clip(tmp_path / "0-0.mp4", 49), video.read_clip(given, 49)
+    codec = vae.load(chain / "shards")
+    coded = video.to_frames(codec.decode(codec.encode(video.to_pixels(real)[None]))[0])
+    difference = np.abs(made.astype(int) - coded).mean(axis=(1, 2, 3))
+    first = 1 + 4 * (n_cond - 1)
+    assert difference[:first].max() < 3 < difference[first:].min()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (dict(prompt=" "), "empty"),
+        (dict(prompts="nowhere.txt"), "no such file"),
+        (dict(prompt="a", video="x.mp4"), "needs --continuation"),
+        (dict(prompt="a", frames=48), "4k"),
+        (dict(prompt="a", samples=0), "--samples"),
+        (dict(prompt="a", lora="nowhere"), "does not exist"),
+    ],
+)
+def test_mistakes_are_named(chain, tmp_path, more, words):
+    with pytest.raises(UserError, match=words):
+        sample.main(config(chain, tmp_path, **more))
+    assert not any(tmp_path.iterdir())
