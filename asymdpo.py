@@ -41,7 +41,9 @@ from common import UserError
 from kernels.region_dpo import frame_errors, region_dpo
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
-    "tiny": dict(layers="attn", rank=16, batch_size=16, steps=200, lr=1.5e-4, warmup=20, beta=50.0, form="inside"),
+    "tiny": dict(
+        layers="attn+ffn", rank=16, batch_size=16, steps=200, lr=5e-5, warmup=20, beta=50.0, form="inside", t_mean=1.0
+    ),
     "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
     "14b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
 }
