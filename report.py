@@ -350,7 +350,7 @@ def figure(path: Path, codec, samples: dict, captions: list[str], summary: dict)
         given = summary["sweep"][key]
         axes.plot([int(n) for n in given], [*given.values()], style, markersize=3.5, label=words)
     axes.set(xlabel="given latent frames", ylabel="score (higher is better)")
-    axes.set_title("The continuation model, by given frames", fontsize=9)
+    axes.set_title("Continuations, by given frames", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     with common.whole_file(path) as temporary:
