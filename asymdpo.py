@@ -73,7 +73,7 @@ class Config:
     warmup: int | None = None  # steps of linear warm-up; constant after
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); not given and not in the preset: uniform
     t_shift: float = 1.0  # warp of the training times towards noise
-    checkpointing: bool = False  # recompute activations in the backward: a fraction of the memory, a third more time
+    checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 50  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
     self_test: bool = False  # check the method's invariants on a small random model, and stop

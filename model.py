@@ -79,7 +79,7 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if self.weight.dtype == torch.float32:  # one product; in bfloat16 the sum would round the adapter away
             return F.linear(x, self.weight + self.lora_scale * (self.lora_B @ self.lora_A), self.bias)
-        # float32 masters, used in the activations' dtype: float32 activations would take 30 % more memory for backward
+        # float32 masters, used in the activations' dtype: float32 activations would be kept for backward
         low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return F.linear(x, self.weight, self.bias) + low * self.lora_scale
 

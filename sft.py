@@ -53,7 +53,7 @@ class Config:
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); not given and not in the preset: uniform
     t_shift: float = 1.0  # warp of the training times towards noise
     caption_dropout: float = 0.0  # share of clips trained without their caption, for guidance
-    checkpointing: bool = False  # recompute activations in the backward: a fraction of the memory, a third more time
+    checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 250  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
 
