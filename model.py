@@ -321,8 +321,7 @@ class DiT(nn.Module):
 def init_from_scratch(net: DiT, seed: int) -> DiT:
     """Random weights for training a small base: PyTorch's Linear init, no modulation at first. Returns net.
 
-    Wan's own init (Xavier, normal(0.02) embeddings, zero head) is made for long runs and learns several times
-    slower here.
+    Wan's own init (Xavier, normal(0.02) embeddings, zero head) is made for longer runs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ Where it is used: every block of model.py. `row (B, F)` says which row of the ta
     R = F, row = 0 .. F-1   any time for each frame
 
 The table is never expanded to the L = F * (tokens a frame) tokens: a token of frame f reads row[b, f] of it. At
-Wan2.1-1.3B and 49x288x512 that is, by arithmetic, 74 KB a sample and block at R = 2; a table for each token takes 276 MB.
+Wan2.1-1.3B and 49x288x512 that is, by arithmetic, 74 KB a sample and block at R = 2; one for each token is 276 MB.
 
 The functions named `*_ref` are the definition, in PyTorch; they run on CPU and on CUDA, and autograd
 differentiates them. The file needs torch only and works copied alone.
