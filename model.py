@@ -175,13 +175,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, e0: Tensor, row: Tensor, context: Tensor, rope: Tensor) -> Tensor:
         """x (B, L, D), e0 (B, R, 6, D) float32, row (B, F) int32, context (B, S, D) -> (B, L, D)"""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + e0).unbind(2)
-        dtype = self.ffn[0].weight.dtype
-        h = ln_modulate(x, shift_sa, scale_sa, row, self.eps).to(dtype)
-        x = gate_residual(x, self.self_attn(h, h, rope).to(x.dtype), gate_sa, row)
-        h = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
-        h = self.cross_attn(h.to(dtype), context).to(x.dtype)
-        h, x = residual_ln_modulate(x, h, None, shift_ff, scale_ff, row, self.eps)
-        return gate_residual(x, self.ffn(h.to(dtype)).to(x.dtype), gate_ff, row)
+        # norm3's weight and bias, as the modulation that is the same in every row
+        shift_ca, scale_ca = (a.float().expand_as(gate_sa) for a in (self.norm3.bias, self.norm3.weight.float() - 1))
+        dtype, eps = self.ffn[0].weight.dtype, self.eps
+        h = ln_modulate(x, shift_sa, scale_sa, row, eps, dtype)
+        h, x = residual_ln_modulate(x, self.self_attn(h, h, rope), gate_sa, shift_ca, scale_ca, row, eps, dtype)
+        h, x = residual_ln_modulate(x, self.cross_attn(h, context), None, shift_ff, scale_ff, row, eps, dtype)
+        return gate_residual(x, self.ffn(h), gate_ff, row)
 
 
 class Head(nn.Module):
@@ -195,7 +195,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor, row: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + e.unsqueeze(2)).unbind(2)
-        return self.head(ln_modulate(x, shift, scale, row, self.eps).to(self.head.weight.dtype))
+        return self.head(ln_modulate(x, shift, scale, row, self.eps, self.head.weight.dtype))
 
 
 class TaskPrompt(nn.Module):

@@ -29,8 +29,8 @@ MAX_WIDTH = 8192  # largest D
 
 def _take(table: Tensor, row: Tensor) -> Tensor:
     """Rows of a table: (B, R, D), (B, F) -> (B, F, 1, D) float32, ready to broadcast over a frame's tokens."""
-    if table.shape[1] == 1:  # one time for the whole clip: broadcast, nothing to gather
-        return table.float().unsqueeze(1)
+    if table.shape[1] == 1 or table.stride(1) == 0:  # one row, or one row expanded: nothing to gather
+        return table[:, :1].float().unsqueeze(1)
     index = row.long().unsqueeze(-1).expand(-1, -1, table.shape[-1])
     return table.float().gather(1, index).unsqueeze(2)
 
@@ -40,24 +40,23 @@ def _by_frame(x: Tensor, row: Tensor) -> Tensor:
     return x.unflatten(1, (row.shape[1], -1))
 
 
-def ln_modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6) -> Tensor:
+def ln_modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps=1e-6, dtype=None) -> Tensor:
     normed = F.layer_norm(_by_frame(x, row).float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(_take(shift, row), normed, 1 + _take(scale, row)).flatten(1, 2).to(x.dtype)
+    return torch.addcmul(_take(shift, row), normed, 1 + _take(scale, row)).flatten(1, 2).to(dtype or x.dtype)
 
 
 def gate_residual_ref(x: Tensor, h: Tensor, gate: Tensor | None, row: Tensor) -> Tensor:
     if gate is None:
-        return x + h
-    return (
-        torch.addcmul(_by_frame(x, row).float(), _take(gate, row), _by_frame(h, row).float()).flatten(1, 2).to(x.dtype)
-    )
+        return (x.float() + h.float()).to(x.dtype)
+    added = torch.addcmul(_by_frame(x, row).float(), _take(gate, row), _by_frame(h, row).float())
+    return added.flatten(1, 2).to(x.dtype)
 
 
 def residual_ln_modulate_ref(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor, eps=1e-6, dtype=None
 ) -> tuple[Tensor, Tensor]:
     x_out = gate_residual_ref(x, h, gate, row)
-    return ln_modulate_ref(x_out, shift, scale, row, eps), x_out
+    return ln_modulate_ref(x_out, shift, scale, row, eps, dtype), x_out
 
 
 def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor | None = None) -> None:
@@ -70,7 +69,7 @@ def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor |
         raise ValueError(f"row: expected an integer (B={B}, F), got {row.dtype} {tuple(row.shape)}")
     if row.shape[1] == 0 or L % row.shape[1]:
         raise ValueError(f"row: expected a number of frames F that divides L={L} tokens, got F={row.shape[1]}")
-    if h is not None and (h.shape != x.shape or h.dtype != x.dtype):
+    if h is not None and (h.shape != x.shape or not h.is_floating_point()):
         raise ValueError(f"h: expected x's {x.dtype} {tuple(x.shape)}, got {h.dtype} {tuple(h.shape)}")
     rows = {name: table.shape[1] if table.ndim == 3 else None for name, table in tables.items() if table is not None}
     for name, table in tables.items():
@@ -84,25 +83,28 @@ def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor |
             )
 
 
-def ln_modulate(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6) -> Tensor:
+def ln_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
     """LN(x) * (1 + scale[row]) + shift[row].
 
     x (B, L, D) bf16/fp16/fp32, L = F * tokens a frame, frame-major; shift, scale (B, R, D) float32;
     row (B, F) integer in 0 .. R-1. Returns (B, L, D) in x's dtype. ValueError for shapes that do not fit.
     """
     _check(x, row, {"shift": shift, "scale": scale})
-    return ln_modulate_ref(x, shift, scale, row, eps)
+    return ln_modulate_ref(x, shift, scale, row, eps, dtype)
 
 
 def residual_ln_modulate(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x_out = x + gate[row] * h (gate None: x + h), y = ln_modulate(x_out). Returns (y, x_out), both (B, L, D).
 
     h (B, L, D) in x's dtype, gate (B, R, D) float32 or None; the rest as in `ln_modulate`.
     """
     _check(x, row, {"gate": gate, "shift": shift, "scale": scale}, h)
-    return residual_ln_modulate_ref(x, h, gate, shift, scale, row, eps)
+    return residual_ln_modulate_ref(x, h, gate, shift, scale, row, eps, dtype)
 
 
 def gate_residual(x: Tensor, h: Tensor, gate: Tensor, row: Tensor) -> Tensor:

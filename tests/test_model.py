@@ -141,7 +141,7 @@ def test_modulation_is_never_expanded_to_tokens(rows, monkeypatch):
     for name in ("ln_modulate", "residual_ln_modulate", "gate_residual"):
         original = getattr(model, name)
 
-        def spy(x, *rest, original=original):
+        def spy(x, *rest, name=name, original=original):
             seen.extend(a.shape[1] for a in rest if torch.is_tensor(a) and a.ndim == 3 and a.shape != x.shape)
             return original(x, *rest)
 
@@ -169,23 +169,28 @@ def test_gradient_checkpointing_changes_nothing(cond):
 
 @torch.no_grad()
 def test_bfloat16_weights_keep_a_float32_stream(monkeypatch):
-    """bf16 matmuls; residual stream, modulation tables and output stay float32, and near the float32 network."""
+    """bf16 matmuls; residual stream, modulation tables and output stay float32, and near the float32 network.
+
+    What a layer adds to the stream, and what is normed for the next matmul, is in the weights' dtype.
+    """
     net, (x, t, text) = make(), inputs()
     exact = net(x, t, text)
     net.bfloat16()
-    stream = []
+    stream, added = [], []
     for name in ("ln_modulate", "residual_ln_modulate", "gate_residual"):
         original = getattr(model, name)
 
-        def spy(x, *rest, original=original):
-            stream.extend(a.dtype for a in (x, *rest) if torch.is_tensor(a) and a.is_floating_point())
+        def spy(x, *rest, name=name, original=original):
+            given = [a for a in (x, *rest) if torch.is_tensor(a) and a.is_floating_point()]
+            stream.extend(a.dtype for a in given if a is not rest[0] or name == "ln_modulate")
+            added.extend(a.dtype for a in given if a is rest[0] and name != "ln_modulate")
             return original(x, *rest)
 
         monkeypatch.setattr(model, name, spy)
     matmuls = []
     net.blocks[0].ffn[0].register_forward_pre_hook(lambda _, args: matmuls.append(args[0].dtype))
     v = net(x, t, text)
-    assert v.dtype == torch.float32 and set(stream) == {torch.float32} and matmuls == [torch.bfloat16]
+    assert v.dtype == torch.float32 and set(stream) == {torch.float32} and {*added, *matmuls} == {torch.bfloat16}
     assert 0 < (v - exact).abs().max() < 0.1 * exact.abs().max()
 
 
