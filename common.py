@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels.modulate import implementation
+
 MANIFEST = "MANIFEST.json"
 
 
@@ -165,6 +167,13 @@ class Group:
     def main(self) -> bool:
         return self.rank == 0
 
+    def announce(self, stage: str) -> None:
+        """A run's first line, from the first process: on what it computes."""
+        if self.main and self.device is not None:
+            kernels = {"triton": "Triton", "torch": "PyTorch definitions"}[implementation(self.device)]
+            processes = "1 process" if self.size == 1 else f"{self.size} processes"
+            print(f"{stage}: {processes} on {self.device.type}, kernels: {kernels}", file=sys.stderr)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -187,7 +196,10 @@ class Group:
 
 
 def start_group() -> Group:
-    """Joins the process group that torchrun describes: NCCL with CUDA, gloo on the CPU. One process needs no group."""
+    """Joins the process group that torchrun describes: NCCL with CUDA, gloo on the CPU. One process needs no group.
+
+    UserError for CUDA without Triton and for a wrong KERNELS in the environment.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -195,6 +207,10 @@ def start_group() -> Group:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        implementation(device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
     return Group(rank, size, device)
 
 
@@ -363,8 +379,9 @@ class Run:
         return finished
 
     def progress(self, items: int, start: int = 0, unit: str = "step") -> tqdm:
-        """A progress bar with rate and time left, on the first process only."""
+        """A progress bar with rate and time left, on the first process only; first, a line that says what runs."""
         self.claim()
+        self.group.announce(self.stage)
         return tqdm(
             total=items,
             initial=start,

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import UserError
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
+from kernels.norm_rope import norm_rope
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's file name
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
@@ -85,15 +86,18 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, in float32. Wan applies it to q and k over all heads together."""
+    """x / rms(x) · weight over the last axis, in float32, and the rotation, where there is one, in the same pass.
+
+    Wan applies it to q and k, over all heads together.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        return norm_rope(x, self.weight, rope, self.eps)
 
 
 def sinusoid(position: Tensor, dim: int) -> Tensor:
@@ -114,22 +118,17 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
-    """exp(i·angle) of the 3-D rotary embedding, (F·H·W, 1, head_dim / 2) complex64 from float64; theta 10000
-    on each axis.
+    """The 3-D rotary embedding: cos and sin of every channel pair's angle in turn, (F·H·W, head_dim) float32.
+
+    Computed in float64; theta 10000 on each axis.
     """
     angles = []
     for axis, dim in enumerate(rope_split(head_dim)):
         freq = torch.pow(10000.0, -torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
         angle = torch.arange(size[axis], dtype=torch.float64, device=device)[:, None] * freq
         angles.append(angle.view([size[a] if a == axis else 1 for a in range(3)] + [-1]).expand(*size, -1))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-
-
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotates adjacent channel pairs (2i, 2i+1) of x (B, L, heads, head_dim), in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1).float()
 
 
 class Attention(nn.Module):
@@ -145,13 +144,9 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
     def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None) -> Tensor:
-        q = rearrange(self.norm_q(self.q(x)), "b l (n k) -> b l n k", n=self.num_heads)
-        k = rearrange(self.norm_k(self.k(context)), "b s (n k) -> b s n k", n=self.num_heads)
-        v = rearrange(self.v(context), "b s (n k) -> b s n k", n=self.num_heads)
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        out = F.scaled_dot_product_attention(*(a.transpose(1, 2).to(v.dtype) for a in (q, k, v)))
-        return self.o(rearrange(out, "b n l k -> b l (n k)"))
+        q, k, v = self.norm_q(self.q(x), rope), self.norm_k(self.k(context), rope), self.v(context)
+        q, k, v = (rearrange(a, "b l (n k) -> b n l k", n=self.num_heads) for a in (q, k, v))
+        return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)"))
 
 
 class Block(nn.Module):

@@ -109,6 +109,7 @@ def main(cfg: Config) -> None:
     negative = common.read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
     states = torch.nn.utils.rnn.pad_sequence(text.WordVectors().encode(prompts), batch_first=True)
 
+    group.announce("sample")
     out, jobs = Path(cfg.out), [(p, s) for p in range(len(prompts)) for s in range(cfg.samples)]
     for p, s in tqdm(jobs[group.rank :: group.size], desc="sample", unit="video", disable=not group.main):
         noise = flow.draw_noise(size, [("sample", cfg.seed, p, s)]).to(group.device)

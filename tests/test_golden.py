@@ -65,12 +65,15 @@ def sin_before_cos(monkeypatch):
 
 
 def rope_by_halves(monkeypatch):
-    def halves(x, rope):
-        a, b = x.float().chunk(2, -1)
-        turned = torch.complex(a, b) * rope
-        return torch.cat([turned.real, turned.imag], -1).to(x.dtype)
+    def halves(x, weight, rope, eps):
+        y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+        if rope is None:
+            return y
+        a, b = y.unflatten(-1, (-1, rope.shape[-1])).chunk(2, -1)
+        turned = torch.complex(a, b) * torch.view_as_complex(rope.unflatten(-1, (-1, 2))).unsqueeze(1)
+        return torch.cat([turned.real, turned.imag], -1).flatten(2)
 
-    monkeypatch.setattr(model, "apply_rope", halves)
+    monkeypatch.setattr(model, "norm_rope", halves)
     return load()[0]
 
 
@@ -99,9 +102,13 @@ def shift_and_scale_swapped(monkeypatch):
 
 
 def norm_of_each_head(monkeypatch):
-    def forward(self, x):
+    original = model.norm_rope
+
+    def forward(self, x, rope=None):
         heads = x.unflatten(-1, (2, -1))
-        return torch.nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+        y = torch.nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
+        rms = y.square().mean(-1, keepdim=True).sqrt()  # the norm over all heads that follows divides by it
+        return original(y, self.weight, rope, 0.0) * rms
 
     monkeypatch.setattr(model.RMSNorm, "forward", forward)
     return load()[0]

@@ -1,0 +1,279 @@
+"""RMSNorm of queries or keys and their 3-D rotary embedding (RoPE) in one pass, forward and backward.
+
+    n = x / sqrt(mean(x²) + eps) * weight                      mean over all D channels, heads together
+    y[2i] + j y[2i+1] = (n[2i] + j n[2i+1]) * (cos + j sin)    adjacent channels are a pair; all heads turn alike
+
+Arithmetic is float32 whatever x's dtype; what is rounded is y, once.
+
+Where it is used: q and k of every self-attention in model.py, and, without the rotation, of every cross-attention.
+Why fused: norm, casts and rotation are separate passes in PyTorch, over a complex copy in float32 among them; here x is
+read once and y written once (kernels/README.md counts it).
+
+Kept for backward: x and one float32 number a token. The weight's gradient is partial sums, one a program, folded by a
+second kernel: no atomics, the same bits every run.
+
+`python norm_rope.py` checks and times the file. `norm_rope_ref` is the definition, in PyTorch: it runs on CPU, and on
+CUDA with KERNELS=torch in the environment. The file needs torch, and on CUDA triton; it works copied alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # no Triton for this platform: the definition remains
+
+    def jit(function):
+        return function
+
+    triton = tl = None
+
+KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
+MAX_WIDTH = 8192  # largest D
+
+
+# ---- the definition --------------------------------------------------------------------------------------------------
+
+
+def _wide(a: Tensor) -> Tensor:
+    """float32, or float64 where that is what came in: nothing is computed in less."""
+    return a if a.dtype == torch.float64 else a.float()
+
+
+def norm_rope_ref(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float = 1e-6) -> Tensor:
+    y = _wide(x)
+    y = F.rms_norm(y, y.shape[-1:], weight.to(y.dtype), eps)
+    if rope is not None:
+        pairs = torch.view_as_complex(y.unflatten(-1, (-1, rope.shape[-1] // 2, 2)))
+        y = torch.view_as_real(pairs * torch.view_as_complex(rope.unflatten(-1, (-1, 2))).unsqueeze(1)).flatten(2)
+    return y.to(x.dtype)
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _rotate(a, rope, BLOCK_D: tl.constexpr, inverse: tl.constexpr):
+    """Adjacent pairs of a (BLOCK_D) turned by rope (BLOCK_D: cos, sin, cos, ...), or turned back."""
+    real, imaginary = tl.split(tl.reshape(a, [BLOCK_D // 2, 2]))
+    cos, sin = tl.split(tl.reshape(rope, [BLOCK_D // 2, 2]))
+    if inverse:
+        sin = -sin
+    return tl.reshape(tl.join(real * cos - imaginary * sin, real * sin + imaginary * cos), [BLOCK_D])
+
+
+@jit
+def _forward_kernel(
+    x, weight, rope, y, rstd, N, L, D, K: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr
+):
+    """One program: TOKENS of the N = B * L tokens. rope (L, K) float32 may be None."""
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    w = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    first = tl.program_id(0) * TOKENS
+    for i in range(0, tl.minimum(TOKENS, N - first)):
+        token = first + i
+        at = token.to(tl.int64) * D + columns
+        stream = tl.load(x + at, inside, other=0.0).to(tl.float32)
+        s = tl.rsqrt(tl.sum(stream * stream, 0) / D + EPS)
+        normed = stream * s * w
+        if rope is not None:
+            rotation = tl.load(rope + (token % L) * K + columns % K, inside, other=0.0)
+            normed = _rotate(normed, rotation, BLOCK_D, False)
+        tl.store(y + at, normed.to(y.dtype.element_ty), inside)
+        tl.store(rstd + token, s)
+
+
+@jit
+def _backward_kernel(
+    x, weight, rope, rstd, dy, dx, partial, N, L, D, K: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr
+):
+    """One program: TOKENS tokens, and their sum for the weight if partial (programs, D) is not None."""
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < D
+    w = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK_D], tl.float32)
+    first = tl.program_id(0) * TOKENS
+    for i in range(0, tl.minimum(TOKENS, N - first)):
+        token = first + i
+        at = token.to(tl.int64) * D + columns
+        upstream = tl.load(dy + at, inside, other=0.0).to(tl.float32)
+        if rope is not None:
+            rotation = tl.load(rope + (token % L) * K + columns % K, inside, other=0.0)
+            upstream = _rotate(upstream, rotation, BLOCK_D, True)
+        s = tl.load(rstd + token)
+        normed = tl.load(x + at, inside, other=0.0).to(tl.float32) * s
+        g = upstream * w
+        grad = s * (g - normed * (tl.sum(g * normed, 0) / D))
+        tl.store(dx + at, grad.to(dx.dtype.element_ty), inside)
+        d_weight += upstream * normed
+    if partial is not None:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * D + columns, d_weight, inside)
+
+
+@jit
+def _fold_kernel(partial, out, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out (D) = sum of partial (N, D) over N."""
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (columns < D)[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        total += tl.load(partial + n * D + columns[None, :], (n < N) & inside, other=0.0)
+    tl.store(out + columns, tl.sum(total, 0), columns < D)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _sizes(x: Tensor, rope: Tensor | None, sums: bool = False) -> tuple[tuple[int], tuple, dict]:
+    """Grid, the sizes that the kernels take, and their options. Few tokens a program: many programs, and many sums."""
+    B, L, D = x.shape
+    tokens = 32 if sums else 8
+    block = max(16, triton.next_power_of_2(D))
+    nvidia = torch.version.hip is None
+    threads = min(block // 8, 1024 if nvidia else 512)  # eight columns a thread: 16-byte accesses
+    options = {"K": 0 if rope is None else rope.shape[-1], "BLOCK_D": block, "TOKENS": tokens}
+    options["num_warps"] = max(threads // (32 if nvidia else 64), 1)
+    return (triton.cdiv(B * L, tokens),), (B * L, L, D), options
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, rope, eps):
+        x, weight = x.contiguous(), weight.contiguous()
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[:2], dtype=torch.float32)
+        grid, sizes, options = _sizes(x, rope)
+        _forward_kernel[grid](x, weight, rope, y, rstd, *sizes, EPS=eps, **options)
+        ctx.save_for_backward(x, weight, rope, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, rope, rstd = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        grid, sizes, options = _sizes(x, rope, sums=ctx.needs_input_grad[1])
+        D = x.shape[2]
+        partial = d_weight = None
+        if ctx.needs_input_grad[1]:
+            partial = x.new_empty(*grid, D, dtype=torch.float32)
+            d_weight = x.new_empty(D, dtype=torch.float32)
+        _backward_kernel[grid](x, weight, rope, rstd, dy, dx, partial, *sizes, **options)
+        if partial is not None:
+            _fold_kernel[(triton.cdiv(D, 32),)](partial, d_weight, grid[0], D, BLOCK_N=64, BLOCK_D=32, num_warps=4)
+            d_weight = d_weight.to(weight.dtype)
+        return dx, d_weight, None, None
+
+
+# ---- the function ----------------------------------------------------------------------------------------------------
+
+
+def implementation(device: torch.device) -> str:
+    """ "triton" on CUDA devices, "torch" (the definition) on others and where KERNELS=torch is set.
+
+    RuntimeError for CUDA without Triton: a slower path is never taken silently. ValueError for another KERNELS.
+    """
+    if KERNELS not in ("", "torch", "triton"):
+        raise ValueError(f"KERNELS: expected torch or triton, or unset it; got {KERNELS!r}")
+    if KERNELS == "torch" or (device.type != "cuda" and KERNELS != "triton"):
+        return "torch"
+    if triton is None:
+        raise RuntimeError("CUDA tensors need Triton: pip install triton, or set KERNELS=torch (slower)")
+    return "triton"
+
+
+def _check(x: Tensor, weight: Tensor, rope: Tensor | None) -> None:
+    if x.ndim != 3 or not x.is_floating_point() or not x.numel():
+        raise ValueError(f"x: expected a floating point (B, L, D), none of them 0, got {x.dtype} {tuple(x.shape)}")
+    B, L, D = x.shape
+    if D > MAX_WIDTH:
+        raise ValueError(f"x: expected a width D of at most {MAX_WIDTH}, got {D}")
+    if weight.shape != (D,) or not weight.is_floating_point() or weight.device != x.device:
+        got = f"{weight.dtype} {tuple(weight.shape)} on {weight.device}"
+        raise ValueError(f"weight: expected floating point ({D},) on {x.device}, got {got}")
+    if rope is not None and (
+        rope.ndim != 2 or rope.shape[0] != L or rope.shape[1] < 2 or rope.shape[1] % 2 or D % rope.shape[1]
+        or rope.dtype not in (torch.float32, torch.float64) or rope.device != x.device
+    ):  # fmt: skip
+        got = f"{rope.dtype} {tuple(rope.shape)} on {rope.device}"
+        raise ValueError(f"rope: expected float32 (L={L}, K), K even and a divisor of D={D}, on {x.device}, got {got}")
+
+
+def norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """RMSNorm over D, then the rotation of each head's adjacent pairs.
+
+    x (B, L, D) bfloat16, float16 or float32, D = heads * K up to 8192; weight (D,) floating point; rope (L, K) float32,
+    cos and sin of each pair's angle in turn, the same for every head, or None for no rotation; it gets no gradient.
+    Returns (B, L, D) in x's dtype. ValueError for shapes, dtypes or devices that do not fit.
+    """
+    _check(x, weight, rope)
+    if implementation(x.device) == "torch":
+        return norm_rope_ref(x, weight, rope, eps)
+    if x.dtype == torch.float64 or (rope is not None and rope.dtype == torch.float64):
+        raise ValueError("x, rope: expected at most float32, got float64; KERNELS=torch takes it")
+    rope = None if rope is None else rope.contiguous()
+    if torch.compiler.is_compiling():  # a compiled graph launches on its own device
+        return _NormRope.apply(x, weight, rope, eps)
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        return _NormRope.apply(x, weight, rope, eps)
+
+
+# ---- check and time --------------------------------------------------------------------------------------------------
+
+
+def _case(shape: tuple[int, int, int, int], dtype: torch.dtype, device) -> tuple[list[Tensor], Tensor]:
+    """x and weight, asking for gradients, and rope."""
+    B, L, heads, K = shape
+    x = torch.randn(B, L, heads * K, device=device).to(dtype).requires_grad_()
+    angle = 6 * torch.rand(L, K // 2, device=device)
+    rope = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+    return [x, torch.randn(heads * K, device=device, requires_grad=True)], rope
+
+
+def _step(function, leaves: list[Tensor], rope: Tensor, weights: Tensor) -> list[Tensor]:
+    """The output and both gradients."""
+    y = function(*leaves, rope)
+    return [y, *torch.autograd.grad((y * weights).sum(), leaves)]
+
+
+def check(device: torch.device, shape: tuple[int, int, int, int] = (2, 35, 5, 40)) -> None:
+    """Largest error against float64 of the output and gradients, ours beside the definition's in the same dtype."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        leaves, rope = _case(shape, dtype, device)
+        weights = torch.randn_like(leaves[0])
+        exact = [a.detach().double().requires_grad_() for a in leaves]
+        truth = _step(norm_rope_ref, exact, rope.double(), weights.double())
+        error, eager = (
+            max((a - b).abs().max().item() for a, b in zip(_step(f, leaves, rope, weights), truth))
+            for f in (norm_rope, norm_rope_ref)
+        )
+        print(f"norm_rope {str(dtype)[6:]:9s} error {error:.1e}, of the definition {eager:.1e}")
+        assert error <= 2 * eager + 1e-6, "expected at most twice the definition's error"
+
+
+def time(device: torch.device, shape: tuple[int, int, int, int] = (2, 7488, 12, 128)) -> None:
+    """Forward and backward at Wan2.1-1.3B's shape, in bfloat16: ours, the definition, torch.compile of it."""
+    leaves, rope = _case(shape, torch.bfloat16, device)
+    weights = torch.randn_like(leaves[0])
+    ways = {"kernel": norm_rope, "eager": norm_rope_ref, "torch.compile": torch.compile(norm_rope_ref)}
+    took = {way: triton.testing.do_bench(lambda f=f: _step(f, leaves, rope, weights)) for way, f in ways.items()}
+    ratios = ", ".join(f"{way} {t:.3f} ms ({t / took['kernel']:.2f}x)" for way, t in took.items())
+    print(f"norm_rope, forward + backward: {ratios}")
+
+
+if __name__ == "__main__":
+    if torch.cuda.is_available():
+        check(torch.device("cuda"))
+        time(torch.device("cuda"))
+    else:
+        check(torch.device("cpu"))
+        print("no CUDA device: what was checked is the definition, on the CPU; the kernels were not run, nor timed")

@@ -1,0 +1,241 @@
+"""kernels/: what a file does before a kernel runs. Bad input, which implementation, torch.compile, each file alone."""
+
+import re
+import shutil
+
+import pytest
+import torch
+import torch._dynamo
+from helpers import ROOT, script
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import model
+from kernels import modulate, norm_rope, region_dpo
+from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
+
+MODULES = {"modulate": modulate, "norm_rope": norm_rope, "region_dpo": region_dpo}
+
+
+# ---- bad input: one ValueError that names the argument, what was expected and what came ------------------------------
+
+
+@pytest.fixture(params=["torch", "triton"])
+def chosen(request, monkeypatch):
+    """Errors come before any launch: there is no GPU here, so a launch would raise something else."""
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "KERNELS", request.param)
+
+
+def tensors(B=2, F_=3, tokens=4, D=8):
+    x, h = torch.randn(2, B, F_ * tokens, D)
+    return x, h, *torch.randn(3, B, 2, D), torch.randint(0, 2, (B, F_), dtype=torch.int32)
+
+
+def on_meta(a):
+    return a.to("meta")
+
+
+X, H, GATE, SHIFT, SCALE, ROW = tensors()
+MODULATE_ERRORS = [
+    (ln_modulate, (X[0], SHIFT, SCALE, ROW), r"^x: expected a floating point \(B, L, D\), got torch.float32 \(12, 8\)"),
+    (ln_modulate, (X.int(), SHIFT, SCALE, ROW), "^x: expected a floating point .*int32"),
+    (ln_modulate, (X[:, :11], SHIFT, SCALE, ROW), "^row: expected a number of frames F that divides L=11 .*F=3"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW.float()), "^row: expected an integer .*float32"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW.bool()), "^row: expected an integer .*bool"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW[:1]), r"^row: expected an integer \(B=2, F\), got torch.int32 \(1, 3\)"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW + 1), r"^row: expected values 0 \.\. 1, the rows of the tables, got .*2"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW - 1), "^row: expected values 0 .. 1, the rows of the tables, got -1"),
+    (ln_modulate, (X, SHIFT, SCALE, on_meta(ROW)), "^expected one device for all, got row on meta, x on cpu"),
+    (ln_modulate, (X, SHIFT, on_meta(SCALE), ROW), "^expected one device for all, got .*scale on meta"),
+    (ln_modulate, (X, SHIFT[..., :7], SCALE, ROW), r"^shift: expected \(B=2, R, D=8\), .*got \(2, 2, 7\)"),
+    (ln_modulate, (X, SHIFT, SCALE[:, :1], ROW), "^scale: expected .* one R for all tables"),
+    (ln_modulate, (X, SHIFT.int(), SCALE, ROW), "^shift: expected a floating point"),
+    (ln_modulate, (X, SHIFT[0], SCALE, ROW), r"^shift: expected a floating point \(B, R, D\)"),
+    (ln_modulate, (torch.ones(1, 2, 8200), *torch.ones(2, 1, 1, 8200), ROW[:1, :1]), "^x: expected a width D .*8200"),
+    (gate_residual, (X, H[:, 1:], GATE, ROW), r"^h: expected x's \(2, 12, 8\), got \(2, 11, 8\)"),
+    (gate_residual, (X, H.int(), GATE, ROW), "^h: expected a floating point"),
+    (gate_residual, (X, on_meta(H), GATE, ROW), "^expected one device for all, got .*h on meta"),
+    (residual_ln_modulate, (X, H, GATE[:1], SHIFT, SCALE, ROW), "^gate: expected"),
+    (residual_ln_modulate, (X, H, None, SHIFT, SCALE, ROW + 1), "^row: expected values"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function, args, match", MODULATE_ERRORS, ids=[m[:40] for *_, m in MODULATE_ERRORS])
+def test_modulate_errors(function, args, match, chosen):
+    with pytest.raises(ValueError, match=match):
+        function(*args)
+
+
+def test_row_is_read_again_when_it_changes():
+    """row is read once for a tensor, so that a GPU is not waited for at every call, and again after a write."""
+    row = torch.zeros(2, 3, dtype=torch.int32)
+    ln_modulate(X, SHIFT, SCALE, row)
+    row[0, 0] = 2
+    with pytest.raises(ValueError, match="^row: expected values"):
+        ln_modulate(X, SHIFT, SCALE, row)
+    with torch.inference_mode():
+        ln_modulate(X, SHIFT, SCALE, torch.zeros(2, 3, dtype=torch.int32))
+
+
+DPO, START = list(torch.randn(6, 3, 4, 5, 3, 2)), torch.tensor([0, 1, 2])
+DPO_ERRORS = [
+    (DPO, torch.tensor([0, 1, 5]), (1.0,), r"^start: expected 0 … 4, got \[0, 1, 5\]: an empty region has no loss"),
+    (DPO, torch.tensor([-1, 1, 2]), (1.0,), "^start: expected 0 … 4"),
+    (DPO, START.float(), (1.0,), r"^start: expected integers \(3,\) .*float32"),
+    (DPO, START > 0, (1.0,), "^start: expected integers .*bool"),
+    (DPO, START[:2], (1.0,), "^start: expected integers"),
+    (DPO, START[:, None], (1.0,), "^start: expected integers"),
+    (DPO, on_meta(START), (1.0,), "^start: expected integers .*meta"),
+    ([*DPO[:2], DPO[2][:, :, 1:], *DPO[3:]], START, (1.0,), r"^ref_w: expected floating point \(3, 4, 5, 3, 2\)"),
+    ([*DPO[:5], DPO[5].int()], START, (1.0,), "^target_l: expected floating point .*int32"),
+    ([on_meta(DPO[0]), *DPO[1:]], START, (1.0,), "^v_l: expected floating point .* on meta, got .* on cpu"),
+    ([DPO[0][0], *DPO[1:]], START, (1.0,), r"^v_w: expected floating point \(B, C, F, H, W\)"),
+    (DPO, START, (0.0, "inside"), "beta > 0 and form"),
+    (DPO, START, (-1.0,), "beta > 0 and form"),
+    (DPO, START, (float("nan"),), "beta > 0 and form"),
+    (DPO, START, (1.0, "between"), "beta > 0 and form .*between"),
+]
+
+
+@pytest.mark.parametrize("given, start, rest, match", DPO_ERRORS, ids=[m[:40] for *_, m in DPO_ERRORS])
+def test_region_dpo_errors(given, start, rest, match, chosen):
+    with pytest.raises(ValueError, match=match):
+        region_dpo.region_dpo(*given, start, *rest)
+
+
+WEIGHT, ROPE = torch.ones(8), torch.ones(12, 4)
+ROPE_ERRORS = [
+    ((X[0], WEIGHT, ROPE), "^x: expected a floating point"),
+    ((X.int(), WEIGHT, ROPE), "^x: expected a floating point"),
+    ((X[:, :0], WEIGHT, None), "^x: .*none of them 0"),
+    ((X, WEIGHT[1:], ROPE), r"^weight: expected floating point \(8,\)"),
+    ((X, on_meta(WEIGHT), ROPE), "^weight: .*meta"),
+    ((X, WEIGHT, ROPE[1:]), r"^rope: expected float32 \(L=12, K\)"),
+    ((X, WEIGHT, ROPE[:, :3]), "^rope: expected"),
+    ((X, WEIGHT, torch.ones(12, 6)), "^rope: .*a divisor of D=8"),
+    ((X, WEIGHT, ROPE.bfloat16()), "^rope: expected float32"),
+    ((X, WEIGHT, torch.ones(12, 2, dtype=torch.complex64)), "^rope: expected float32"),
+    ((torch.ones(1, 1, 8200), torch.ones(8200), None), "^x: expected a width D .*8200"),
+]
+
+
+@pytest.mark.parametrize("args, match", ROPE_ERRORS, ids=[m[:40] for *_, m in ROPE_ERRORS])
+def test_norm_rope_errors(args, match, chosen):
+    with pytest.raises(ValueError, match=match):
+        norm_rope.norm_rope(*args)
+
+
+def test_float64_is_the_definitions(monkeypatch):
+    """The definitions compute in float64 what comes in float64; the kernels say that they do not."""
+    calls = {
+        "modulate": lambda: ln_modulate(X.double(), SHIFT, SCALE, ROW),
+        "norm_rope": lambda: norm_rope.norm_rope(X.double(), WEIGHT, None),
+        "region_dpo": lambda: region_dpo.region_dpo(*(a.double() for a in DPO), START, 1.0)[0],
+    }
+    for name, call in calls.items():
+        assert call().dtype == torch.float64
+        monkeypatch.setattr(MODULES[name], "KERNELS", "triton")
+        with pytest.raises(ValueError, match="float64"):
+            call()
+
+
+# ---- which implementation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_implementation(name, monkeypatch):
+    """CUDA takes the kernels, CPU the definitions, KERNELS decides otherwise; CUDA without Triton is an error."""
+    module, cpu, cuda = MODULES[name], torch.device("cpu"), torch.device("cuda")
+    for value, expected in (("", ["torch", "triton"]), ("torch", ["torch"] * 2), ("triton", ["triton"] * 2)):
+        monkeypatch.setattr(module, "KERNELS", value)
+        assert [module.implementation(d) for d in (cpu, cuda)] == expected
+    monkeypatch.setattr(module, "KERNELS", "pytorch")
+    with pytest.raises(ValueError, match="KERNELS: expected torch or triton.*pytorch"):
+        module.implementation(cpu)
+    monkeypatch.setattr(module, "KERNELS", "")
+    monkeypatch.setattr(module, "triton", None)
+    assert module.implementation(cpu) == "torch"
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        module.implementation(cuda)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def block_and_inputs():
+    """A block whose frames take two rows, as in the continuation model."""
+    block = model.Block(model.DiTConfig(64, 128, 2, 1))
+    row = torch.tensor([[1, 0, 0], [1, 1, 0]], dtype=torch.int32)
+    x = torch.randn(2, 12, 64, requires_grad=True)
+    return block, (x, torch.randn(2, 2, 6, 64), row, torch.randn(2, 5, 64), torch.randn(12, 32))
+
+
+def test_compiles_without_a_break():
+    """A block in one graph on the CPU, forward and backward equal to eager's."""
+    block, inputs = block_and_inputs()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    one, two = block(*inputs), compiled(*inputs)
+    assert torch.allclose(one, two, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), (inputs[0], block.modulation)) for y in (one, two))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def launches(graph: torch.fx.GraphModule) -> int:
+    nodes = [n for m in graph.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes]
+    return sum("triton_kernel_wrapper" in str(n.target) for n in nodes)
+
+
+def test_compiles_with_the_kernels(monkeypatch):
+    """On fake tensors: the kernels are part of one graph, forward and backward, with nothing to break it.
+
+    The same for the loss. has_triton says no on a machine without a GPU; tracing itself needs none.
+    """
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "KERNELS", "triton")
+    graphs = []
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        block, inputs = block_and_inputs()
+        function = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+        assert function(*inputs).shape == (2, 12, 64)
+        assert launches(graphs[0]) == 8 + 16  # 4 of modulate, 4 of norm_rope; backward each with a fold
+        pair = [a.requires_grad_(i < 2) for i, a in enumerate(torch.randn(6, 2, 4, 5, 8, 8))]
+        function = torch.compile(region_dpo.region_dpo, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        loss, _ = function(*pair, torch.tensor([1, 2]), 2.0, "inside")
+        assert loss.shape == (2,) and launches(graphs[1]) == 3
+    torch._dynamo.reset()
+
+
+# ---- each file alone -------------------------------------------------------------------------------------------------
+
+ALONE = {
+    "modulate": "x = torch.randn(1, 4, 8); t = torch.zeros(1, 1, 8); row = torch.zeros(1, 2, dtype=torch.int32)\n"
+    "print(m.ln_modulate(x, t, t, row).shape, m.gate_residual(x, x, t, row).equal(x))",
+    "norm_rope": "print(m.norm_rope(torch.randn(1, 4, 8), torch.ones(8), torch.ones(4, 2)).shape)",
+    "region_dpo": "a = torch.randn(6, 2, 3, 4, 2, 2)\nprint(m.region_dpo(*a, torch.tensor([0, 3]), 1.0)[0].shape)",
+}
+
+
+def test_every_kernel_has_a_line_above():
+    assert {p.stem for p in (ROOT / "kernels").glob("*.py")} - {"__init__"} == set(ALONE) == set(MODULES)
+
+
+@pytest.mark.parametrize("triton", ["with", "without"])
+@pytest.mark.parametrize("name", ALONE)
+def test_kernel_file_works_copied_alone(name, triton, tmp_path):
+    """Readers copy a kernel: its one file must work in an empty folder, on a machine without Triton, too."""
+    shutil.copy(ROOT / "kernels" / f"{name}.py", tmp_path)
+    without = "sys.modules['triton'] = None\n" if triton == "without" else ""
+    code = f"import sys, torch\n{without}import {name} as m\nassert {str(ROOT)!r} not in sys.path\n{ALONE[name]}"
+    done = script("-c", code, cwd=tmp_path)
+    assert done.returncode == 0 and "torch.Size" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_kernel_file_run_as_a_program(name, tmp_path):
+    """It checks itself, and says what it did not do where there is no CUDA device."""
+    done = script(str(ROOT / "kernels" / f"{name}.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"error [\d.e+-]+, of the definition", done.stdout)) >= 3
+    assert "no CUDA device: what was checked is the definition" in done.stdout and "not run" in done.stdout
