@@ -1,16 +1,21 @@
-"""Fixtures. The suite runs on two CPU cores and sees no accelerator: results are compared bit for bit."""
+"""Fixtures. The suite runs on two CPU cores and sees no accelerator, to compare bit for bit: only `-m gpu` does."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # helpers, from whichever folder pytest is started
 
 import pytest
 import torch
 from helpers import STAGES, run_stage
+
+
+def pytest_configure(config):
+    """Before anything asks for CUDA."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,98 @@
-"""kernels/: the definitions against plain float64 computations, their gradients, and each file alone in a folder."""
+"""kernels/: one set of cases against float64, whoever executes the kernels.
 
+    definition   PyTorch, on the CPU
+    interpreter  Triton's own, in a process of its own that test_on_the_interpreter starts
+    emulator     what Triton compiled for sm_80: its PTX, instruction by instruction (ptx.py)
+    cuda         a GPU; skipped, and counted, where there is none
+
+An output or gradient may be off by twice what the definition is off in the same dtype. What a kernel leaves unwritten
+is NaN: new tensors are filled with it.
+"""
+
+import functools
 import math
-import shutil
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, script
+from helpers import ROOT
 
-from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
-from kernels.region_dpo import frame_errors, region_dpo
+from kernels import modulate, norm_rope, region_dpo
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
+MODULES = (modulate, norm_rope, region_dpo)
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels not run on a GPU")
+HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+TOLERANCE = {F32: 1e-5, HALF: 2**-8, BF16: 2**-5}  # of the definition, relative to the largest value
+
+
+@functools.cache
+def emulated(module, name):
+    import ptx
+
+    return ptx.Emulated(getattr(module, name))
+
+
+def emulate(monkeypatch) -> None:
+    """The kernels' launches go to the emulator."""
+    for module in MODULES:
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, emulated(module, name))
+
+
+LAUNCHERS = ["definition", "emulator", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
+
+
+@pytest.fixture(params=["interpreter"] if INTERPRETED else LAUNCHERS, autouse=True)
+def launcher(request, monkeypatch):
+    """Who runs the kernels in a test; on "cuda" the test's tensors are made on the GPU."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "KERNELS", "torch" if request.param == "definition" else "triton")
+    if request.param == "emulator":
+        emulate(monkeypatch)
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory: empty is NaN
+    if request.param == "cuda":
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device("cpu")
+    torch.use_deterministic_algorithms(False)
+
+
+def test_on_the_interpreter(launcher):
+    """All of this file once more, on Triton's interpreter."""
+    if launcher != "definition":
+        return
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not on_the_interpreter"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    closing = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "skipped" not in closing and int(closing.split()[0]) >= 100, closing
+
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.repair()
+
+
+def test_new_tensors_are_nan():
+    """Guards the guard: an output that a kernel does not write would be seen."""
+    assert all(a.isnan().all() for a in (torch.empty(3), torch.ones(1).new_empty(2), torch.empty_like(torch.ones(2))))
+
+
+def close(names, got, eager, truth, dtypes) -> None:
+    """Each result within twice the definition's error; the definition within its own tolerance."""
+    for name, a, b, exact, dtype in zip(names, got, eager, truth, dtypes, strict=True):
+        size = exact.abs().max().item() + 1e-30
+        error, allowed = ((c.double() - exact).abs().max().item() for c in (a, b))
+        assert allowed <= TOLERANCE[dtype] * max(size, 1), f"{name}: definition off by {allowed:.2e} of {size:.2e}"
+        assert error <= 2 * allowed + 2**-22 * size, f"{name}: off by {error:.2e}, the definition by {allowed:.2e}"
+
 
 # ---- modulate --------------------------------------------------------------------------------------------------------
 
@@ -22,141 +103,238 @@ def expand(table, row, L):
     return torch.stack([torch.stack([table[b, row[b, k // (L // F_)]] for k in range(L)]) for b in range(B)])
 
 
+def residual_64(x, h, gate, row):
+    return x.double() + (1 if gate is None else expand(gate.double(), row, x.shape[1])) * h.double()
+
+
 def ln_modulate_64(x, shift, scale, row, eps=1e-6):
     x, L = x.double(), x.shape[1]
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
     return normed * (1 + expand(scale.double(), row, L)) + expand(shift.double(), row, L)
 
 
-def gate_residual_64(x, h, gate, row):
-    return x.double() + (1 if gate is None else expand(gate.double(), row, x.shape[1])) * h.double()
-
-
-CASES = [  # B, F, tokens a frame, D, rows of the table
+FORMS = {  # name -> which of x, h, gate, shift, scale it reads
+    "ln_modulate": "10011",
+    "residual_ln_modulate": "11111",
+    "residual_ln_modulate_no_gate": "11011",
+    "gate_residual": "11100",
+}
+SHAPES = [  # B, F, tokens a frame, D, rows of the table
     (2, 3, 4, 8, "one"),
     (2, 5, 3, 7, "mask"),  # odd D, odd L
     (3, 4, 1, 33, "mask"),
     (2, 7, 5, 13, "frames"),
-    (1, 1, 3, 5, "frames"),
+    (1, 2, 40, 96, "mask"),  # several programs a frame
+    (1, 70, 1, 16, "frames"),  # more partial sums than the fold takes at once
 ]
+STREAMS = {"float32": (F32, F32, None), "bfloat16": (BF16, BF16, None), "float16": (HALF, HALF, None),
+           "mixed": (F32, BF16, BF16)}  # dtypes of x, h and, where it is not x's, y  # fmt: skip
+CASES = [(form, shape, "float32") for form in FORMS for shape in SHAPES]
+CASES += [(form, (1, 2, 3, 1536, "mask"), streams) for form in FORMS for streams in STREAMS]
+CASES += [(form, (2, 5, 3, 7, "mask"), streams) for form in FORMS for streams in ("bfloat16", "mixed")]
 
 
-def inputs(B, F_, tokens, D, rows, dtype=torch.float32):
+def inputs(B, F_, tokens, D, rows, streams="float32"):
+    """x, h, gate, shift, scale as leaves, row."""
     R = {"one": 1, "mask": 2, "frames": F_}[rows]
-    row = (
-        torch.arange(F_, dtype=torch.int32).expand(B, F_)
-        if rows == "frames"
-        else torch.randint(0, R, (B, F_), dtype=torch.int32)
-    )
-    x, h = (torch.randn(B, F_ * tokens, D).to(dtype) for _ in range(2))
-    return x + 1, h, *(torch.randn(3, B, R, D)), row
+    row = torch.randint(0, R, (B, F_), dtype=torch.int32)
+    if rows == "frames":
+        row = torch.arange(F_, dtype=torch.int32).expand(B, F_)
+    x, h = (torch.randn(B, F_ * tokens, D).to(dtype) for dtype in STREAMS[streams][:2])
+    return [a.requires_grad_() for a in (x + 1, h, *(torch.randn(3, B, R, D).unbind(0)))], row
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)], ids=["float32", "bfloat16"]
-)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_modulate_against_float64(case, dtype, tolerance):
-    """Every token must take its own frame's row; the result has the stream's dtype and is rounded once."""
-    x, h, shift, scale, gate, row = inputs(*case, dtype)
-    y = ln_modulate(x, shift, scale, row)
-    assert y.dtype == dtype and torch.allclose(
-        y.double(), ln_modulate_64(x, shift, scale, row), rtol=tolerance, atol=tolerance
-    )
-    out = gate_residual(x, h, gate, row)
-    assert out.dtype == dtype and torch.allclose(
-        out.double(), gate_residual_64(x, h, gate, row), rtol=tolerance, atol=tolerance
-    )
-    for g in (gate, None):
-        y, out = residual_ln_modulate(x, h, g, shift, scale, row)
-        assert out.dtype == y.dtype == dtype
-        assert torch.allclose(out.double(), gate_residual_64(x, h, g, row), rtol=tolerance, atol=tolerance)
-        assert torch.allclose(y.double(), ln_modulate_64(out, shift, scale, row), rtol=tolerance, atol=tolerance)
+def call(form, leaves, row, dtype, functions=None):
+    """The outputs of a form that exist, (y, x_out)."""
+    x, h, gate, shift, scale = leaves
+    ln, residual_ln, residual = functions or (
+        modulate.ln_modulate, modulate.residual_ln_modulate, modulate.gate_residual
+    )  # fmt: skip
+    if form == "ln_modulate":
+        return [ln(x, shift, scale, row, dtype=dtype)]
+    if form == "gate_residual":
+        return [residual(x, h, gate, row)]
+    return list(residual_ln(x, h, gate if form == "residual_ln_modulate" else None, shift, scale, row, dtype=dtype))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_modulate_gradients(case):
-    """Of every input, against float64 autograd of the plain computation; a row sums over the tokens that took it."""
-    x, h, shift, scale, gate, row = inputs(*case)
-    weights = torch.randn(2, *x.shape)
+def definition(form, leaves, row, dtype):
+    functions = modulate.ln_modulate_ref, modulate.residual_ln_modulate_ref, modulate.gate_residual_ref
+    return call(form, leaves, row, dtype, functions)
 
-    def gradients(function, dtype):
-        leaves = [a.to(dtype).requires_grad_() for a in (x, h, gate, shift, scale)]
-        y, out = function(*leaves)
-        return torch.autograd.grad((y * weights[0]).sum() + (out * weights[1]).sum(), leaves)
 
-    def plain(x, h, gate, shift, scale):
-        out = gate_residual_64(x, h, gate, row)
-        return ln_modulate_64(out, shift, scale, row), out
+def plain(form, leaves, row, _):
+    def residual_ln(x, h, gate, shift, scale, row, dtype):
+        x_out = residual_64(x, h, gate, row)
+        return ln_modulate_64(x_out, shift, scale, row), x_out
 
-    got = gradients(lambda *leaves: residual_ln_modulate(*leaves, row), torch.float32)
-    for name, a, b in zip(("x", "h", "gate", "shift", "scale"), got, gradients(plain, torch.float64), strict=True):
-        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4), name
+    return call(form, leaves, row, None, (lambda *a, dtype: ln_modulate_64(*a), residual_ln, residual_64))
+
+
+def exactly(tensors):
+    """The same leaves in float64."""
+    return [a.detach().double().requires_grad_(a.requires_grad) for a in tensors]
+
+
+def with_gradients(function, form, leaves, row, dtype, weights):
+    leaves = exactly(leaves) if function is plain else leaves
+    outputs = function(form, leaves, row, dtype)
+    read = [a for a, reads in zip(leaves, FORMS[form]) if reads == "1"]
+    total = sum((a.double() * w).sum() for a, w in zip(outputs, weights))
+    return [*outputs, *torch.autograd.grad(total, read)]
+
+
+@pytest.mark.parametrize("form, shape, streams", CASES, ids=str)
+def test_modulate(form, shape, streams):
+    """Outputs, every gradient; each token takes its own frame's row, a row's gradient sums the tokens that took it."""
+    leaves, row = inputs(*shape, streams)
+    x_dtype, h_dtype, dtype = STREAMS[streams]
+    weights = torch.randn(2, *leaves[0].shape, dtype=torch.float64)
+    results = [with_gradients(f, form, leaves, row, dtype, weights) for f in (call, definition, plain)]
+    names = {"ln_modulate": ["y"], "gate_residual": ["x_out"]}.get(form, ["y", "x_out"])
+    names += [n for n, reads in zip(["dx", "dh", "dgate", "dshift", "dscale"], FORMS[form]) if reads == "1"]
+    for name, a, b in zip(names, *results[:2]):
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+    assert results[0][0].dtype == (x_dtype if form == "gate_residual" or dtype is None else dtype)
+    rounded = min((x_dtype, h_dtype), key=lambda d: torch.finfo(d).bits)
+    close(names, *results, dtypes=[rounded] * len(names))
+
+
+def test_modulate_strides():
+    """Streams, tables and gradients that are not contiguous, a row that is expanded: as if they were."""
+    B, F_, tokens, D = 2, 4, 3, 24
+    x, h = (torch.randn(B, D, F_ * tokens).transpose(1, 2).requires_grad_() for _ in range(2))
+    tables = torch.randn(B, 2, 6, D)
+    gate, shift = tables.unbind(2)[:2]  # rows 6 D apart
+    scale = torch.randn(B, D, 2).transpose(1, 2)  # last axis not contiguous
+    leaves = [x, h, *(a.requires_grad_() for a in (gate, shift, scale))]
+    row = torch.tensor([[0, 1, 1, 0]], dtype=torch.int32).expand(B, F_)
+    weights = torch.randn(2, D, B, F_ * tokens, dtype=torch.float64).permute(0, 2, 3, 1)
+    results = [with_gradients(f, "residual_ln_modulate", leaves, row, None, weights) for f in (call, definition, plain)]
+    close(["y", "x_out", "dx", "dh", "dgate", "dshift", "dscale"], *results, dtypes=[F32] * 7)
+
+
+def test_modulate_unused_row():
+    """A row that no frame takes gets a gradient of exactly 0, not what was in memory."""
+    leaves, _ = inputs(2, 3, 2, 8, "mask")
+    row = torch.tensor([[0, 0, 0], [1, 1, 1]], dtype=torch.int32)
+    y, x_out = modulate.residual_ln_modulate(*leaves, row)
+    for gradient in torch.autograd.grad((y + x_out).square().sum(), leaves[2:]):
+        assert (gradient[0, 1] == 0).all() and (gradient[1, 0] == 0).all()
+        assert (gradient[0, 0] != 0).all() and (gradient[1, 1] != 0).all()
+
+
+def test_modulate_frozen_tables():
+    """Tables that ask for no gradient change no other gradient, and h is then not kept for backward."""
+    leaves, row = inputs(2, 3, 5, 16, "mask")
+    weights = torch.randn(2, *leaves[0].shape)
+
+    def gradients(tables):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a.data_ptr()) or a, lambda a: a):
+            outputs = modulate.residual_ln_modulate(*leaves[:2], *tables, row)
+        total = sum((a * w).sum() for a, w in zip(outputs, weights))
+        return torch.autograd.grad(total, leaves[:2]), leaves[1].data_ptr() in kept
+
+    trained, kept = gradients(leaves[2:])
+    frozen, kept_frozen = gradients([a.detach() for a in leaves[2:]])
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6) for a, b in zip(trained, frozen)) and not kept_frozen and kept
 
 
 def test_modulate_rows_are_equal_to_one_row():
     """A table of equal rows is the one-row table, bit for bit: guards M = 0 being the text-to-video model."""
-    x, h, shift, scale, gate, _ = inputs(2, 4, 3, 16, "one")
+    (x, h, gate, shift, scale), _ = inputs(2, 4, 3, 16, "one")
     one, frames = torch.zeros(2, 4, dtype=torch.int32), torch.arange(4, dtype=torch.int32).expand(2, 4)
     wide = [a.repeat(1, 4, 1) for a in (shift, scale, gate)]
-    assert torch.equal(ln_modulate(x, shift, scale, one), ln_modulate(x, *wide[:2], frames))
-    assert torch.equal(gate_residual(x, h, gate, one), gate_residual(x, h, wide[2], frames))
+    f, g = modulate.ln_modulate, modulate.gate_residual
+    assert torch.equal(f(x, shift, scale, one), f(x, *wide[:2], frames))
+    assert torch.equal(g(x, h, gate, one), g(x, h, wide[2], frames))
 
 
 def test_modulate_writes_into_no_input():
-    x, h, shift, scale, gate, row = given = inputs(2, 3, 4, 8, "mask")
-    before = [a.clone() for a in given]
-    residual_ln_modulate(x, h, gate, shift, scale, row)
-    gate_residual(x, h, gate, row)
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
+    leaves, row = inputs(2, 3, 4, 8, "mask")
+    before = [a.detach().clone() for a in (*leaves, row)]
+    y, x_out = modulate.residual_ln_modulate(*leaves, row)
+    weight = torch.ones_like(y)
+    torch.autograd.grad([y, x_out], leaves, [weight, weight])
+    assert all(torch.equal(a, b) for a, b in zip((*leaves, row), before, strict=True)) and (weight == 1).all()
 
 
-def test_modulate_errors():
-    """Each misfit is a ValueError that names the argument."""
-    x, h, shift, scale, gate, row = inputs(2, 3, 4, 8, "mask")
-    with pytest.raises(ValueError, match="^x: expected a floating point"):
-        ln_modulate(x[0], shift, scale, row)
-    with pytest.raises(ValueError, match="^x: expected a floating point"):
-        ln_modulate(x.int(), shift, scale, row)
-    with pytest.raises(ValueError, match="^row: expected a number of frames"):
-        ln_modulate(x[:, :11], shift, scale, row)
-    with pytest.raises(ValueError, match="^row: expected an integer"):
-        ln_modulate(x, shift, scale, row.float())
-    with pytest.raises(ValueError, match="^row: expected an integer"):
-        ln_modulate(x, shift, scale, row[:1])
-    with pytest.raises(ValueError, match="^shift: expected"):
-        ln_modulate(x, shift[..., :7], scale, row)
-    with pytest.raises(ValueError, match="one R for all tables"):
-        ln_modulate(x, shift[:, :1], scale, row)
-    with pytest.raises(ValueError, match="^h: expected"):
-        gate_residual(x, h[:, 1:], gate, row)
-    with pytest.raises(ValueError, match="^h: expected"):
-        gate_residual(x, h.int(), gate, row)
-    with pytest.raises(ValueError, match="^gate: expected"):
-        residual_ln_modulate(x, h, gate[:1], shift, scale, row)
+# ---- norm_rope -------------------------------------------------------------------------------------------------------
+
+
+def norm_rope_64(x, weight, rope, eps=1e-6):
+    """Straight from the equations, pair by pair."""
+    x = x.double()
+    n = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    if rope is None:
+        return n
+    a, b = n.unflatten(-1, (-1, 2)).unbind(-1)
+    heads = x.shape[-1] // rope.shape[1]
+    cos, sin = (c.double().repeat(1, heads) for c in rope.unflatten(-1, (-1, 2)).unbind(-1))
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+ROPE_CASES = [  # B, L, heads, K, dtype, rotated
+    (2, 9, 3, 12, F32, True),  # K no power of two, L no multiple of the tokens a program takes
+    (2, 9, 3, 12, F32, False),
+    (1, 70, 1, 10, F32, True),
+    (1, 3, 12, 128, F32, True),
+    (1, 3, 12, 128, BF16, True),
+    (2, 5, 12, 128, BF16, False),
+    (1, 3, 12, 128, HALF, True),
+    (1, 2100, 1, 2, F32, True),  # more partial sums than the fold takes at once
+]
+
+
+@pytest.mark.parametrize("B, L, heads, K, dtype, rotated", ROPE_CASES, ids=str)
+def test_norm_rope(B, L, heads, K, dtype, rotated):
+    D = heads * K
+    x, weight = (torch.randn(B, L, D).to(dtype) + 0.5).requires_grad_(), torch.randn(D).requires_grad_()
+    angle = 6 * torch.rand(L, K // 2)
+    rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(1) if rotated else None
+    w = torch.randn(B, L, D, dtype=torch.float64)
+
+    def results(function):
+        leaves = exactly([x, weight]) if function is norm_rope_64 else [x, weight]
+        y = function(*leaves, rope)
+        return [y, *torch.autograd.grad((y.double() * w).sum(), leaves)]
+
+    found = [results(f) for f in (norm_rope.norm_rope, norm_rope.norm_rope_ref, norm_rope_64)]
+    assert found[0][0].dtype == dtype
+    close(["y", "dx", "dweight"], *found, dtypes=[dtype] * 3)
+
+
+def test_norm_rope_frozen_weight():
+    """The gradient of x does not change, and x may be a transposed view."""
+    x, weight = torch.randn(2, 16, 6).transpose(1, 2).requires_grad_(), torch.randn(16).requires_grad_()
+    rope = torch.randn(6, 8)
+    one, two = (torch.autograd.grad(norm_rope.norm_rope(x, w, rope).sum(), x)[0] for w in (weight, weight.detach()))
+    assert torch.allclose(one, two, rtol=1e-6, atol=1e-6)
 
 
 # ---- region_dpo ------------------------------------------------------------------------------------------------------
 
 
-def dpo_inputs(B=3, frames=5, dtype=torch.float32):
-    return [a.to(dtype) for a in torch.randn(6, B, 4, frames, 3, 2)]
+def dpo_inputs(B=3, frames=5, dtype=F32, C=4, H=3, W=2):
+    return [a.to(dtype) for a in torch.randn(6, B, C, frames, H, W)]
 
 
 def dpo_64(v_w, v_l, ref_w, ref_l, target_w, target_l, start, beta, form):
-    """Straight from the equation, pair by pair, in float64: (losses, S)."""
-    losses, sums = [], []
+    """Straight from the equation, pair by pair, in float64: loss, S and the other metrics."""
+    losses, sums, rows = [], [], []
     for i, first in enumerate(start.tolist()):
 
         def error(f, target, i=i, first=first):
             return (f[i].double() - target[i].double()).square().mean(dim=(0, 2, 3))[first:]
 
-        d_w = error(v_w, target_w) - error(ref_w, target_w)
-        d_l = error(v_l, target_l) - error(ref_l, target_l)
-        S, K = (d_w - d_l).sum(), v_w.shape[2] - first
+        errors = [error(*a) for a in ((v_w, target_w), (v_l, target_l), (ref_w, target_w), (ref_l, target_l))]
+        S, K = (errors[0] - errors[2] - errors[1] + errors[3]).sum(), v_w.shape[2] - first
         losses.append(-F.logsigmoid(-beta * S) / K if form == "outside" else -F.logsigmoid(-beta * S / K))
         sums.append(S)
-    return torch.stack(losses), torch.stack(sums)
+        rows.append([*(e.mean() for e in errors), -beta * S / K])
+    names = ("err/w_policy", "err/l_policy", "err/w_ref", "err/l_ref", "margin")
+    metrics = {name: torch.stack([row[k] for row in rows]) for k, name in enumerate(names)}
+    return torch.stack(losses), {**metrics, "S": torch.stack(sums)}
 
 
 def test_region_dpo_by_hand():
@@ -175,44 +353,66 @@ def test_region_dpo_by_hand():
     ref_w, ref_l = clip((5.0, 5.0), (2.0, 0.0), (1.0, 1.0)), clip((3.0, 3.0), (0.0, 0.0), (1.0, 1.0))
     zero, start = torch.zeros_like(v_w), torch.tensor([1])
     for form, expected in (("outside", math.log1p(math.exp(-8)) / 2), ("inside", math.log1p(math.exp(-4)))):
-        loss, more = region_dpo(v_w, v_l, ref_w, ref_l, zero, zero, start, 2.0, form)
+        loss, more = region_dpo.region_dpo(v_w, v_l, ref_w, ref_l, zero, zero, start, 2.0, form)
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         assert more["S"].item() == -4 and more["margin"].item() == 4
         assert [more[f"err/{k}"].item() for k in ("w_policy", "w_ref", "l_policy", "l_ref")] == [1.5, 1.5, 2.5, 0.5]
 
 
-@pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-4)], ids=["float32", "bfloat16"]
-)
+DPO_SIZES = [(4, 3, 2), (3, 5, 7), (1, 12, 48), (2, 32, 48)]  # C, H, W: small, odd, aligned, several blocks
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (HALF, HALF), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("size", DPO_SIZES, ids=str)
 @pytest.mark.parametrize("form", ["outside", "inside"])
-def test_region_dpo_against_float64(form, dtype, tolerance):
-    """Loss, S and gradients against the equation in float64, every pair with a start of its own, 0 included."""
-    prediction, start = dpo_inputs(dtype=dtype), torch.tensor([0, 2, 4])
-    loss, more = region_dpo(*prediction, start, 0.7, form)
-    expected, S = dpo_64(*prediction, start, 0.7, form)
-    assert loss.dtype == torch.float32 and not more["S"].requires_grad
-    assert torch.allclose(loss.double(), expected, rtol=tolerance, atol=tolerance)
-    assert torch.allclose(more["S"].double(), S, rtol=tolerance, atol=tolerance)
+def test_region_dpo(form, size, dtypes):
+    """Loss, metrics and the gradients of all six tensors; every pair with a start of its own, 0 included.
 
-    def gradients(function, dtype):
-        leaves = [a.to(dtype).requires_grad_() for a in prediction[:2]]
-        return torch.autograd.grad(function(*leaves, *prediction[2:], start, 0.7, form)[0].sum(), leaves)
+    dtypes: of the predictions and of the targets.
+    """
+    if size != DPO_SIZES[0] and (form == "inside") != (dtypes[0] == F32):
+        return  # the form is one line after the reduction: each size runs one
+    C, H, W = size
+    prediction, start = dpo_inputs(C=C, H=H, W=W), torch.tensor([0, 2, 4])
+    tensors = [a.to(dtypes[i > 3]).requires_grad_() for i, a in enumerate(prediction)]
+    weights = torch.rand(3, dtype=torch.float64) + 0.5
 
-    pairs = zip(gradients(region_dpo, torch.float32), gradients(dpo_64, torch.float64), strict=True)
-    assert all(torch.allclose(a.double(), b, rtol=1e-4, atol=1e-6) for a, b in pairs) or dtype == torch.bfloat16
+    def results(function):
+        leaves = exactly(tensors) if function is dpo_64 else tensors
+        loss, more = function(*leaves, start, 0.7, form)
+        assert not any(a.requires_grad for a in more.values()) or function is dpo_64
+        names = sorted(more)
+        gradients = torch.autograd.grad((loss.double() * weights).sum(), leaves)
+        return ["loss", *names], [loss, *(more[n] for n in names), *gradients]
+
+    (names, ours), (_, eager), (_, truth) = (
+        results(f) for f in (region_dpo.region_dpo, region_dpo.region_dpo_ref, dpo_64)
+    )
+    assert ours[0].dtype == F32
+    assert all(a.dtype == b.dtype for a, b in zip(ours[7:], tensors, strict=True))
+    close([*names, *(f"d{n}" for n in region_dpo.INPUTS)], ours, eager, truth, [F32] * 7 + [a.dtype for a in tensors])
+
+
+def test_region_dpo_some_gradients():
+    """Only what asks for a gradient gets one, and it is the one it gets among all."""
+    tensors, start = dpo_inputs(), torch.tensor([0, 2, 4])
+    every = [a.clone().requires_grad_() for a in tensors]
+    all_gradients = torch.autograd.grad(region_dpo.region_dpo(*every, start, 0.7)[0].sum(), every)
+    for wanted in ((0, 1), (2,), (5,), (1, 4)):
+        some = [a.clone().requires_grad_(i in wanted) for i, a in enumerate(tensors)]
+        found = torch.autograd.grad(region_dpo.region_dpo(*some, start, 0.7)[0].sum(), [some[i] for i in wanted])
+        assert all(torch.equal(a, all_gradients[i]) for i, a in zip(wanted, found))
 
 
 def test_region_dpo_reference_free():
     """ref := target leaves the reference out: S is the difference of the policy's errors."""
     v_w, v_l, _, _, target_w, target_l = dpo_inputs()
     start = torch.tensor([0, 2, 4])
-    _, more = region_dpo(v_w, v_l, target_w, target_l, target_w, target_l, start, 1.0)
-    error = (v_w - target_w).double().square().mean(dim=(1, 3, 4)) - (v_l - target_l).double().square().mean(
-        dim=(1, 3, 4)
-    )
-    assert torch.allclose(
-        more["S"].double(), torch.stack([error[i, n:].sum() for i, n in enumerate((0, 2, 4))]), atol=1e-5
-    )
+    _, more = region_dpo.region_dpo(v_w, v_l, target_w, target_l, target_w, target_l, start, 1.0)
+    error = (v_w - target_w).double().square().mean(dim=(1, 3, 4))
+    error -= (v_l - target_l).double().square().mean(dim=(1, 3, 4))
+    S = torch.stack([error[i, n:].sum() for i, n in enumerate((0, 2, 4))])
+    assert torch.allclose(more["S"].double(), S, atol=1e-5)
     assert (more["err/w_ref"] == 0).all() and (more["err/l_ref"] == 0).all()
 
 
@@ -223,8 +423,8 @@ def test_region_dpo_selects(form, value):
     clean, start = dpo_inputs(), torch.tensor([1, 2, 4])
     before = (torch.arange(5) < start[:, None])[:, None, :, None, None]
     moved = [torch.where(before, value, a).requires_grad_() for a in clean]
-    loss, more = region_dpo(*clean, start, 0.7, form)
-    loss_moved, more_moved = region_dpo(*moved, start, 0.7, form)
+    loss, more = region_dpo.region_dpo(*clean, start, 0.7, form)
+    loss_moved, more_moved = region_dpo.region_dpo(*moved, start, 0.7, form)
     assert torch.equal(loss, loss_moved)
     assert all(torch.equal(more[name], more_moved[name]) for name in more)
     for gradient in torch.autograd.grad(loss_moved.sum(), moved):
@@ -237,7 +437,8 @@ def test_region_dpo_at_step_0(form, expected):
     """Policy == reference: S is exactly 0 and the loss ln 2 / K or ln 2, yet the gradient is not 0."""
     _, _, ref_w, ref_l, target_w, target_l = dpo_inputs()
     v_w, v_l = ref_w.clone().requires_grad_(), ref_l.clone().requires_grad_()
-    loss, more = region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, torch.tensor([2, 2, 2]), 800.0, form)
+    start = torch.tensor([2, 2, 2])
+    loss, more = region_dpo.region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, 800.0, form)
     assert (more["S"] == 0).all() and (more["margin"] == 0).all()
     assert loss.tolist() == pytest.approx([expected] * 3, rel=1e-6)
     assert all((g[:, :, 2:] != 0).any() for g in torch.autograd.grad(loss.sum(), (v_w, v_l)))
@@ -248,8 +449,8 @@ def test_the_two_forms_have_one_gradient_at_step_0():
     _, _, ref_w, ref_l, target_w, target_l = dpo_inputs()
     gradients = []
     for form in ("outside", "inside"):
-        v_w = ref_w.clone().requires_grad_()
-        loss, _ = region_dpo(v_w, ref_l, ref_w, ref_l, target_w, target_l, torch.tensor([0, 2, 3]), 25.0, form)
+        v_w, start = ref_w.clone().requires_grad_(), torch.tensor([0, 2, 3])
+        loss, _ = region_dpo.region_dpo(v_w, ref_l, ref_w, ref_l, target_w, target_l, start, 25.0, form)
         gradients += torch.autograd.grad(loss.sum(), v_w)
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-9)
 
@@ -258,62 +459,43 @@ def test_region_dpo_signs():
     """Swapping winner and loser negates S; a policy nearer to the winner than the reference is has a smaller loss."""
     v_w, v_l, ref_w, ref_l, target_w, target_l = dpo_inputs()
     start = torch.tensor([1, 2, 3])
-    _, one = region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, 1.0)
-    _, two = region_dpo(v_l, v_w, ref_l, ref_w, target_l, target_w, start, 1.0)
+    _, one = region_dpo.region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, 1.0)
+    _, two = region_dpo.region_dpo(v_l, v_w, ref_l, ref_w, target_l, target_w, start, 1.0)
     assert torch.equal(one["S"], -two["S"]) and (one["S"] != 0).all()
     better = ref_w + 0.1 * (target_w - ref_w)
-    loss, more = region_dpo(better, ref_l, ref_w, ref_l, target_w, target_l, start, 1.0, "inside")
+    loss, more = region_dpo.region_dpo(better, ref_l, ref_w, ref_l, target_w, target_l, start, 1.0, "inside")
     assert (more["margin"] > 0).all() and (loss < math.log(2)).all()
 
 
-def test_difference_is_accurate_near_the_reference():
-    """The product form is far closer to float64 than subtracting two float32 errors: it matters early in training."""
-    target, ref = torch.randn(2, 4, 16, 5, 16, 16)
-    v, start = ref + 1e-5 * torch.randn_like(ref), torch.zeros(4, dtype=torch.long)
-    truth = (v.double() - target.double()).square().mean((1, 3, 4)) - (ref.double() - target.double()).square().mean(
-        (1, 3, 4)
-    )
-    policy_error, ref_error, difference = frame_errors(v, ref, target, start)
-    ours = (difference.double() - truth).abs().mean()
-    subtracted = ((policy_error - ref_error).double() - truth).abs().mean()
-    assert ours * 10 < subtracted
+@pytest.mark.parametrize("scale", [1e-5, 1e-3])
+def test_difference_is_accurate_near_the_reference(scale):
+    """Products of differences are far closer to float64 than a difference of errors: it matters early in training."""
+    target_w, target_l, ref_w, ref_l = torch.randn(4, 2, 16, 5, 16, 16)
+    v_w, v_l = (a + scale * torch.randn_like(a) for a in (ref_w, ref_l))
+    tensors, start = (v_w, v_l, ref_w, ref_l, target_w, target_l), torch.tensor([0, 1])
+    exact, more = dpo_64(*tensors, start, 2000.0, "outside")
+    loss, found = region_dpo.region_dpo(*tensors, start, 2000.0)
+    K = 5 - start
+    subtracted = K * (found["err/w_policy"] - found["err/w_ref"] - found["err/l_policy"] + found["err/l_ref"])
+    off, off_subtracted = ((a.double() - more["S"]).abs().mean() for a in (found["S"], subtracted))
+    assert off * 10 < off_subtracted
+    assert (loss.double() - exact).abs().max() < 1e-6
 
 
-def test_region_dpo_errors():
-    """An empty region has no loss; misfits are ValueErrors that name the argument."""
-    a, start = dpo_inputs(), torch.tensor([0, 1, 2])
-    for wrong in (torch.tensor([0, 1, 5]), torch.tensor([-1, 1, 2])):
-        with pytest.raises(ValueError, match="^start: expected 0 … 4"):
-            region_dpo(*a, wrong, 1.0)
-    for wrong in (start.float(), start[:2], start[:, None]):
-        with pytest.raises(ValueError, match="^start: expected integers"):
-            region_dpo(*a, wrong, 1.0)
-    with pytest.raises(ValueError, match="^ref_w: expected floating point"):
-        region_dpo(a[0], a[1], a[2][:, :, 1:], *a[3:], start, 1.0)
-    with pytest.raises(ValueError, match="^target_l: expected floating point"):
-        region_dpo(*a[:5], a[5].int(), start, 1.0)
-    for beta, form in ((0.0, "inside"), (-1.0, "outside"), (1.0, "between")):
-        with pytest.raises(ValueError, match="beta > 0 and form"):
-            region_dpo(*a, start, beta, form)
-
-
-# ---- each file alone -------------------------------------------------------------------------------------------------
-
-ALONE = {
-    "modulate": "x = torch.randn(1, 4, 8); t = torch.zeros(1, 1, 8); row = torch.zeros(1, 2, dtype=torch.int32)\n"
-    "print(m.ln_modulate(x, t, t, row).shape, m.gate_residual(x, x, t, row).equal(x))",
-    "region_dpo": "a = torch.randn(6, 2, 3, 4, 2, 2)\nprint(m.region_dpo(*a, torch.tensor([0, 3]), 1.0)[0].shape)",
-}
-
-
-def test_every_kernel_has_a_line_below():
-    assert {p.stem for p in (ROOT / "kernels").glob("*.py")} - {"__init__"} == set(ALONE)
-
-
-@pytest.mark.parametrize("name", ALONE)
-def test_kernel_file_works_copied_alone(name, tmp_path):
-    """Readers copy a kernel: its one file must work in an empty folder, with torch and nothing of the project."""
-    shutil.copy(ROOT / "kernels" / f"{name}.py", tmp_path)
-    code = f"import sys, torch, {name} as m\nassert {str(ROOT)!r} not in sys.path\n{ALONE[name]}"
-    done = script("-c", code, cwd=tmp_path)
-    assert done.returncode == 0 and "torch.Size" in done.stdout, done.stderr
+@pytest.mark.parametrize("z", [-80.0, -12.0, -1.0, 0.0, 1.0, 12.0, 80.0])
+def test_region_dpo_saturated(z):
+    """The loss and its slope stay right, and finite, where β·S is large: no overflow, no cancellation."""
+    shape = (1, 1, 2, 4, 4)
+    zero, start = torch.zeros(shape), torch.tensor([1])
+    tensors = [torch.full(shape, 1.0).requires_grad_(), zero, zero, zero, zero, zero]  # S = 1
+    if z < 0:
+        tensors = [tensors[1], tensors[0], *tensors[2:]]
+    if z == 0:
+        tensors[0] = torch.zeros(shape, requires_grad=True)
+    beta, moved = abs(z) or 1.0, tensors[1] if z < 0 else tensors[0]
+    loss, _ = region_dpo.region_dpo(*tensors, start, beta)
+    exact = max(z, 0) + math.log1p(math.exp(-abs(z)))
+    (gradient,) = torch.autograd.grad(loss.sum(), moved)
+    slope = beta / (1 + math.exp(-z)) * 2 / 16 * (-1 if z < 0 else 1) * (z != 0)
+    assert loss.item() == pytest.approx(exact, rel=2e-6)
+    assert gradient[0, 0, 1, 0, 0].item() == pytest.approx(slope, rel=2e-6)
