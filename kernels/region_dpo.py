@@ -119,9 +119,9 @@ def _fold(partial, M, BLOCK: tl.constexpr):
 
 @jit
 def _loss_kernel(
-    partial, start, out, B, M, FRAMES, FRAME, BETA: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr
+    partial, start, loss, out, B, M, FRAMES, FRAME, BETA: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program: one sample's M partial sums -> out (8, B): loss, METRICS, d loss / d S. FRAME = C * H * W."""
+    """One program: one sample's M partial sums -> loss (B), and out (7, B): METRICS, dloss/dS. FRAME = C * H * W."""
     b = tl.program_id(0)
     K = (FRAMES - tl.load(start + b)).to(tl.float32)
     w = partial + b * M
@@ -133,15 +133,15 @@ def _loss_kernel(
     e = tl.exp(-tl.abs(z))
     u = 1 + e
     log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
-    loss = tl.maximum(z, 0.0) + log1p
-    tl.store(out + b, loss if INSIDE else loss / K)
-    tl.store(out + B + b, _fold(w, M, BLOCK) / (FRAME * K))
-    tl.store(out + 2 * B + b, _fold(l, M, BLOCK) / (FRAME * K))
-    tl.store(out + 3 * B + b, _fold(w + 2 * B * M, M, BLOCK) / (FRAME * K))
-    tl.store(out + 4 * B + b, _fold(l + 2 * B * M, M, BLOCK) / (FRAME * K))
-    tl.store(out + 5 * B + b, margin)
-    tl.store(out + 6 * B + b, S)
-    tl.store(out + 7 * B + b, tl.where(z >= 0, 1.0, e) / u * (BETA / K))
+    softplus = tl.maximum(z, 0.0) + log1p
+    tl.store(loss + b, softplus if INSIDE else softplus / K)
+    tl.store(out + b, _fold(w, M, BLOCK) / (FRAME * K))
+    tl.store(out + B + b, _fold(l, M, BLOCK) / (FRAME * K))
+    tl.store(out + 2 * B + b, _fold(w + 2 * B * M, M, BLOCK) / (FRAME * K))
+    tl.store(out + 3 * B + b, _fold(l + 2 * B * M, M, BLOCK) / (FRAME * K))
+    tl.store(out + 4 * B + b, margin)
+    tl.store(out + 5 * B + b, S)
+    tl.store(out + 6 * B + b, tl.where(z >= 0, 1.0, e) / u * (BETA / K))
 
 
 @jit
@@ -191,7 +191,7 @@ def _sizes(v_w: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 
 
 class _RegionDPO(torch.autograd.Function):
-    """(loss, out (8, B)) of the six tensors; out holds loss, METRICS and d loss / d S, and has no gradient."""
+    """(loss, out (7, B)) of the six tensors; out holds METRICS and dloss/dS, and has no gradient."""
 
     @staticmethod
     def forward(ctx, v_w, v_l, ref_w, ref_l, target_w, target_l, start, beta, inside):
@@ -200,14 +200,25 @@ class _RegionDPO(torch.autograd.Function):
         B, C, frames, H, W = v_w.shape
         grid, sizes = _sizes(v_w)
         partial = v_w.new_empty(3, *grid, dtype=torch.float32)
-        out = v_w.new_empty(8, B, dtype=torch.float32)
+        loss, out = v_w.new_empty(B, dtype=torch.float32), v_w.new_empty(7, B, dtype=torch.float32)
         _sums_kernel[grid](*tensors, start, partial, *sizes, BLOCK=BLOCK, num_warps=4)
         _loss_kernel[(B,)](
-            partial, start, out, B, C * grid[1], frames, C * H * W, BETA=beta, INSIDE=inside, BLOCK=512, num_warps=4
+            partial,
+            start,
+            loss,
+            out,
+            B,
+            C * grid[1],
+            frames,
+            C * H * W,
+            BETA=beta,
+            INSIDE=inside,
+            BLOCK=512,
+            num_warps=4,
         )
         ctx.save_for_backward(*tensors, start, out)
         ctx.mark_non_differentiable(out)
-        return out[0].clone(), out
+        return loss, out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -217,7 +228,7 @@ class _RegionDPO(torch.autograd.Function):
         grid, sizes = _sizes(tensors[0])
         frame = sizes[0] * sizes[2]
         _gradient_kernel[grid](
-            *tensors, start, d_loss.contiguous(), out[7], *gradients, *sizes, frame, BLOCK=BLOCK, num_warps=4
+            *tensors, start, d_loss.contiguous(), out[6], *gradients, *sizes, frame, BLOCK=BLOCK, num_warps=4
         )
         return *gradients, None, None, None
 
@@ -226,7 +237,7 @@ class _RegionDPO(torch.autograd.Function):
 
 
 def implementation(device: torch.device) -> str:
-    """ "triton" on CUDA devices, "torch" (the definition) on others and where KERNELS=torch is set.
+    """Who computes: "triton" on CUDA devices, "torch" (the definition) on others and where KERNELS=torch is set.
 
     RuntimeError for CUDA without Triton: a slower path is never taken silently. ValueError for another KERNELS.
     """
@@ -243,7 +254,7 @@ def _check(tensors: dict[str, Tensor], start: Tensor, beta: float, form: str) ->
     v_w = tensors["v_w"]
     for name, a in tensors.items():
         if a.ndim != 5 or a.shape != v_w.shape or not a.is_floating_point() or a.device != v_w.device or not a.numel():
-            expected = f"{tuple(v_w.shape)}" if v_w.ndim == 5 and v_w.numel() else "(B, C, F, H, W), none of them 0,"
+            expected = f"{tuple(v_w.shape)}" if v_w.ndim == 5 and v_w.numel() else "(B, C, F, H, W), none 0,"
             got = f"{a.dtype} {tuple(a.shape)} on {a.device}"
             raise ValueError(f"{name}: expected floating point {expected} on {v_w.device}, got {got}")
     B, _, frames, _, _ = v_w.shape
@@ -279,7 +290,7 @@ def region_dpo(
     else:
         with torch.cuda.device_of(v_w):  # Triton launches on the current one
             loss, out = _RegionDPO.apply(*tensors.values(), start, float(beta), form == "inside")
-    return loss, dict(zip(METRICS, out[1:7]))
+    return loss, dict(zip(METRICS, out))
 
 
 # ---- check and time --------------------------------------------------------------------------------------------------
@@ -307,15 +318,25 @@ def check(device: torch.device, shape: tuple[int, ...] = (3, 4, 5, 6, 9)) -> Non
             assert error <= 2 * eager + 1e-6, "expected at most twice the definition's error"
 
 
-def time(device: torch.device, shape: tuple[int, ...] = (2, 16, 13, 36, 64)) -> None:
+def _bench(name: str, runs: dict, least: int) -> dict[str, float]:
+    """Milliseconds of each way, the better of two rounds; printed with the rate at which `least` bytes would move."""
+    rounds = [{way: triton.testing.do_bench(run) for way, run in runs.items()} for _ in range(2)]
+    took = {way: min(r[way] for r in rounds) for way in runs}
+    for way, ms in took.items():
+        print(f"{name:32s} {way:13s} {ms:.3f} ms, {least / ms / 1e6:5.0f} GB/s, {ms / took['kernel']:.2f}x the kernel")
+    return took
+
+
+def time(device: torch.device, shape: tuple[int, ...] = (2, 16, 13, 36, 64)) -> dict[str, dict[str, float]]:
     """Forward and backward at Wan2.1's latents of 49x288x512, bfloat16, float32 targets: ours, definition, compiled."""
     tensors = [torch.randn(shape, device=device).bfloat16() for _ in range(4)]
     tensors = [a.requires_grad_(i < 2) for i, a in enumerate(tensors)] + list(torch.randn(2, *shape, device=device))
     start = torch.full(shape[:1], 5, device=device)
     ways = {"kernel": region_dpo, "eager": region_dpo_ref, "torch.compile": torch.compile(region_dpo_ref)}
-    took = {way: triton.testing.do_bench(lambda f=f: _step(f, tensors, start, 2000.0)) for way, f in ways.items()}
-    ratios = ", ".join(f"{way} {t:.3f} ms ({t / took['kernel']:.2f}x)" for way, t in took.items())
-    print(f"region_dpo, forward + backward: {ratios}")
+    runs = {way: lambda f=f: _step(f, tensors, start, 2000.0) for way, f in ways.items()}
+    v, target, kept = tensors[0].nbytes, tensors[4].nbytes, 1 - 5 / shape[2]
+    least = kept * (4 * v + 2 * target) + kept * (2 * v + 2 * target) + 2 * v  # forward; backward, and its gradients
+    return {"region_dpo": _bench("region_dpo", runs, int(least))}
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ X, H, GATE, SHIFT, SCALE, ROW = tensors()
 MODULATE_ERRORS = [
     (ln_modulate, (X[0], SHIFT, SCALE, ROW), r"^x: expected a floating point \(B, L, D\), got torch.float32 \(12, 8\)"),
     (ln_modulate, (X.int(), SHIFT, SCALE, ROW), "^x: expected a floating point .*int32"),
+    (ln_modulate, (X[:, :0], SHIFT, SCALE, ROW), "^x: .*none 0, got torch.float32 .2, 0, 8."),
     (ln_modulate, (X[:, :11], SHIFT, SCALE, ROW), "^row: expected a number of frames F that divides L=11 .*F=3"),
     (ln_modulate, (X, SHIFT, SCALE, ROW.float()), "^row: expected an integer .*float32"),
     (ln_modulate, (X, SHIFT, SCALE, ROW.bool()), "^row: expected an integer .*bool"),
@@ -107,7 +108,7 @@ WEIGHT, ROPE = torch.ones(8), torch.ones(12, 4)
 ROPE_ERRORS = [
     ((X[0], WEIGHT, ROPE), "^x: expected a floating point"),
     ((X.int(), WEIGHT, ROPE), "^x: expected a floating point"),
-    ((X[:, :0], WEIGHT, None), "^x: .*none of them 0"),
+    ((X[:, :0], WEIGHT, None), "^x: .*none 0"),
     ((X, WEIGHT[1:], ROPE), r"^weight: expected floating point \(8,\)"),
     ((X, on_meta(WEIGHT), ROPE), "^weight: .*meta"),
     ((X, WEIGHT, ROPE[1:]), r"^rope: expected float32 \(L=12, K\)"),
