@@ -341,7 +341,7 @@ def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor |
     for name, a in (streams | tables).items():
         if a.ndim != 3 or not a.is_floating_point() or not a.numel():
             sizes = "(B, L, D)" if name in streams else "(B, R, D)"
-            raise ValueError(f"{name}: expected a floating point {sizes}, none 0, got {a.dtype} {tuple(a.shape)}")
+            raise ValueError(f"{name}: expected a non-empty floating point {sizes}, got {a.dtype} {tuple(a.shape)}")
     if len({a.device for a in (row, *streams.values(), *tables.values())}) != 1:
         places = ", ".join(f"{name} on {a.device}" for name, a in ({"row": row} | streams | tables).items())
         raise ValueError(f"expected one device for all, got {places}")

@@ -193,7 +193,7 @@ def implementation(device: torch.device) -> str:
 
 def _check(x: Tensor, weight: Tensor, rope: Tensor | None) -> None:
     if x.ndim != 3 or not x.is_floating_point() or not x.numel():
-        raise ValueError(f"x: expected a floating point (B, L, D), none 0, got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"x: expected a non-empty floating point (B, L, D), got {x.dtype} {tuple(x.shape)}")
     B, L, D = x.shape
     if D > MAX_WIDTH:
         raise ValueError(f"x: expected a width D of at most {MAX_WIDTH}, got {D}")

@@ -254,7 +254,7 @@ def _check(tensors: dict[str, Tensor], start: Tensor, beta: float, form: str) ->
     v_w = tensors["v_w"]
     for name, a in tensors.items():
         if a.ndim != 5 or a.shape != v_w.shape or not a.is_floating_point() or a.device != v_w.device or not a.numel():
-            expected = f"{tuple(v_w.shape)}" if v_w.ndim == 5 and v_w.numel() else "(B, C, F, H, W), none 0,"
+            expected = f"{tuple(v_w.shape)}" if v_w.ndim == 5 and v_w.numel() else "non-empty (B, C, F, H, W)"
             got = f"{a.dtype} {tuple(a.shape)} on {a.device}"
             raise ValueError(f"{name}: expected floating point {expected} on {v_w.device}, got {got}")
     B, _, frames, _, _ = v_w.shape
