@@ -182,9 +182,9 @@ def implementation(device: torch.device) -> str:
 
     RuntimeError for CUDA without Triton: a slower path is never taken silently. ValueError for another KERNELS.
     """
-    if KERNELS not in ("", "torch", "triton"):
-        raise ValueError(f"KERNELS: expected torch or triton, or unset it; got {KERNELS!r}")
-    if KERNELS == "torch" or (device.type != "cuda" and KERNELS != "triton"):
+    if KERNELS not in ("", "torch"):
+        raise ValueError(f"KERNELS: expected torch, or unset it; got {KERNELS!r}")
+    if KERNELS == "torch" or device.type != "cuda":
         return "torch"
     if triton is None:
         raise RuntimeError("CUDA tensors need Triton: pip install triton, or set KERNELS=torch (slower)")

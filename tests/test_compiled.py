@@ -157,7 +157,7 @@ def test_full_size_forward_moves_little_more_than_it_must(monkeypatch):
 
     The table's rows are 25 KB: every program asks for its row again, and the caches have it.
     """
-    monkeypatch.setattr(modulate, "KERNELS", "triton")
+    monkeypatch.setattr(modulate, "implementation", lambda device: "triton")
     emulated = ptx.Emulated(modulate._forward_kernel)
     monkeypatch.setattr(modulate, "_forward_kernel", emulated)
     B, frames, tokens, D = WAN.values()

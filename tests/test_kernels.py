@@ -25,7 +25,6 @@ from kernels import modulate, norm_rope, region_dpo
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAN = float("nan")
 MODULES = (modulate, norm_rope, region_dpo)
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels not run on a GPU")
 HALF, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 TOLERANCE = {F32: 1e-5, HALF: 2**-8, BF16: 2**-5}  # of the definition, relative to the largest value
 
@@ -44,14 +43,17 @@ def emulate(monkeypatch) -> None:
             monkeypatch.setattr(module, name, emulated(module, name))
 
 
-LAUNCHERS = ["definition", "emulator", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
+LAUNCHERS = ["definition", "emulator", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=["interpreter"] if INTERPRETED else LAUNCHERS, autouse=True)
 def launcher(request, monkeypatch):
     """Who runs the kernels in a test; on "cuda" the test's tensors are made on the GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the kernels were not run on a GPU")
     for module in MODULES:
-        monkeypatch.setattr(module, "KERNELS", "torch" if request.param == "definition" else "triton")
+        chosen = "torch" if request.param == "definition" else "triton"
+        monkeypatch.setattr(module, "implementation", lambda device, chosen=chosen: chosen)
     if request.param == "emulator":
         emulate(monkeypatch)
     torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory: empty is NaN
