@@ -1,5 +1,6 @@
 """Fixtures. The suite runs on two CPU cores and sees no accelerator, to compare bit for bit: only `-m gpu` does."""
 
+import collections
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ def pytest_configure(config):
     """Before anything asks for CUDA."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped is counted and said, a line for each reason."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for reason, count in collections.Counter(report.longrepr[2] for report in skipped).items():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 @pytest.fixture(autouse=True)
