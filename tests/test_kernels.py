@@ -1,7 +1,7 @@
 """kernels/: one set of cases against float64, whoever executes the kernels.
 
     definition   PyTorch, on the CPU
-    interpreter  Triton's own, in a process of its own that test_on_the_interpreter starts
+    interpreter  Triton's own, in a process of its own that test_interpreter.py starts
     emulator     what Triton compiled for sm_80: its PTX, instruction by instruction (ptx.py)
     cuda         a GPU; skipped, and counted, where there is none
 
@@ -12,13 +12,10 @@ is NaN: new tensors are filled with it.
 import functools
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
 
 from kernels import modulate, norm_rope, region_dpo
 
@@ -62,18 +59,6 @@ def launcher(request, monkeypatch):
     yield request.param
     torch.set_default_device("cpu")
     torch.use_deterministic_algorithms(False)
-
-
-def test_on_the_interpreter(launcher):
-    """All of this file once more, on Triton's interpreter."""
-    if launcher != "definition":
-        return
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not on_the_interpreter"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    closing = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "skipped" not in closing and int(closing.split()[0]) >= 100, closing
 
 
 if INTERPRETED:
