@@ -228,7 +228,7 @@ def _sizes(x: Tensor, row: Tensor, form: str, *streams: Tensor | None, sums: boo
     # eight columns a thread: 16-byte accesses; the sums of more than 4096 columns do not fit a 1024-thread program
     threads = min(block // 8, 512 if sums or not nvidia else 1024)
     options = {"BLOCK_D": block, "TOKENS": tokens, "num_warps": max(threads // (32 if nvidia else 64), 1)}
-    if nvidia and threads * 8 >= block:
+    if nvidia and threads * 8 >= block and not torch.compiler.is_compiling():  # which knows num_warps, not maxnreg
         wide = any(a is not None and a.element_size() > 2 for a in streams)
         options["maxnreg"] = min(REGISTERS[form][wide][sums is not None], 65536 // max(threads, 32))
     return (B * frames, triton.cdiv(L // frames, tokens)), (frames, L // frames, D), options
@@ -325,8 +325,8 @@ def _check_row(row: Tensor, B: int, L: int, R: int) -> None:
         raise ValueError(f"row: expected an integer (B={B}, F), got {row.dtype} {tuple(row.shape)}")
     if row.shape[1] == 0 or L % row.shape[1]:
         raise ValueError(f"row: expected a number of frames F that divides L={L} tokens, got F={row.shape[1]}")
-    if torch.compiler.is_compiling():  # a compiled graph cannot look at values
-        return
+    if torch.compiler.is_compiling() or (row.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # a graph cannot look at values
     version = None if row.is_inference() else row._version
     if getattr(row, "_read", [""])[0] != version:  # once for a tensor, not once a call: on CUDA it waits for the device
         row._read = [version, *map(int, row.aminmax())]

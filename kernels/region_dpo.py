@@ -261,10 +261,12 @@ def _check(tensors: dict[str, Tensor], start: Tensor, beta: float, form: str) ->
     if start.shape != (B,) or start.is_floating_point() or start.dtype == torch.bool or start.device != v_w.device:
         got = f"{start.dtype} {tuple(start.shape)} on {start.device}"
         raise ValueError(f"start: expected integers ({B},) on {v_w.device}, got {got}")
-    if not torch.compiler.is_compiling() and ((start < 0) | (start >= frames)).any():  # a graph cannot look at values
-        raise ValueError(f"start: expected 0 … {frames - 1}, got {start.tolist()}: an empty region has no loss")
     if not 0 < beta < float("inf") or form not in ("outside", "inside"):
         raise ValueError(f"expected beta > 0 and form 'outside' or 'inside', got {beta}, {form!r}")
+    if torch.compiler.is_compiling() or (start.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # a graph cannot look at values
+    if ((start < 0) | (start >= frames)).any():
+        raise ValueError(f"start: expected 0 … {frames - 1}, got {start.tolist()}: an empty region has no loss")
 
 
 def region_dpo(

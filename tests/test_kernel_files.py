@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 from helpers import ROOT, script
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
@@ -186,6 +187,14 @@ def launches(graph: torch.fx.GraphModule) -> int:
     return sum("triton_kernel_wrapper" in str(n.target) for n in nodes)
 
 
+def arguments(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of what the graph's kernels are launched with."""
+    nodes = [n for m in graph.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes]
+    nodes = [n for n in nodes if "triton_kernel_wrapper" in str(n.target)]
+    constants = [kernel_side_table.get_constant_args(n.kwargs["constant_args_idx"]) for n in nodes]
+    return {name for n, known in zip(nodes, constants) for name in (*n.kwargs["kwargs"], *known)}
+
+
 def test_compiles_with_the_kernels(monkeypatch):
     """On fake tensors: the kernels are part of one graph, forward and backward, with nothing to break it.
 
@@ -201,6 +210,7 @@ def test_compiles_with_the_kernels(monkeypatch):
         function = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
         assert function(*inputs).shape == (2, 12, 64)
         assert launches(graphs[0]) == 8 + 16  # 4 of modulate, 4 of norm_rope; backward each with a fold
+        assert "dx_out" in arguments(graphs[0]) and "maxnreg" not in arguments(graphs[0])  # Inductor knows no such thing
         pair = [a.requires_grad_(i < 2) for i, a in enumerate(torch.randn(6, 2, 4, 5, 8, 8))]
         function = torch.compile(region_dpo.region_dpo, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
         loss, _ = function(*pair, torch.tensor([1, 2]), 2.0, "inside")
