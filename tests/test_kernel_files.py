@@ -210,7 +210,7 @@ def test_compiles_with_the_kernels(monkeypatch):
         function = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
         assert function(*inputs).shape == (2, 12, 64)
         assert launches(graphs[0]) == 8 + 16  # 4 of modulate, 4 of norm_rope; backward each with a fold
-        assert "dx_out" in arguments(graphs[0]) and "maxnreg" not in arguments(graphs[0])  # Inductor knows no such thing
+        assert "dx_out" in arguments(graphs[0]) and "maxnreg" not in arguments(graphs[0])  # Inductor has none
         pair = [a.requires_grad_(i < 2) for i, a in enumerate(torch.randn(6, 2, 4, 5, 8, 8))]
         function = torch.compile(region_dpo.region_dpo, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
         loss, _ = function(*pair, torch.tensor([1, 2]), 2.0, "inside")
