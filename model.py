@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ import common
 from common import UserError
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
+from weights import Checkpoint, fill
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's file name
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
@@ -404,43 +406,78 @@ def save_model(net: DiT, folder: str | Path) -> list[str]:
     return ["config.json", WEIGHTS_NAME]
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
-    """The model of a folder in Wan's original layout: config.json beside one .safetensors file or several.
+def _rename(name: str) -> str:
+    """A tensor's name in ComfyUI's or diffusers' checkpoints -> Wan's, which is left as it is."""
+    name = name.removeprefix("model.").removeprefix("diffusion_model.")
+    for theirs, wans in DIFFUSERS_NAMES:
+        name = re.sub(theirs, wans, name)
+    return name
 
-    UserError if the folder has no such files, or if their tensors are not those of the configuration, by name
-    and shape.
+
+DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.norm2\.", ".norm3."),  # the norm before cross-attention: the only one with parameters
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+]
+
+
+def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
+    """The configuration of a checkpoint: what its shapes tell, and the heads, text_len and eps of its config.json."""
+    shape = {_rename(name): source.shape(name) for name in source}
+    if any(name.startswith("img_emb.") or "image_embedder" in name for name in shape):
+        raise UserError(f"{source.path}: expected text-to-video weights, got image-to-video ones (img_emb)")
+    try:
+        dim, in_dim, *patch = shape["patch_embedding.weight"]
+        found = {
+            "dim": dim, "ffn_dim": shape["blocks.0.ffn.0.weight"][0], "in_dim": in_dim, "patch_size": tuple(patch),
+            "num_layers": 1 + max(int(name.split(".")[1]) for name in shape if name.startswith("blocks.")),
+            "text_dim": shape["text_embedding.0.weight"][1], "freq_dim": shape["time_embedding.0.weight"][1],
+            "out_dim": shape["head.head.weight"][0] // math.prod(patch),
+        }  # fmt: skip
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source.path}: expected Wan2.1's text-to-video transformer, found no {error}") from None
+    try:
+        given = json.loads(recipe.read_text()) if recipe.is_file() else {}
+        heads = given.get("num_heads", given.get("num_attention_heads", dim // 128))  # Wan's are 128 wide
+        given = {k: given[k] for k in (*found, "text_len", "eps") if k in given}
+        given |= {"patch_size": tuple(given.get("patch_size", patch))}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{recipe}: expected a model's sizes, got: {error}") from None
+    for name in found.keys() & given.keys():
+        if found[name] != given[name]:
+            raise UserError(f"{recipe}: says {name} = {given[name]}, but the tensors beside it are for {found[name]}")
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise UserError(f"{recipe}: expected num_heads, a divisor of dim = {dim}, got {heads}")
+    return DiTConfig(**{**given, **found, "num_heads": heads})
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
+    """The model of a file or folder in the layout of Wan, of diffusers (the folder, or its transformer/) or of ComfyUI.
+
+    Told apart by the tensors' names; sizes are read from their shapes, the weights one tensor at a time. UserError for
+    other architectures (image-to-video among them), missing or damaged files, and tensors that do not fit.
     """
     path = Path(path)
+    path = path / "transformer" if (path / "transformer").is_dir() else path
     if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
         common.read_manifest(path, "sft.py")
-    files = sorted(path.glob("*.safetensors"))
-    if not (path / "config.json").is_file() or not files:
-        raise UserError(
-            f"{path}: expected a folder with config.json and *.safetensors, in Wan2.1's layout; found no such files"
-        )
-    fields = {f.name for f in dataclasses.fields(DiTConfig)}
-    try:
-        config = {k: v for k, v in json.loads((path / "config.json").read_text()).items() if k in fields}
-        if "patch_size" in config:
-            config["patch_size"] = tuple(config["patch_size"])
-        config = DiTConfig(**config)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / 'config.json'}: expected a model's sizes, got: {error}") from None
+    source = Checkpoint(path)
+    config = _sizes(source, (path if path.is_dir() else path.parent) / "config.json")
     with torch.device("meta"):
         net = DiT(config)
-    tensors = {}
-    for file in files:
-        tensors |= {k: v.to(device, dtype) for k, v in common.read_tensors(file).items()}
-    expected = {k: v.shape for k, v in net.state_dict().items()}
-    wrong = [k for k in {**expected, **tensors} if k not in tensors or expected.get(k) != tensors[k].shape]
-    if wrong:
-        got = tuple(tensors[wrong[0]].shape) if wrong[0] in tensors else "nothing"
-        want = tuple(expected[wrong[0]]) if wrong[0] in expected else "no such tensor"
-        raise UserError(
-            f"{path}: expected the tensors that its config.json describes; {wrong[0]}: expected {want}, got {got}"
-        )
-    net.load_state_dict(tensors, assign=True)
-    return net.requires_grad_(False)
+    return fill(net, source, _rename, dtype, device)
 
 
 def export_lora(net: DiT, path: str | Path, **provenance: str) -> None:

@@ -6,16 +6,20 @@
 Latent frame 0 is pixel frame 0; latent frame i is pixel frames 4i−3 … 4i. So a prefix of latent frames is
 exactly a prefix of pixel frames, and no latent frame sees a later pixel.
 
-`LinearVAE` is the tiny preset's: a PCA of picture patches, fitted in seconds on the clips themselves.
+`VAE` is Wan2.1's. `LinearVAE` is the tiny preset's: a PCA of picture patches, fitted in seconds on the clips.
 """
 
+import re
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 import common
+from weights import Checkpoint, fill
 
 GROUP = 4  # pixel frames in a latent frame, after the first
 PATCH = 32  # px, side of LinearVAE's patches
@@ -92,3 +96,242 @@ class LinearVAE:
 def load(shards: str | Path) -> LinearVAE:
     """The codec that a folder of shards was made with."""
     return LinearVAE(common.read_tensors(Path(shards) / "codec.safetensors"))
+
+
+# ---- Wan2.1's VAE ----------------------------------------------------------------------------------------------------
+# Parameter names and arithmetic are those of the release (github.com/Wan-Video/Wan2.1, wan/modules/vae.py, Apache-2.0),
+# restated. Every layer looks back in time only. A clip may come in pieces: `past` holds what the layers need of the
+# pieces before, and a whole clip is one piece.
+
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees the present and the past: before the first frame there are zeros."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int], stride=1):
+        kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(in_dim, out_dim, kernel, stride, (0, kernel[1] // 2, kernel[2] // 2))
+        self.history = kernel[0] - 1  # frames of the past that it sees
+
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        if self.history:
+            before = past.get(self)
+            if before is None:
+                before = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
+            x = torch.cat([before, x], dim=2)
+            past[self] = x[:, :, -self.history :].clone()
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """x / ‖x‖ · √C · gamma over the channels of each position (RMS norm without eps)."""
+
+    def __init__(self, dim: int, axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        conv1, conv2 = CausalConv3d(in_dim, out_dim, 3), CausalConv3d(out_dim, out_dim, 3)
+        self.residual = nn.ModuleDict({"0": ChannelNorm(in_dim), "2": conv1, "3": ChannelNorm(out_dim), "6": conv2})
+        self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        h = self.residual["2"](F.silu(self.residual["0"](x)), past)
+        h = self.residual["6"](F.silu(self.residual["3"](h)), past)
+        return h + (x if self.shortcut is None else self.shortcut(x, past))
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention among the positions of each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = ChannelNorm(dim, 2)
+        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        B, _, T, H, W = x.shape
+        frames = rearrange(x, "b c t h w -> (b t) c h w")
+        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=H, w=W)
+        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=B)
+
+
+def _each_frame(layers: nn.Module, x: Tensor) -> Tensor:
+    return rearrange(layers(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=len(x))
+
+
+class Downsample(nn.Module):
+    """Half the height and width and, if `temporal`, half the frames after the first, which stays alone."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        x = _each_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        before = past.get(self)
+        past[self] = x[:, :, -1:].clone()
+        if before is not None:
+            return self.time_conv(torch.cat([before, x], dim=2))
+        return torch.cat([x[:, :, :1], self.time_conv(x)], dim=2) if x.shape[2] > 1 else x
+
+
+class Upsample(nn.Module):
+    """Twice the height and width, half the channels and, if `temporal`, twice the frames after the first.
+
+    The first frame never enters the convolution over time, not even as the past of the second.
+    """
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        if self.time_conv is not None:
+            first = x[:, :, : 0 if self in past else 1]
+            past[self] = True
+            rest = x[:, :, first.shape[2] :]
+            if rest.shape[2]:
+                rest = rearrange(self.time_conv(rest, past), "b (two c) t h w -> b c (t two) h w", two=2)
+            x = torch.cat([first, rest], dim=2)
+        return _each_frame(self.resample, x)
+
+
+class Coder(nn.Module):
+    """Encoder or decoder: `conv1`, a stack with a middle, `head`."""
+
+    def __init__(self, first: CausalConv3d, stack: str, layers: list[nn.Module], dim: int, head: tuple[int, int]):
+        super().__init__()
+        self.conv1, self.stack = first, stack
+        setattr(self, stack, nn.ModuleList(layers))
+        self.middle = nn.ModuleList([ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim)])
+        self.head = nn.ModuleDict({"0": ChannelNorm(head[0]), "2": CausalConv3d(*head, 3)})
+
+    def forward(self, x: Tensor, past: dict) -> Tensor:
+        layers, middle = list(getattr(self, self.stack)), list(self.middle)
+        x = self.conv1(x, past)
+        for layer in layers + middle if self.stack == "downsamples" else middle + layers:
+            x = layer(x, past)
+        return self.head["2"](F.silu(self.head["0"](x)), past)
+
+
+class VAE(nn.Module):
+    """Wan2.1's: 4x in time, 8x in height and width, 16 channels, scaled to mean 0 and deviation 1 a channel.
+
+    base_dim 96 is the release's. `encode` and `decode` work on the whole clip, or, streaming, on 4 pixel frames (one
+    latent frame) at a time: the memory of a clip is then that of 4 frames. Weights: `load_vae`.
+    """
+
+    def __init__(self, base_dim: int = 96, z_dim: int = 16):
+        super().__init__()
+        self.z_dim = z_dim
+        dims = [base_dim * m for m in (1, 1, 2, 4, 4)]
+        layers: list[nn.Module] = []
+        for stage, (a, b) in enumerate(zip(dims, dims[1:])):
+            layers += [ResidualBlock(a, b), ResidualBlock(b, b)]
+            layers += [Downsample(b, temporal=stage > 0)] if stage < 3 else []
+        top = dims[-1]
+        self.encoder = Coder(CausalConv3d(3, dims[0], 3), "downsamples", layers, top, (top, 2 * z_dim))
+        self.conv1, self.conv2 = CausalConv3d(2 * z_dim, 2 * z_dim, 1), CausalConv3d(z_dim, z_dim, 1)
+        layers, a = [], top
+        for stage, b in enumerate(base_dim * m for m in (4, 4, 2, 1)):
+            layers += [ResidualBlock(a, b), ResidualBlock(b, b), ResidualBlock(b, b)]
+            layers += [Upsample(b, temporal=stage < 2)] if stage < 3 else []
+            a = b // 2
+        self.decoder = Coder(CausalConv3d(z_dim, top, 3), "upsamples", layers, top, (base_dim, 3))
+        for name, values in (("mean", LATENT_MEAN), ("std", LATENT_STD)):
+            self.register_buffer(name, torch.tensor(values[:z_dim]).view(-1, 1, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, streaming: bool = True) -> Tensor:
+        """video (B, 3, 4k+1, h, w) in [-1, 1], h and w multiples of 8 -> x0 (B, z_dim, k+1, h / 8, w / 8) float32.
+
+        The posterior's mean, not a sample. ValueError for other sizes.
+        """
+        if (
+            video.ndim != 5
+            or video.shape[1] != 3
+            or video.shape[2] % 4 != 1
+            or video.shape[3] % 8
+            or video.shape[4] % 8
+        ):
+            raise ValueError(f"video: expected (B, 3, 4k+1, 8a, 8b), got {tuple(video.shape)}")
+        past: dict = {}
+        pieces = [video[:, :, :1], *video[:, :, 1:].split(4, dim=2)] if streaming and video.shape[2] > 1 else [video]
+        dtype = self.conv1.weight.dtype
+        z = torch.cat([self.conv1(self.encoder(piece.to(dtype), past), past) for piece in pieces], dim=2)
+        return (z[:, : self.z_dim].float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor, streaming: bool = True) -> Tensor:
+        """x0 (B, z_dim, k+1, H, W) -> video (B, 3, 4k+1, 8H, 8W) float32, clamped to [-1, 1]."""
+        if x0.ndim != 5 or x0.shape[1] != self.z_dim:
+            raise ValueError(f"x0: expected (B, {self.z_dim}, k+1, H, W), got {tuple(x0.shape)}")
+        past: dict = {}
+        z = (x0.float() * self.std + self.mean).to(self.conv2.weight.dtype)
+        pieces = [self.conv2(piece, past) for piece in (z.split(1, dim=2) if streaming else [z])]
+        return torch.cat([self.decoder(piece, past).float().clamp(-1, 1) for piece in pieces], dim=2)
+
+
+DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, autoencoder_kl_wan.py, against wan/modules/vae.py
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.(\d+)\.", r".downsamples.\1."),
+    (r"\.up_blocks\.(\d)\.resnets\.(\d)\.", lambda m: f".upsamples.{4 * int(m[1]) + int(m[2])}."),
+    (r"\.up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f".upsamples.{4 * int(m[1]) + 3}."),
+    (r"((?:downsamples|upsamples|middle)\.\d+)\.norm1\.", r"\1.residual.0."),
+    (r"((?:downsamples|upsamples|middle)\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"((?:downsamples|upsamples|middle)\.\d+)\.norm2\.", r"\1.residual.3."),
+    (r"((?:downsamples|upsamples|middle)\.\d+)\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+]
+
+
+def _rename(name: str) -> str:
+    """A tensor's name in diffusers' checkpoints -> Wan's, which is left as it is."""
+    for theirs, wans in DIFFUSERS_NAMES:
+        name = re.sub(theirs, wans, name)
+    return name
+
+
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
+    """Wan2.1's VAE: Wan2.1_VAE.pth, the folder that holds it, or diffusers' (the folder, or its vae/).
+
+    UserError for a file that is not there, is damaged or holds other tensors.
+    """
+    path = Path(path)
+    path = next((p for p in (path / "Wan2.1_VAE.pth", path / "vae") if p.exists()), path)
+    source = Checkpoint(path)
+    shapes = {_rename(name): source.shape(name) for name in source}
+    try:
+        base_dim, z_dim = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+    except KeyError as error:
+        raise common.UserError(f"{path}: expected Wan2.1's VAE, found no {error}") from None
+    with torch.device("meta"):
+        net = VAE(base_dim, z_dim)
+    net = fill(net, source, _rename, dtype, device).eval()
+    net.mean, net.std = (torch.tensor(a[:z_dim], device=device).view(-1, 1, 1, 1) for a in (LATENT_MEAN, LATENT_STD))
+    return net

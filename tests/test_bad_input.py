@@ -70,7 +70,7 @@ CASES = {  # what is wrong -> stage, options, harm done to the folders, words th
     "missing base": ("sft", dict(base="/nowhere/base"), None, "/nowhere/base: expected a folder"),
     "missing data": ("sft", dict(data="/nowhere/shards"), None, "/nowhere/shards"),
     "missing pairs": ("asymdpo", dict(pairs="/nowhere/pairs"), None, "/nowhere/pairs"),
-    "base is another thing": ("continuation", dict(base=str(ROOT / "kernels")), None, "config.json"),
+    "base is another thing": ("continuation", dict(base=str(ROOT / "kernels")), None, "kernels: expected weights"),
     "continuation is another thing": ("pairs", dict(continuation=str(ROOT / "kernels")), None, "continuation.py"),
     "data is a folder of pairs": ("sft", {}, lambda root: (root / "pairs").rename(root / "shards"), "split"),
     "unfinished shards": ("sft", {}, remove("shards/MANIFEST.json"), "shards: .*unfinished; run prepare.py first"),

@@ -392,13 +392,12 @@ def test_a_folder_in_wans_layout(tmp_path):
 
 def damaged(folder, what):
     weights = folder / model.WEIGHTS_NAME
-    if what == "wrong shape" or what == "missing tensor" or what == "extra tensor":
+    if what in ("wrong shape", "missing tensor", "extra tensor", "image to video"):
         tensors = load_file(weights)
         name = "blocks.1.ffn.0.weight"
         tensors = {k: v for k, v in tensors.items() if what != "missing tensor" or k != name}
-        tensors |= {"wrong shape": {name: torch.zeros(3, 40)}, "extra tensor": {"img_emb.proj": torch.zeros(2)}}.get(
-            what, {}
-        )
+        tensors |= {"wrong shape": {name: torch.zeros(3, 40)}, "extra tensor": {"extra.proj": torch.zeros(2)},
+                    "image to video": {"img_emb.proj": torch.zeros(2)}}.get(what, {})  # fmt: skip
         save_file(tensors, weights)
     elif what == "truncated file":
         cut(weights)
@@ -410,9 +409,9 @@ def damaged(folder, what):
         weights.unlink()
     elif what == "config.json cut":
         cut(folder / "config.json")
-    elif what == "config.json without dim":
+    elif what == "config.json of another model":
         config = json.loads((folder / "config.json").read_text())
-        del config["dim"]
+        config["dim"] = 48
         (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -421,14 +420,15 @@ def damaged(folder, what):
     [
         ("wrong shape", "blocks.1.ffn.0.weight: expected \\(56, 40\\), got \\(3, 40\\)"),
         ("missing tensor", "blocks.1.ffn.0.weight: expected \\(56, 40\\), got nothing"),
-        ("extra tensor", "img_emb.proj: expected no such tensor"),
-        ("truncated file", "diffusion_pytorch_model.safetensors: expected a readable"),
-        ("damaged header", "diffusion_pytorch_model.safetensors: expected a readable"),
-        ("no config.json", "expected a folder with config.json"),
-        ("no weights", "expected a folder with config.json and \\*.safetensors"),
+        ("extra tensor", "extra.proj: expected no such tensor"),
+        ("image to video", "expected text-to-video weights, got image-to-video ones"),
+        ("truncated file", "diffusion_pytorch_model.safetensors: expected readable"),
+        ("damaged header", "diffusion_pytorch_model.safetensors: expected readable"),
+        ("no config.json", "config.json: expected num_heads"),
+        ("no weights", "expected weights, \\*.safetensors or a .pth file, but it has none"),
         ("config.json cut", "config.json"),
-        ("config.json without dim", "config.json.*dim"),
-        ("no folder", "expected a folder with config.json"),
+        ("config.json of another model", "config.json: says dim = 48, but the tensors beside it are for 40"),
+        ("no folder", "expected weights, .*does not exist"),
     ],
 )
 def test_model_folders_that_do_not_fit(what, words, tmp_path):

@@ -1,0 +1,115 @@
+"""Reads published checkpoints: a file or a folder of shards, .safetensors or .pth, one tensor at a time.
+
+    source = Checkpoint(path)           names and shapes; no weights are read yet
+    fill(net, source, rename, dtype)    a network that was built on the meta device gets its weights, tensor by tensor
+
+A .pth file is read with weights_only=True: it cannot run code. Peak memory is the network's own weights and one tensor.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common import UserError
+
+
+class Checkpoint(Mapping):
+    """name -> tensor. A folder's `*.index.json` names its shards; without one, all its *.safetensors are read.
+
+    UserError for a path without weights, a missing or damaged file, and a .pth that holds anything but tensors.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files: dict[str, Path] = {}  # tensor name -> file
+        self._open: dict[Path, Mapping] = {}
+        for file in self._listed():
+            for name in self._names(file):
+                if name in self.files:
+                    raise UserError(f"{self.path}: {name} is in {self.files[name].name} and in {file.name}; keep one")
+                self.files[name] = file
+
+    def _listed(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        indices = sorted(self.path.glob("*.safetensors.index.json"))
+        if indices:
+            try:
+                names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                raise UserError(f"{indices[0]}: expected a weight_map of shards, got something else") from None
+            files = [self.path / name for name in names]
+            if missing := [f.name for f in files if not f.is_file()]:
+                raise UserError(f"{self.path}: expected the {len(files)} shards of its index, {missing[0]} is missing")
+            return files
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            state = "has none" if self.path.is_dir() else "does not exist"
+            raise UserError(f"{self.path}: expected weights, *.safetensors or a .pth file, but it {state}")
+        return files
+
+    def _names(self, file: Path) -> list[str]:
+        try:
+            if file.suffix == ".safetensors":
+                opened = safe_open(file, "pt")
+                self._open[file] = {name: None for name in opened.keys()}
+                self._open[file] = opened
+                return list(opened.keys())
+            self._open[file] = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{file}: expected readable weights, got: {str(error).splitlines()[0]}") from None
+        except pickle.UnpicklingError:
+            raise UserError(f"{file}: expected tensors alone, got a pickle with other objects; refused") from None
+        tensors = self._open[file]
+        if not isinstance(tensors, dict) or not all(isinstance(a, Tensor) for a in tensors.values()):
+            raise UserError(f"{file}: expected a dictionary of tensors, got {type(tensors).__name__}")
+        return list(tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        opened = self._open[self.files[name]]
+        return tuple(opened[name].shape if isinstance(opened, dict) else opened.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened = self._open[self.files[name]]
+        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def fill(
+    net: nn.Module, source: Checkpoint, rename: Callable[[str], str], dtype: torch.dtype, device, optional: str = ""
+) -> nn.Module:
+    """Gives net, built on the meta device, the tensors of `source`. Returns net, frozen.
+
+    rename: the checkpoint's name of a tensor -> net's. Names in net that start with `optional` may be missing.
+    UserError if names or shapes are not net's.
+    """
+    wanted = {name: tuple(a.shape) for name, a in net.state_dict().items()}
+    found = {rename(name): name for name in source}
+    for name in {**wanted, **found}:
+        got = source.shape(found[name]) if name in found else None
+        if got != wanted.get(name) and not (got is None and optional and name.startswith(optional)):
+            raise UserError(
+                f"{source.path}: expected the tensors of this architecture; {name}: "
+                f"expected {wanted.get(name, 'no such tensor')}, got {got or 'nothing'}"
+            )
+    for name, its_name in found.items():
+        parent, _, leaf = name.rpartition(".")
+        tensor = source[its_name].to(device, dtype)
+        module = net.get_submodule(parent)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    return net.requires_grad_(False)
