@@ -494,14 +494,28 @@ def export_lora(net: DiT, path: str | Path, **provenance: str) -> None:
     common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(provenance, sort_keys=True)})
 
 
+LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
+
+
 def load_lora(net: DiT, path: str | Path) -> DiT:
-    """Adds the LoRA of a file that `export_lora` wrote. Returns net. UserError if a key or a shape does not fit net."""
+    """Adds the LoRA of a file to net. Returns net.
+
+    Reads what `export_lora` wrote and what others write: layers under Wan's names or diffusers', after
+    `diffusion_model.`, `transformer.`, `base_model.model.` or nothing; lora_A and lora_B, or lora_down and lora_up;
+    with or without alpha. UserError if a key or a shape does not fit net, or if there is none.
+    """
     tensors = common.read_tensors(Path(path))
     linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
-    names = {key.removeprefix(LORA_PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
-    for name in sorted(names):
-        layer = linears.get(name)
-        A, B = (tensors.get(f"{LORA_PREFIX}{name}.lora_{x}.weight") for x in "AB")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = LORA_KEY.fullmatch(re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key))
+        if not found:
+            raise UserError(f"{path}: expected a LoRA for this model, got the key {key!r}")
+        layer, down, up, scaled = found.groups()
+        name = _rename(f"{layer or scaled}.weight").removesuffix(".weight")
+        parts.setdefault(name, {})["A" if down else "B" if up else "alpha"] = tensor
+    for name, part in sorted(parts.items()):
+        layer, A, B = linears.get(name), part.get("A"), part.get("B")
         if (
             layer is None
             or A is None
@@ -513,8 +527,8 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
             )
         device = layer.weight.device
         layer.lora_A, layer.lora_B = nn.Parameter(A.float().to(device)), nn.Parameter(B.float().to(device))
-        layer.lora_scale = 1.0
-    if not names:
+        layer.lora_scale = part["alpha"].item() / len(A) if "alpha" in part else 1.0
+    if not parts:
         raise UserError(f"{path}: expected a LoRA, got a file without tensors")
     return net
 

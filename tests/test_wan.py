@@ -337,7 +337,7 @@ def test_loading_holds_one_copy(tmp_path):
     assert int(done.stdout) < 1.2 * size, f"{int(done.stdout) / size:.2f} of the weights"
 
 
-# ---- LoRA, out -------------------------------------------------------------------------------------------------------
+# ---- LoRA, in and out ------------------------------------------------------------------------------------------------
 
 
 def test_lora_opens_in_diffusers(tmp_path):
@@ -367,3 +367,54 @@ def test_lora_opens_in_diffusers(tmp_path):
         expected = ours(x, t, states)
     assert (after - before).abs().max() > 0.01
     assert (after - expected).abs().max() < 5e-5 * max(1, expected.abs().max())
+
+
+FILES = {  # how others write a LoRA: keys of A and B, the layer's name from Wan's, whether alpha is there
+    "peft": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight", str, False),
+    "no prefix": ("{}.lora_A.weight", "{}.lora_B.weight", str, False),
+    "kohya": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight", str, True),
+    "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", None, False),
+}
+
+
+def diffusers_name(layer: str) -> str:
+    layer = layer.replace("self_attn", "attn1").replace("cross_attn", "attn2").replace("ffn.0", "ffn.net.0.proj")
+    layer = (
+        layer.replace("ffn.2", "ffn.net.2").replace("attn1.o", "attn1.to_out.0").replace("attn2.o", "attn2.to_out.0")
+    )
+    for x in "qkv":
+        layer = layer.replace(f"attn1.{x}", f"attn1.to_{x}").replace(f"attn2.{x}", f"attn2.to_{x}")
+    return layer
+
+
+@pytest.mark.parametrize("style", FILES)
+def test_loras_of_others(style, tmp_path):
+    """Every usual way to write the same LoRA gives the same output."""
+    a_key, b_key, rename, alpha = FILES[style]
+    ours = small_dit()
+    again = copy.deepcopy(ours)
+    model.add_lora(ours, rank=4, alpha=8, layers="attn+ffn")
+    tensors = {}
+    for name, layer in model.lora_linears(ours).items():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        name = (rename or diffusers_name)(name)
+        tensors[a_key.format(name)] = layer.lora_A.detach()
+        tensors[b_key.format(name)] = layer.lora_B.detach() * (1 if alpha else 2)
+        if alpha:
+            tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    x, t, states = dit_inputs(ours)
+    with torch.no_grad():
+        before = again(x, t, states)
+        after = model.load_lora(again, tmp_path / "lora.safetensors")(x, t, states)
+        assert (after - before).abs().max() > 0.01 and torch.allclose(after, ours(x, t, states), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "key", ["lora_unet_blocks_0_self_attn_q.lora_down.weight", "diffusion_model.blocks.0.self_attn.q.x"]
+)
+def test_a_lora_that_matches_nothing(key, tmp_path):
+    """An error that names a key, never silence."""
+    save_file({key: torch.zeros(4, 40)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="expected a LoRA for this model"):
+        model.load_lora(small_dit(), tmp_path / "lora.safetensors")
