@@ -174,6 +174,7 @@ def block_and_inputs():
 
 def test_compiles_without_a_break():
     """A block in one graph on the CPU, forward and backward equal to eager's."""
+    torch._dynamo.reset()  # whatever was compiled before
     block, inputs = block_and_inputs()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     one, two = block(*inputs), compiled(*inputs)

@@ -1,6 +1,11 @@
 """The PTX emulator itself (ptx.py): each check catches a kernel that deserves it, its arithmetic is PTX's, and what the
 kernels' functions compute on it is what their definitions do."""
 
+import math
+import re
+from fractions import Fraction
+
+import aot
 import numpy as np
 import ptx
 import pytest
@@ -8,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import modulate, region_dpo
+from kernels import modulate, norm_rope, region_dpo
 
 
 def text(body: str, parameters: int = 2) -> str:
@@ -22,16 +27,26 @@ def text(body: str, parameters: int = 2) -> str:
     return f"{shared}\n.visible .entry k(\n{declared}\n)\n{{\n{registers}\n{loads}\n{start}\n{body}\n\tret;\n}}\n"
 
 
-def run(body: str, *tensors: torch.Tensor, grid=(1,), threads: int = 64, shared: int = 256, drop_barrier=None):
+BARRIER = r"\bbar\.(?:warp\.)?sync[^;]*;"
+
+
+def without_barrier(source: str, number: int) -> str:
+    """The text without one barrier, counted from 0."""
+    found = list(re.finditer(BARRIER, source))[number]
+    return source[: found.start()] + source[found.end() :]
+
+
+def run(body: str, *tensors: torch.Tensor, grid=(1,), threads: int = 64, shared: int = 256):
     names = [f"a{i}" for i in range(len(tensors))]
     parameters, values = [(name, "*fp32") for name in names], dict(zip(names, tensors))
-    return ptx.execute(text(body, len(tensors)), parameters, values, grid, threads, shared, drop_barrier)
+    return ptx.execute(text(body, len(tensors)), parameters, values, grid, threads, shared)
 
 
 MINE = "mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd10, %rd0, %rd9;\nshl.b32 %r9, %r0, 2;\nmov.b32 %r8, global_smem;\n"
 MINE += "add.s32 %r10, %r8, %r9;\n"  # %rd10, %r10: the thread's own word of a0 and of shared memory
 SWAP = "st.shared.b32 [%r10], %r0;\nbar.sync 0;\nxor.b32 %r9, %r9, 128;\nadd.s32 %r11, %r8, %r9;\n"
 SWAP += "ld.shared.b32 %r1, [%r11];\nst.global.b32 [%rd10], %r1;\n"  # through shared memory, between two warps
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r10];"
 
 
 # ---- the checks ------------------------------------------------------------------------------------------------------
@@ -40,25 +55,42 @@ SWAP += "ld.shared.b32 %r1, [%r11];\nst.global.b32 [%rd10], %r1;\n"  # through s
 @pytest.mark.parametrize(
     "body, error, says",
     [
-        ("ld.global.b32 %r1, [%rd10+4];", ptx.OutOfBounds, r"byte 256 of the 256 of a0.*CTA \(0, 0, 0\) thread 63"),
+        ("ld.global.b32 %r1, [%rd10+4];", ptx.OutOfBounds, r"byte 256 of a0.*CTA \(0, 0, 0\) thread 63"),
         ("ld.global.b32 %r1, [%rd10+-4];", ptx.OutOfBounds, "byte -4 of"),
         ("add.s64 %rd1, %rd9, 64;\nld.global.b32 %r1, [%rd1];", ptx.OutOfBounds, "near no tensor"),
         ("ld.global.v2.b32 {%r1, %r2}, [%rd0+4];", ptx.Misaligned, "8 at once"),
         ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+8];", ptx.Misaligned, "16 at once"),
         ("st.global.b32 [%rd0], %r0;", ptx.WrittenTwice, "thread 0 and|thread 63"),
-        ("st.shared.b32 [%r10+4], %r0;", ptx.OutOfBounds, "byte 256 of 256 shared"),
-        ("st.shared.v2.b32 [%r8+4], {%r0, %r0};", ptx.Misaligned, "byte 4 of 256 shared"),
-        ("ld.shared.b32 %r1, [%r10];", ptx.Uninitialized, "byte 0 of 256 shared"),
-        ("st.shared.b32 [%r8], %r0;", ptx.Race, "byte 0 of 256 shared"),
+        ("st.global.b32 [%rd10], %r0;\n" * 2, ptx.WrittenTwice, r"byte 0 of a0.*thread 0.*thread 0"),
+        ("st.shared.b32 [%r10+4], %r0;", ptx.OutOfBounds, "byte 256 of shared memory with 256 bytes"),
+        ("st.shared.v2.b32 [%r8+4], {%r0, %r0};", ptx.Misaligned, "byte 4 of shared memory, 8 at once"),
+        ("ld.shared.b32 %r1, [%r10];", ptx.Uninitialized, "byte 0 of shared"),
+        ("st.shared.b32 [%r8], %r0;", ptx.Race, "byte 0 of shared"),
         ("frobnicate.rn.f32 %r1, %r2;", ptx.UnknownInstruction, r"frobnicate\.rn\.f32 %r1, %r2"),
         ("add.rz.f32 %r1, %r2, %r2;", ptx.UnknownInstruction, r"add\.rz\.f32"),
         ("ld.global.L1::evict_maybe.b32 %r1, [%rd10];", ptx.UnknownInstruction, "evict_maybe"),
         ("add.f32 %r1, %r2, 1.0;", ptx.UnknownInstruction, r"1\.0"),
         ("add.s32 %r1, %r2;", ptx.UnknownInstruction, "add.s32 %r1, %r2"),
+        ("add.f32 %r1, %r2, 1;", ptx.UnknownInstruction, r"add\.f32 %r1, %r2, 1"),
+        ("add.s32 %r1, %rd1, %r2;", ptx.UnknownInstruction, r"%rd1"),
         ("mov.u32 %r1, %clock;", ptx.UnknownInstruction, "%clock"),
-        ("setp.lt.u32 %p1, %r0, 16;\n@%p1 ret;\nbar.sync 0;", ptx.Divergence, "48 are there and 16 have returned"),
-        ("setp.lt.u32 %p1, %r0, 32;\n@%p1 bar.sync 0;\n@!%p1 bar.sync 0;", ptx.Divergence, "32 are there"),
+        ("ld.shared.b16 %r1, [%r8];", ptx.UnknownInstruction, "%r1"),
+        ("st.global.v2.b32 [%rd10], {%r1};", ptx.UnknownInstruction, "{%r1}"),
+        ("ld.global.b32 %r1, [%r8];", ptx.UnknownInstruction, "%r8"),
+        ("bar.warp.sync -1;", ptx.UnknownInstruction, "warp"),
+        ("bar.sync 1;", ptx.UnknownInstruction, "bar.sync 1"),
+        ("@!%p1 bar.sync 0;", ptx.UnknownInstruction, "@!%p1"),
+        ("shfl.sync.bfly.b32 %r1, %r0, 1, 31, 15;", ptx.UnknownInstruction, "15"),
+        ("setp.lt.u32 %p1, %r0, 16;\n@%p1 ret;\nbar.sync 0;", ptx.Divergence, "48 of 64 threads.*thread 16"),
+        ("setp.lt.u32 %p1, %r0, 32;\n@%p1 bar.sync 0;\nbar.sync 0;", ptx.Divergence, "32 of 64 threads"),
         ("setp.lt.u32 %p1, %r0, 8;\n@%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", ptx.Divergence, "part of the warp"),
+        (f"setp.lt.u32 %p1, %r0, 8;\n@%p1 {LDMATRIX}", ptx.Divergence, "part of the warp"),
+        (f"{LDMATRIX}", ptx.Misaligned, "byte 4 of shared memory, a row of 16"),
+        (
+            f"shl.b32 %r9, %r0, 3;\nand.b32 %r9, %r9, 240;\nadd.s32 %r10, %r8, %r9;\n{LDMATRIX}",
+            ptx.Uninitialized,
+            "byte 0 of shared",
+        ),
     ],
 )
 def test_flags(body, error, says):
@@ -71,27 +103,58 @@ def test_a_barrier_between_warps():
     run(MINE + SWAP, out)
     assert out.tolist() == [*range(32, 64), *range(32)]
     with pytest.raises(ptx.Race):
-        run(MINE + SWAP, out, drop_barrier=0)
+        run(MINE + SWAP.replace("bar.sync 0;", ""), out)
+
+
+def test_a_warp_barrier_where_a_cta_is_one_warp():
+    swap = SWAP.replace("bar.sync 0;", "bar.warp.sync -1;").replace("128", "4")
+    out = torch.zeros(32, dtype=torch.int32)
+    run(MINE + swap, out, threads=32)
+    assert out.tolist() == [i ^ 1 for i in range(32)]
+    with pytest.raises(ptx.Race):
+        run(MINE + swap.replace("bar.warp.sync -1;", ""), out, threads=32)
 
 
 def test_a_read_before_a_write_needs_a_barrier():
-    again = "bar.sync 0;\nst.shared.b32 [%r10], %r1;\n"
-    run(MINE + SWAP + again, torch.zeros(64))
+    again = "st.shared.b32 [%r10], %r1;\n"
+    run(MINE + SWAP + "bar.sync 0;\n" + again, torch.zeros(64))
     with pytest.raises(ptx.Race):
-        run(MINE + SWAP + again, torch.zeros(64), drop_barrier=1)
+        run(MINE + SWAP + again, torch.zeros(64))
 
 
-def test_a_warp_barrier_orders_one_warp():
-    def body(distance: int, first: str = "bar.warp.sync -1;", second: str = "bar.warp.sync -1;") -> str:
-        swap = SWAP.replace("bar.sync 0;", first).replace("128", str(distance))
-        return MINE + swap + second + "\nst.shared.b32 [%r10], %r1;\n"
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("writer", [0, 63])
+def test_a_read_by_several_before_a_write_needs_a_barrier(writer, together):
+    """Threads 0 and 63 read a word, in one instruction or one after the other; one of the two then writes it."""
+    read = MINE + "st.shared.b32 [%r10], %r0;\nsetp.eq.b32 %p1, %r0, 0;\nsetp.eq.b32 %p2, %r0, 63;\nbar.sync 0;\n"
+    guards = [""] if together else ["@%p1 ", "@%p2 "]
+    read += "".join(f"{guard}ld.shared.b32 %r1, [%r8];\n" for guard in guards)
+    write = f"setp.eq.b32 %p3, %r0, {writer};\n@%p3 st.shared.b32 [%r8], %r0;\n"
+    run(read + "bar.sync 0;\n" + write, torch.zeros(64))
+    with pytest.raises(ptx.Race, match=f"byte 0 of shared.*thread {writer}"):
+        run(read + write, torch.zeros(64))
 
+
+def test_shared_memory_is_checked_by_the_half_word():
+    """Two threads' halves of a word are no race; a word is, with a half of it another thread's."""
+    address = MINE + "shl.b32 %r9, %r0, 1;\nadd.s32 %r10, %r8, %r9;\ncvt.u16.u32 %rs1, %r0;\n"
+    store = address + "st.shared.b16 [%r10], %rs1;\n"
+    setp = "setp.lt.u32 %p1, %r0, 1;\n"
+    load = "@%p1 ld.shared.b32 %r1, [%r8];\n@%p1 st.global.b32 [%rd10], %r1;"
     out = torch.zeros(64, dtype=torch.int32)
-    run(body(4), out)
-    assert out.tolist() == [i ^ 1 for i in range(64)]
-    for wrong in (body(128), body(4, first=""), body(4, second="")):
-        with pytest.raises(ptx.Race):
-            run(wrong, out)
+    run(store + "bar.sync 0;\n" + setp + load, out)
+    assert out[0] == 1 << 16
+    with pytest.raises(ptx.Race, match="byte 0 of shared"):
+        run(store + setp + load, out)
+    with pytest.raises(ptx.Uninitialized, match="byte 128 of shared"):
+        run(store + "bar.sync 0;\nld.shared.b32 %r1, [%r8+128];", out)
+
+
+def test_the_same_value_may_be_stored_together():
+    store = "st.shared.b32 [%r8], %r8;\n"
+    run(MINE + store, torch.zeros(64))
+    with pytest.raises(ptx.Race):
+        run(MINE + store + store, torch.zeros(64))
 
 
 def test_divided_lanes_meet_again():
@@ -132,7 +195,7 @@ def test_a_view_may_be_read_only_where_its_storage_is(n):
     assert torch.equal(y, base[n : 2 * n])
     copy[(2,)](base[n : 2 * n], y, n, 128, SHIFT=n, PROGRAMS=2)  # its neighbour is in the same storage
     assert torch.equal(y, base[2 * n :])
-    with pytest.raises(ptx.OutOfBounds, match=f"byte {12 * n} of the {12 * n} of x's"):
+    with pytest.raises(ptx.OutOfBounds, match=f"byte {12 * n} of x's storage with {12 * n} bytes"):
         copy[(2,)](base[n : 2 * n], y, n, 128, n + 1, PROGRAMS=2)
     with pytest.raises(ptx.WrittenTwice, match="of y's storage"):
         copy[(2,)](base, y, n, 128, 0, PROGRAMS=1)
@@ -147,7 +210,7 @@ REGISTER = {2: "%rs", 4: "%r", 8: "%rd"}
 
 def compute(mnemonic: str, out: str, *sources: np.ndarray) -> np.ndarray:
     """One instruction on N lanes; source i in register 10 + i, destination 19."""
-    body = "mov.u32 %r1, %ctaid.x;\nmov.u32 %r2, %ntid.x;\nmad.lo.s32 %r1, %r1, %r2, %r0;\n"
+    body = "mov.u32 %r1, %ctaid.x;\nmad.lo.s32 %r1, %r1, 64, %r0;\n"
     for i, a in enumerate(sources):
         bits, register = a.itemsize * 8, f"{REGISTER[a.itemsize]}{10 + i}"
         body += f"mad.wide.u32 %rd9, %r1, {a.itemsize}, %rd{i};\nld.global.b{bits} {register}, [%rd9];\n"
@@ -204,40 +267,53 @@ def test_conversions():
     same(compute("cvt.rn.f32.s64", "f4", i), torch.from_numpy(i).float().numpy())
     same(compute("cvt.s64.s32", "i8", bits("i4")), bits("i4").astype("i8"))
     same(compute("cvt.u64.u32", "u8", bits("u4")), bits("u4").astype("u8"))
-    with np.errstate(invalid="ignore"):
-        whole = np.where(np.isnan(x), 0, np.trunc(x.astype("f8"))).clip(-(2**31), 2**31 - 1)
-    same(compute("cvt.rzi.s32.f32", "i4", x), whole.astype("i4"))
+    same(compute("cvt.u16.u64", "u2", bits("u8")), bits("u8").astype("u2"))
+    words = bits("u4")
+    lower, upper = words.view("u2").reshape(-1, 2).T
+    same(compute("mov.b32 {%rs19, _}, %r10;\n//", "u2", words), lower)
+    same(compute("mov.b32 {%rs18, %rs19}, %r10;\n//", "u2", words), upper)
+    same(compute("mov.b32 %r19, {%rs10, %rs11};\n//", "u4", lower.copy(), upper.copy()), words)
+
+
+def fused(a, b, c) -> float:
+    """a * b + c of finite float32, rounded once to float32, subnormals too."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if not exact:
+        return float(np.float64(a) * np.float64(b) + np.float64(c))  # the zero's sign
+    exponent = math.frexp(float(exact))[1] if abs(exact) > Fraction(2) ** -300 else -300
+    unit = Fraction(2) ** max(exponent - 24, -149)
+    whole = round(exact / unit)  # halves to even
+    return math.copysign(float(whole * unit), exact)
 
 
 def test_floats():
     a, b, c = (bits("f4", i) for i in range(3))
     with np.errstate(all="ignore"):
-        for name, function in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div.rn": np.divide,
-                               "min": np.fmin, "max": np.fmax, "min.NaN": np.minimum,
-                               "max.NaN": np.maximum}.items():  # fmt: skip
+        for name, function in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div.full": np.divide,
+                               "max": np.fmax}.items():  # fmt: skip
             same(compute(f"{name}.f32", "f4", a, b), function(a, b))
         same(compute("neg.f32", "f4", a), -a)
-        same(compute("sqrt.rn.f32", "f4", a), np.sqrt(a))
+        same(compute("abs.f32", "f4", a), np.abs(a))
+        same(compute("ex2.approx.f32", "f4", a), np.exp2(a.astype("f8")).astype("f4"))
+        zeros = np.resize(np.array([0, 1 << 31], "u4").view("f4"), N)
+        assert not compute("max.f32", "u4", zeros, zeros[::-1].copy()).any()  # +0 is more than -0
         flushed = np.where(np.abs(a) < 2.0**-126, np.copysign(np.float32(0), a), a)
-        same(compute("add.ftz.f32", "f4", a, np.zeros_like(a)), flushed + np.float32(0))
-        for t, item in (("f32", "f4"), ("f64", "f8")):
-            x, y = bits(item, 3), bits(item, 4)
-            y[::3] = x[::3]
-            nan = np.isnan(x) | np.isnan(y)
-            for name, truth in {"lt": x < y, "ge": x >= y, "eq": x == y, "ne": (x != y) & ~nan, "neu": x != y,
-                                "ltu": (x < y) | nan, "geu": (x >= y) | nan, "nan": nan,
-                                "num": ~nan}.items():  # fmt: skip
-                r = REGISTER[x.itemsize]
-                chosen = f"setp.{name}.{t} %p1, {r}10, {r}11;\nselp.b32 %r19, 1, 0, %p1;\n//"
-                same(compute(chosen, "u4", x, y), truth.astype("u4"))
+        same(compute("fma.rn.ftz.f32", "f4", a, np.ones_like(a), np.zeros_like(a)), flushed + np.float32(0))
+        same(compute("rsqrt.approx.ftz.f32", "f4", a), (1 / np.sqrt(flushed.astype("f8"))).astype("f4"))
+        c[::3] = a[::3]
+        for name, truth in {"lt": a < c, "le": a <= c, "gt": a > c, "ge": a >= c, "eq": a == c}.items():
+            chosen = f"setp.{name}.f32 %p1, %r10, %r11;\nselp.b32 %r19, 1, 0, %p1;\n//"
+            same(compute(chosen, "u4", a, c), truth.astype("u4"))
     # fma: one rounding, also where float64 would round onto the middle of two float32
     near = np.random.default_rng(5).standard_normal((3, N)).astype("f4")
     near[:, 0] = 1 + 2.0**-12, 1 + 2.0**-12, 2.0**-80  # 1 + 2^-11 + 2^-24, a middle, and a little more
     near[:, 1] = 1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-80)
     got = compute("fma.rn.f32", "f4", *near)
     assert got[0] == np.float32(1 + 2.0**-11 + 2.0**-23) and got[1] == np.float32(1 + 2.0**-11)
-    long = (near[0].astype("g") * near[1].astype("g") + near[2].astype("g")).astype("f4")
-    same(got[2:], long[2:])
+    same(got[:2000], np.array([fused(*x) for x in near.T[:2000]], "f4"))
+    small = near * np.float32([[2.0**-70], [2.0**-66], [2.0**-136]])  # subnormal products and sums
+    small[2] *= np.arange(N) % 3 - 1
+    same(compute("fma.rn.f32", "f4", *small)[:2000], np.array([fused(*x) for x in small.T[:2000]], "f4"))
 
 
 def test_packed_halves():
@@ -250,6 +326,10 @@ def test_packed_halves():
     words = [a.view(torch.int16).numpy().view("u4") for a in wide]
     expected = (wide[0].double() * wide[1].double() + wide[2].double()).float().bfloat16()  # these round alike
     same(compute("fma.rn.bf16x2", "u4", *words).view("u2"), expected.view(torch.int16).numpy().view("u2"))
+    # (1 + 2^-4)^2 = 1 + 2^-3 + 2^-8, a middle of two bfloat16; a little less, a little more, past float64's bits
+    one, little = torch.full((N,), 1 + 2.0**-4), 2.0**-60 * (2 * (torch.arange(N) % 2) - 1)
+    words = [a.bfloat16().view(torch.int16).numpy().view("u2") for a in (one, one, little)]
+    same(bf16(compute("fma.rn.bf16", "u2", *words))[:2], np.float32([1 + 2.0**-3, 1 + 2.0**-3 + 2.0**-7]))
 
 
 def test_integers():
@@ -269,154 +349,118 @@ def test_integers():
         ("div.s32", (a, b), quotient.astype("i4")),
         ("rem.s32", (a, b), (wide_a - quotient * wide_b).astype("i4")),
         ("div.u32", (u, v), u // v),
-        ("min.s32", (a, b), np.minimum(a, b)),
-        ("max.u32", (u, v), np.maximum(u, v)),
+        ("min.u32", (u, v), np.minimum(u, v)),
         ("shl.b32", (u, c), (u.astype("u8") << c.astype("u8")).astype("u4")),
         ("shr.u32", (u, c), (u.astype("u8") >> c.astype("u8")).astype("u4")),
         ("shr.s32", (a, c), a >> shift),
         ("xor.b32", (u, v), u ^ v),
-        ("not.b32", (u,), ~u),
         ("bfe.u32", (u, c % 32, np.full_like(u, 5)), (u >> (c % 32)) & 31),
         ("bfe.s32", (a, np.full_like(u, 4), np.full_like(u, 8)), (a << 20) >> 24),
-        ("popc.b32", (u,), np.array([bin(x).count("1") for x in u], "u4")),
-        ("clz.b32", (u,), np.array([32 - int(x).bit_length() for x in u], "u4")),
+        ("bfe.s32", (a, np.full_like(u, 4), np.full_like(u, 0)), np.zeros_like(a)),
         ("prmt.b32", (u, v, np.full_like(u, 0x5410)), (u & 0xFFFF) | (v << 16)),
+        ("prmt.b32", (u, v, np.full_like(u, 0xBBBB)), (a >> 31).view("u4")),  # the sign of byte 3, four times
         ("prmt.b32", (u, v, np.full_like(u, 0x7632)), (u >> 16) | (v & 0xFFFF0000)),
-        ("shf.l.wrap.b32", (u, u, np.full_like(u, 7)), (u << 7) | (u >> 25)),
-        ("lop3.b32", (u, v, c, np.full_like(u, 0x96)), u ^ v ^ c),
     ]:
         same(compute(mnemonic, expected.dtype.str, *sources), expected)
 
 
 @pytest.mark.parametrize(
-    "mode, by, clamp, partner",
+    "shuffle, partner",
     [
-        ("bfly", 4, 31, lambda i: i ^ 4),
-        ("idx", 3, 31, lambda i: i - i % 32 + 3),
-        ("down", 8, 31, lambda i: i + 8 if i % 32 < 24 else i),
-        ("up", 8, 0, lambda i: i - 8 if i % 32 >= 8 else i),
-        ("bfly", 1, 0x1C1F, lambda i: i ^ 1),
+        ("bfly.b32 %r1, %r0, 4", lambda i: i ^ 4),
+        ("idx.b32 %r1, %r0, 3", lambda i: i - i % 32 + 3),
+        ("idx.b32 %r1, %r0, %r9", lambda i: i - i % 32 + 4 * i % 32),
     ],
 )
-def test_shuffles(mode, by, clamp, partner):
+def test_shuffles(shuffle, partner):
     out = torch.zeros(64, dtype=torch.int32)
-    run(MINE + f"shfl.sync.{mode}.b32 %r1, %r0, {by}, {clamp}, -1;\nst.global.b32 [%rd10], %r1;", out)
+    run(MINE + f"shfl.sync.{shuffle}, 31, -1;\nst.global.b32 [%rd10], %r1;", out)
     assert out.tolist() == [partner(i) for i in range(64)]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_ldmatrix(count):
+    """A warp's matrices of 8 rows of 16 bytes, each row where its thread says: here the last row first."""
+    registers = [f"%r{i}" for i in range(4, 4 + count)]
+    body = "mov.b32 %r8, global_smem;\nshl.b32 %r9, %r0, 4;\nadd.s32 %r10, %r8, %r9;\nxor.b32 %r12, %r0, 31;\n"
+    body += "mad.lo.s32 %r11, %r12, 16, %r8;\nmul.lo.s32 %r13, %r0, 4;\n"
+    words = []
+    for i in range(4):  # thread t's row: words 4 t, 4 t + 1 ...
+        body += f"add.s32 %r{14 + i}, %r13, {i};\n"
+        words.append(f"%r{14 + i}")
+    body += f"st.shared.v4.b32 [%r10], {{{', '.join(words)}}};\nbar.sync 0;\n"
+    body += f"ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{', '.join(registers)}}}, [%r11];\n"
+    for j, register in enumerate(registers):
+        body += (
+            f"mul.wide.u32 %rd9, %r0, 4;\nadd.s64 %rd10, %rd0, %rd9;\nst.global.b32 [%rd10+{128 * j}], {register};\n"
+        )
+    out = torch.zeros(32 * count, dtype=torch.int32)
+    run(body, out, threads=32, shared=512)
+    assert out.tolist() == [4 * (31 - 8 * j - t // 4) + t % 4 for j in range(count) for t in range(32)]
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-NAMES = {modulate: ("_forward_kernel", "_backward_kernel", "_fold_kernel"),
-         region_dpo: ("_sums_kernel", "_loss_kernel", "_gradient_kernel")}  # fmt: skip
-KERNELS = {(module, name): getattr(module, name) for module, names in NAMES.items() for name in names}
+MODULES = (modulate, norm_rope, region_dpo)
 
 
-@pytest.fixture
-def emulate(monkeypatch):
-    """Launches go to the emulator. Returns a function that leaves out a barrier of one kernel from then on."""
-
-    def put(dropped: str = "", barrier: int | None = None) -> None:
-        for (module, name), kernel in KERNELS.items():
-            monkeypatch.setattr(module, name, ptx.Emulated(kernel, barrier if name == dropped else None))
-
-    for module in NAMES:
-        monkeypatch.setattr(module, "KERNELS", "triton")
-    put()
-    return put
+def stand_in(monkeypatch, make) -> dict:
+    """make(kernel) in place of every kernel; by file and name."""
+    made = {}
+    for module in MODULES:
+        monkeypatch.setattr(module, "implementation", lambda device: "triton")
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            made[module, name] = make(getattr(module, name))
+            monkeypatch.setattr(module, name, made[module, name])
+    return made
 
 
-def tables(D: int, frames: int) -> tuple[list, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    all_six = torch.randn(2, 2, 6, D, generator=generator)
-    return [a.requires_grad_() for a in all_six.unbind(2)][:3], torch.arange(2 * frames).view(2, frames) % 2
+class WithoutEach:
+    """Stands in for a kernel: runs without one barrier after the other, each of which is missed, and then with all."""
+
+    def __init__(self, kernel):
+        self.kernel, self.barriers = kernel, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            barriers = re.findall(BARRIER, aot.compile_launch(self.kernel, args, kwargs).asm["ptx"])
+            for i in range(len(barriers)):
+                with pytest.raises((ptx.Race, ptx.Uninitialized), match="shared"):
+                    ptx.Emulated(self.kernel, lambda text, i=i: without_barrier(text, i))[grid](*args, **kwargs)
+            ptx.Emulated(self.kernel)[grid](*args, **kwargs)
+            self.barriers += barriers
+
+        return launch
 
 
-def barriers(kernel: str, monkeypatch) -> int:
-    """How many the text of its launches has."""
-    counts, parse = [], ptx._parse
-
-    def counting(source, drop):
-        counts.append(source.count("bar.sync") if f".entry {kernel}(" in source else 0)
-        return parse(source, drop)
-
-    monkeypatch.setattr(ptx, "_parse", counting)
-    layer_norm(modulate.ln_modulate)
-    monkeypatch.setattr(ptx, "_parse", parse)
-    return max(counts)
+def modulation(D: int, tokens: int, dtype):
+    """x, h, gate, shift, scale and row: two tables of two rows."""
+    x, h = (torch.randn(2, 2 * tokens, D).to(dtype).requires_grad_() for _ in range(2))
+    return x, h, *torch.randn(3, 2, 2, D).requires_grad_(), torch.tensor([[0, 1], [1, 0]])
 
 
-def layer_norm(function) -> None:
-    (_, shift, scale), row = tables(300, 1)
-    x = torch.randn(2, 40, 300).bfloat16().requires_grad_()
-    function(x, shift, scale, row).float().sum().backward()
+def test_every_barrier_is_needed(monkeypatch):
+    """And whatever is missing where one is left out is found."""
+    made = stand_in(monkeypatch, WithoutEach)
+    x, h, gate, shift, scale, row = modulation(300, 40, torch.bfloat16)
+    modulate.residual_ln_modulate(x, h, gate, shift, scale, row)[0].float().sum().backward()
+    modulate.ln_modulate(x, shift, scale, row).float().sum().backward()
+    for heads, K in ((30, 10), (20, 10)):  # several warps, one warp
+        x, weight = torch.randn(2, 40, heads * K).requires_grad_(), torch.ones(heads * K, requires_grad=True)
+        norm_rope.norm_rope(x, weight, torch.randn(40, K)).sum().backward()
+    pair = torch.randn(6, 2, 3, 5, 40, 40).bfloat16()
+    region_dpo.region_dpo(*(a.requires_grad_() for a in pair), torch.tensor([1, 3]), 1.5)[0].sum().backward()
+    barriers = {f"{module.__name__}.{name}": kernel.barriers for (module, name), kernel in made.items()}
+    assert [name for name, found in barriers.items() if not found] == ["kernels.region_dpo._gradient_kernel"]
+    assert {text.split()[0] for found in barriers.values() for text in found} == {"bar.sync", "bar.warp.sync"}
 
 
-@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
-def test_every_barrier_is_needed(emulate, monkeypatch, kernel):
-    total = barriers(kernel, monkeypatch)
-    assert total >= 4
-    for i in range(total):
-        emulate(kernel, i)
-        with pytest.raises((ptx.Race, ptx.Uninitialized), match="shared"):
-            layer_norm(modulate.ln_modulate)
-
-
-def close(got, expected, tolerance: float) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        scale = b.float().abs().max() + 1e-6
-        assert (a.float() - b.float()).abs().max() <= tolerance * scale
-
-
-def with_gradients(function, leaves: list) -> list:
-    outputs = function(*leaves)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    weights = [torch.randn(a.shape, generator=torch.Generator().manual_seed(2)).to(a.dtype) for a in outputs]
-    return outputs + list(torch.autograd.grad(outputs, leaves, weights))
-
-
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-TYPES = [(F32, F32, 1e-5), (F32, BF16, 2e-2), (BF16, BF16, 2e-2), (F16, F16, 4e-3)]
-
-
-@pytest.mark.parametrize("x_dtype, h_dtype, tolerance", TYPES)
-@pytest.mark.parametrize("D", [37, 192])
-def test_modulation(emulate, D, x_dtype, h_dtype, tolerance):
-    (gate, shift, scale), row = tables(D, 3)
-    x, h = (torch.randn(2, 3 * 11, D).to(dtype).requires_grad_() for dtype in (x_dtype, h_dtype))
-
-    def agree(function, definition, leaves):
-        close(with_gradients(function, leaves), with_gradients(definition, leaves), tolerance)
-
-    with_row = lambda f: lambda *leaves: f(*leaves, row)  # noqa: E731
-    ungated = lambda f: lambda x, h, shift, scale: f(x, h, None, shift, scale, row)  # noqa: E731
-    agree(with_row(modulate.ln_modulate), with_row(modulate.ln_modulate_ref), [x, shift, scale])
-    agree(with_row(modulate.gate_residual), with_row(modulate.gate_residual_ref), [x, h, gate])
-    both = modulate.residual_ln_modulate, modulate.residual_ln_modulate_ref
-    agree(*map(with_row, both), [x, h, gate, shift, scale])
-    agree(*map(ungated, both), [x, h, shift, scale])
-
-
-@pytest.mark.parametrize("form", ["outside", "inside"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_region_dpo(emulate, dtype, form):
-    leaves = [torch.randn(2, 3, 5, 9, 8).to(dtype).requires_grad_() for _ in range(4)]
-    leaves += [torch.randn(2, 3, 5, 9, 8).requires_grad_() for _ in range(2)]
-    start = torch.tensor([1, 3])
-
-    def whole(function):
-        loss, metrics = function(*leaves, start, 1.5, form)
-        return [loss, *metrics.values(), *torch.autograd.grad(loss.sum(), leaves)]
-
-    close(whole(region_dpo.region_dpo), whole(region_dpo.region_dpo_ref), 1e-5 if dtype == torch.float32 else 2e-2)
-
-
-def test_wan_shape_is_coalesced(emulate):
+def test_wan_shape_is_coalesced(monkeypatch):
     """Wan2.1-1.3B's width, a few tokens: 16 bytes a thread, and no sector that is not used whole."""
-    (_, shift, scale), row = tables(1536, 2)
-    x = torch.randn(2, 16, 1536).bfloat16()
+    emulated = stand_in(monkeypatch, ptx.Emulated)[modulate, "_forward_kernel"]
+    x, _, _, shift, scale, row = modulation(1536, 8, torch.bfloat16)
     modulate.ln_modulate(x, shift, scale, row)
-    [(name, grid, traffic)] = modulate._forward_kernel.launches
+    [(name, grid, traffic)] = emulated.launches
     assert name == "_forward_kernel" and traffic["y"].written == traffic["x"].read == 2 * x.numel()
     for a in (traffic["x"], traffic["y"]):
         assert a.widths == {16} and 32 * a.sectors == a.read + a.written
