@@ -35,7 +35,7 @@ import common
 from common import UserError
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
-from weights import Checkpoint, fill
+from weights import Checkpoint, fill, renaming
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's file name
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
@@ -406,15 +406,8 @@ def save_model(net: DiT, folder: str | Path) -> list[str]:
     return ["config.json", WEIGHTS_NAME]
 
 
-def _rename(name: str) -> str:
-    """A tensor's name in ComfyUI's or diffusers' checkpoints -> Wan's, which is left as it is."""
-    name = name.removeprefix("model.").removeprefix("diffusion_model.")
-    for theirs, wans in DIFFUSERS_NAMES:
-        name = re.sub(theirs, wans, name)
-    return name
-
-
-DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
+OTHERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
+    (r"^(model\.)?diffusion_model\.", ""),  # ComfyUI's
     (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
     (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
     (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
@@ -431,6 +424,8 @@ DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wa
     (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
     (r"\.ffn\.net\.2\.", ".ffn.2."),
 ]
+
+_rename = renaming(OTHERS_NAMES)
 
 
 def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from common import UserError
-from weights import Checkpoint, fill
+from weights import Checkpoint, fill, renaming
 
 
 class WordVectors:
@@ -157,11 +157,7 @@ TRANSFORMERS_NAMES = [  # facts of github.com/huggingface/transformers, modeling
 ]
 
 
-def _rename(name: str) -> str:
-    """A tensor's name in transformers' checkpoints -> Wan's, which is left as it is."""
-    for theirs, wans in TRANSFORMERS_NAMES:
-        name = re.sub(theirs, wans, name)
-    return name
+_rename = renaming(TRANSFORMERS_NAMES)
 
 
 def load_umt5(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> UMT5:

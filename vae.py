@@ -9,7 +9,6 @@ exactly a prefix of pixel frames, and no latent frame sees a later pixel.
 `VAE` is Wan2.1's. `LinearVAE` is the tiny preset's: a PCA of picture patches, fitted in seconds on the clips.
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 import common
-from weights import Checkpoint, fill
+from weights import Checkpoint, fill, renaming
 
 GROUP = 4  # pixel frames in a latent frame, after the first
 PATCH = 32  # px, side of LinearVAE's patches
@@ -310,11 +309,7 @@ DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, autoencoder_kl
 ]
 
 
-def _rename(name: str) -> str:
-    """A tensor's name in diffusers' checkpoints -> Wan's, which is left as it is."""
-    for theirs, wans in DIFFUSERS_NAMES:
-        name = re.sub(theirs, wans, name)
-    return name
+_rename = renaming(DIFFUSERS_NAMES)
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:

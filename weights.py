@@ -8,6 +8,7 @@ A .pth file is read with weights_only=True: it cannot run code. Peak memory is t
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -85,6 +86,17 @@ class Checkpoint(Mapping):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def renaming(table: list[tuple[str, str | Callable]]) -> Callable[[str], str]:
+    """A tensor's name in others' checkpoints -> ours, by the patterns of `table` one after the other."""
+
+    def rename(name: str) -> str:
+        for theirs, ours in table:
+            name = re.sub(theirs, ours, name)
+        return name
+
+    return rename
 
 
 def fill(
