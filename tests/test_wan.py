@@ -273,7 +273,7 @@ class Evil:
 
 def test_a_pickle_with_code_is_refused(tmp_path, capsys):
     with open(tmp_path / "evil.pth", "wb") as f:
-        pickle.dump({"patch_embedding.weight": Evil()}, f)
+        pickle.dump({"patch_embedding.weight": Evil()}, f, protocol=2)
     torch.save({"patch_embedding.weight": Evil()}, tmp_path / "evil2.pth")
     torch.save({"step": 3}, tmp_path / "other.pth")
     for name, words in (("evil.pth", "refused"), ("evil2.pth", "refused"), ("other.pth", "dictionary of tensors")):
