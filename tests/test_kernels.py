@@ -119,6 +119,7 @@ STREAMS = {"float32": (F32, F32, None), "bfloat16": (BF16, BF16, None), "float16
 CASES = [(form, shape, "float32") for form in FORMS for shape in SHAPES]
 CASES += [(form, (1, 2, 3, 1536, "mask"), streams) for form in FORMS for streams in STREAMS]
 CASES += [(form, (2, 5, 3, 7, "mask"), streams) for form in FORMS for streams in ("bfloat16", "mixed")]
+CASES += [("residual_ln_modulate", (1, 1, 2, 8192, "one"), "mixed")]  # the widest
 
 
 def inputs(B, F_, tokens, D, rows, streams="float32"):
