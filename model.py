@@ -441,8 +441,12 @@ def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
             "text_dim": shape["text_embedding.0.weight"][1], "freq_dim": shape["time_embedding.0.weight"][1],
             "out_dim": shape["head.head.weight"][0] // math.prod(patch),
         }  # fmt: skip
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise UserError(f"{source.path}: expected Wan2.1's text-to-video transformer, found no {error}") from None
+    except (ValueError, IndexError):
+        raise UserError(
+            f"{source.path}: expected Wan2.1's text-to-video transformer, its tensors have other shapes"
+        ) from None
     try:
         given = json.loads(recipe.read_text()) if recipe.is_file() else {}
         heads = given.get("num_heads", given.get("num_attention_heads", dim // 128))  # Wan's are 128 wide
@@ -453,8 +457,12 @@ def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
     for name in found.keys() & given.keys():
         if found[name] != given[name]:
             raise UserError(f"{recipe}: says {name} = {given[name]}, but the tensors beside it are for {found[name]}")
-    if not isinstance(heads, int) or heads < 1 or dim % heads:
-        raise UserError(f"{recipe}: expected num_heads, a divisor of dim = {dim}, got {heads}")
+    if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
+        said = f"got {heads!r}" if recipe.is_file() else "and there is no such file; only heads of 128 need none"
+        raise UserError(f"{recipe}: expected num_heads, a divisor of dim = {dim} into even heads, {said}")
+    for name, kind in (("text_len", int), ("eps", float)):
+        if not isinstance(given.get(name, kind(1)), kind) or given.get(name, 1) <= 0:
+            raise UserError(f"{recipe}: expected {name}, a positive {kind.__name__}, got {given[name]!r}")
     return DiTConfig(**{**given, **found, "num_heads": heads})
 
 
@@ -496,18 +504,25 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
     """Adds the LoRA of a file to net. Returns net.
 
     Reads what `export_lora` wrote and what others write: layers under Wan's names or diffusers', after
-    `diffusion_model.`, `transformer.`, `base_model.model.` or nothing; lora_A and lora_B, or lora_down and lora_up;
-    with or without alpha. UserError if a key or a shape does not fit net, or if there is none.
+    `diffusion_model.`, `transformer.`, `base_model.model.` or nothing, or kohya's `lora_unet_`; lora_A and lora_B, or
+    lora_down and lora_up; with or without alpha. UserError if a key or a shape does not fit net, if there is none, or
+    if net has a LoRA already.
     """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
+    if lora_linears(net):
+        raise UserError(f"{path}: expected a network without a LoRA, it has one already: merge_lora(net) first")
     tensors = common.read_tensors(Path(path))
     linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
+    underscored = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = LORA_KEY.fullmatch(re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key))
         if not found:
             raise UserError(f"{path}: expected a LoRA for this model, got the key {key!r}")
         layer, down, up, scaled = found.groups()
-        name = _rename(f"{layer or scaled}.weight").removesuffix(".weight")
+        layer = underscored.get(layer or scaled, layer or scaled)
+        name = _rename(f"{layer}.weight").removesuffix(".weight")
         parts.setdefault(name, {})["A" if down else "B" if up else "alpha"] = tensor
     for name, part in sorted(parts.items()):
         layer, A, B = linears.get(name), part.get("A"), part.get("B")
@@ -515,7 +530,11 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
             layer is None
             or A is None
             or B is None
-            or (B.shape[0], B.shape[1], A.shape[1]) != (layer.out_features, A.shape[0], layer.in_features)
+            or A.ndim != 2
+            or len(A) == 0
+            or A.shape[1] != layer.in_features
+            or B.shape != (layer.out_features, len(A))
+            or part.get("alpha", A[0, 0]).numel() != 1
         ):
             raise UserError(
                 f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it"

@@ -175,6 +175,8 @@ def load_umt5(path: str | Path, dtype: torch.dtype = torch.bfloat16, device: tor
         num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     except KeyError as error:
         raise UserError(f"{path}: expected UMT5's encoder, found no {error}") from None
+    except (ValueError, IndexError):
+        raise UserError(f"{path}: expected UMT5's encoder, its tensors have other shapes") from None
     layers = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     with torch.device("meta"):
         net = UMT5(vocab, dim, dim_attn, dim_ffn, num_heads, layers, num_buckets)
@@ -203,7 +205,7 @@ class Tokenizer:
         places = [Path(path), Path(path) / "tokenizer", Path(path) / "google/umt5-xxl"]
         files = [p / name for name in ("tokenizer.json", "spiece.model") for p in places]
         file = next((f for f in [Path(path), *files] if f.is_file()), None)
-        if file is None:
+        if file is None or file.suffix not in (".json", ".model"):
             raise UserError(f"{path}: expected tokenizer.json or spiece.model, found neither")
         self._ids, pad, end = self._json(file) if file.suffix == ".json" else self._sentencepiece(file)
         if (pad, end) != (self.PAD, self.END):

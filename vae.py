@@ -325,6 +325,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
         base_dim, z_dim = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
     except KeyError as error:
         raise common.UserError(f"{path}: expected Wan2.1's VAE, found no {error}") from None
+    except IndexError:
+        raise common.UserError(f"{path}: expected Wan2.1's VAE, its tensors have other shapes") from None
     with torch.device("meta"):
         net = VAE(base_dim, z_dim)
     net = fill(net, source, _rename, dtype, device).eval()

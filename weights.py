@@ -3,7 +3,8 @@
     source = Checkpoint(path)           names and shapes; no weights are read yet
     fill(net, source, rename, dtype)    a network that was built on the meta device gets its weights, tensor by tensor
 
-A .pth file is read with weights_only=True: it cannot run code. Peak memory is the network's own weights and one tensor.
+A .pth file is read with weights_only=True: it cannot run code. Peak memory is the network's own weights and one tensor
+(a .pth from before PyTorch 1.6 is read whole).
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from common import UserError
@@ -44,16 +45,16 @@ class Checkpoint(Mapping):
         if indices:
             try:
                 names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+                files = [self.path / name for name in names]
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise UserError(f"{indices[0]}: expected a weight_map of shards, got something else") from None
-            files = [self.path / name for name in names]
             if missing := [f.name for f in files if not f.is_file()]:
                 raise UserError(f"{self.path}: expected the {len(files)} shards of its index, {missing[0]} is missing")
             return files
         files = sorted(self.path.glob("*.safetensors"))
         if not files:
             state = "has none" if self.path.is_dir() else "does not exist"
-            raise UserError(f"{self.path}: expected weights, *.safetensors or a .pth file, but it {state}")
+            raise UserError(f"{self.path}: expected weights, *.safetensors or the path of a .pth file, but it {state}")
         return files
 
     def _names(self, file: Path) -> list[str]:
@@ -63,14 +64,25 @@ class Checkpoint(Mapping):
                 self._open[file] = {name: None for name in opened.keys()}
                 self._open[file] = opened
                 return list(opened.keys())
-            self._open[file] = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{file}: expected readable weights, got: {str(error).splitlines()[0]}") from None
+            zipped = zipfile.is_zipfile(file)
+            with open(file, "rb") as opened:
+                pickled = opened.read(1) == b"\x80"
+            if not zipped and not pickled:  # neither kind of file that PyTorch writes
+                raise UserError(
+                    f"{file}: expected readable weights, got another file, or a download that was cut short"
+                )
+            tensors = self._open[file] = torch.load(file, "cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError:
-            raise UserError(f"{file}: expected tensors alone, got a pickle with other objects; refused") from None
-        tensors = self._open[file]
-        if not isinstance(tensors, dict) or not all(isinstance(a, Tensor) for a in tensors.values()):
-            raise UserError(f"{file}: expected a dictionary of tensors, got {type(tensors).__name__}")
+            raise UserError(f"{file}: expected tensors alone, got a damaged file, or code, which is refused") from None
+        except UserError:
+            raise
+        except Exception as error:  # an unpickler on damaged bytes may raise anything
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file}: expected readable weights, got: {said}") from None
+        if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and isinstance(a, Tensor) for k, a in tensors.items()
+        ):
+            raise UserError(f"{file}: expected a dictionary of names and tensors, got something else")
         return list(tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -13,10 +13,10 @@ Where it is used: every block of model.py. `row (B, F)` says which row of the ta
     R = 2, row = cond_mask  the continuation model: row 0 is time t, row 1 is time 0 (the given, clean frames)
     R = F, row = 0 .. F-1   any time for each frame
 
-Why fused: each of these is bound by memory traffic, and PyTorch's separate operations move the stream ten times where
-once is enough (kernels/README.md counts it). The table is never expanded to the L = F * (tokens a frame) tokens: a
-program works on tokens of one frame and loads that frame's row once. At Wan2.1-1.3B and 49x288x512 that is, by
-arithmetic, 74 KB a sample and block at R = 2; one row for each token is 276 MB.
+Why fused: each of these is bound by memory traffic, and PyTorch's separate operations move about three times the bytes
+that are needed, ten times in bfloat16 (kernels/README.md counts them). The table is never expanded to the
+L = F * (tokens a frame) tokens: a program works on tokens of one frame and loads that frame's row once. At Wan2.1-1.3B
+and 49x288x512 it is, by arithmetic, 74 KB a sample and block at R = 2; one row for each token is 276 MB.
 
 Kept for backward: the normed stream (x or x_out), two float32 numbers a token, and h only if a table needs a gradient.
 Gradients of the tables are partial sums, one a program, folded by a second kernel: no atomics, the same bits every run.
@@ -48,6 +48,7 @@ except ImportError:  # no Triton for this platform: the definitions remain
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definitions on every device
 MAX_WIDTH = 8192  # largest D
 STREAMS = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that the kernels take
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -321,14 +322,15 @@ def implementation(device: torch.device) -> str:
 
 
 def _check_row(row: Tensor, B: int, L: int, R: int) -> None:
-    if row.ndim != 2 or row.shape[0] != B or row.is_floating_point() or row.dtype == torch.bool:
+    if row.ndim != 2 or row.shape[0] != B or row.dtype not in INTEGERS:
         raise ValueError(f"row: expected an integer (B={B}, F), got {row.dtype} {tuple(row.shape)}")
     if row.shape[1] == 0 or L % row.shape[1]:
         raise ValueError(f"row: expected a number of frames F that divides L={L} tokens, got F={row.shape[1]}")
     if torch.compiler.is_compiling() or (row.is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # a graph cannot look at values
-    version = None if row.is_inference() else row._version
-    if getattr(row, "_read", [""])[0] != version:  # once for a tensor, not once a call: on CUDA it waits for the device
+    version = None if row.is_inference() else row._version  # inference tensors do not tell whether they changed
+    if version is None or getattr(row, "_read", [None])[0] != version:
+        # kept on the tensor: once for a tensor and not once a call, as on CUDA it waits for the device
         row._read = [version, *map(int, row.aminmax())]
     _, low, high = row._read
     if low < 0 or high >= R:
@@ -336,8 +338,12 @@ def _check_row(row: Tensor, B: int, L: int, R: int) -> None:
 
 
 def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor | None = None) -> None:
-    tables = {name: table for name, table in tables.items() if table is not None}
+    if len(tables) == 3 and tables["gate"] is None:  # residual_ln_modulate's may be None
+        del tables["gate"]
     streams = {"x": x} if h is None else {"x": x, "h": h}
+    for name, a in (streams | tables | {"row": row}).items():
+        if not isinstance(a, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(a).__name__}")
     for name, a in (streams | tables).items():
         if a.ndim != 3 or not a.is_floating_point() or not a.numel():
             sizes = "(B, L, D)" if name in streams else "(B, R, D)"
@@ -355,6 +361,11 @@ def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor |
         if a.shape != (B, R, D):
             raise ValueError(f"{name}: expected (B={B}, R, D={D}), one R for all tables, got {tuple(a.shape)}")
     _check_row(row, B, L, R)
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, *STREAMS, torch.float64):
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
 
 
 def _run(x, h, gate, shift, scale, row, eps, dtype) -> tuple[Tensor, ...]:
@@ -375,9 +386,10 @@ def ln_modulate(
 
     x (B, L, D) bfloat16, float16 or float32, L = F * tokens a frame, frame-major, D up to 8192; shift, scale (B, R, D)
     float32; row (B, F) integer in 0 .. R-1. Returns (B, L, D) in `dtype`, x's own by default. ValueError for shapes,
-    dtypes, devices or rows that do not fit; the values of `row` are not looked at inside torch.compile.
+    dtypes, devices or rows that do not fit; inside torch.compile and CUDA graphs the values of `row` are not looked at.
     """
     _check(x, row, {"shift": shift, "scale": scale})
+    _check_dtype(dtype)
     if implementation(x.device) == "torch":
         return ln_modulate_ref(x, shift, scale, row, eps, dtype)
     return _run(x, None, None, shift, scale, row, eps, dtype)[0]
@@ -393,6 +405,7 @@ def residual_ln_modulate(
     rest as in `ln_modulate`. y is the norm of x_out as it is rounded to x's dtype.
     """
     _check(x, row, {"gate": gate, "shift": shift, "scale": scale}, h)
+    _check_dtype(dtype)
     if implementation(x.device) == "torch":
         return residual_ln_modulate_ref(x, h, gate, shift, scale, row, eps, dtype)
     return _run(x, h, gate, shift, scale, row, eps, dtype)

@@ -52,6 +52,7 @@ def norm_rope_ref(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float = 1
     y = _wide(x)
     y = F.rms_norm(y, y.shape[-1:], weight.to(y.dtype), eps)
     if rope is not None:
+        rope = rope.detach().contiguous()
         pairs = torch.view_as_complex(y.unflatten(-1, (-1, rope.shape[-1] // 2, 2)))
         y = torch.view_as_real(pairs * torch.view_as_complex(rope.unflatten(-1, (-1, 2))).unsqueeze(1)).flatten(2)
     return y.to(x.dtype)
@@ -202,7 +203,7 @@ def _check(x: Tensor, weight: Tensor, rope: Tensor | None) -> None:
         raise ValueError(f"weight: expected floating point ({D},) on {x.device}, got {got}")
     if rope is not None and (
         rope.ndim != 2 or rope.shape[0] != L or rope.shape[1] < 2 or rope.shape[1] % 2 or D % rope.shape[1]
-        or rope.dtype not in (torch.float32, torch.float64) or rope.device != x.device
+        or rope.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32) or rope.device != x.device
     ):  # fmt: skip
         got = f"{rope.dtype} {tuple(rope.shape)} on {rope.device}"
         raise ValueError(f"rope: expected float32 (L={L}, K), K even and a divisor of D={D}, on {x.device}, got {got}")

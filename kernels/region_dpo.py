@@ -10,10 +10,10 @@ there, NaN included, reaches neither the loss nor a gradient, and the gradient t
 the product of differences, not as the difference of two errors: exactly 0 where policy equals reference, and far closer
 to float64 near it.
 
-Where it is used: asymdpo.py. Why fused: PyTorch makes some sixty passes over predictions that one pass can reduce
-(kernels/README.md counts them). For one sample and channel the frames from `start` on are one contiguous run of memory,
-so excluding frames costs no index and keeps 16-byte loads. Partial sums are folded by a second kernel: no atomics, the
-same bits every run.
+Where it is used: asymdpo.py. Why fused: PyTorch makes some sixty operations of what one pass can reduce, and moves 17
+times its bytes (kernels/README.md counts them). For one sample and channel the frames from `start` on are one
+contiguous run of memory, so excluding frames costs no index and keeps 16-byte loads. Partial sums are folded by a
+second kernel: no atomics, the same bits every run.
 
 `python region_dpo.py` checks and times the file. `region_dpo_ref` is the definition, in PyTorch: it runs on CPU, and on
 CUDA with KERNELS=torch in the environment. The file needs torch, and on CUDA triton; it works copied alone.
@@ -252,13 +252,17 @@ def implementation(device: torch.device) -> str:
 
 def _check(tensors: dict[str, Tensor], start: Tensor, beta: float, form: str) -> None:
     v_w = tensors["v_w"]
+    for name, a in (tensors | {"start": start}).items():
+        if not isinstance(a, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(a).__name__}")
     for name, a in tensors.items():
         if a.ndim != 5 or a.shape != v_w.shape or not a.is_floating_point() or a.device != v_w.device or not a.numel():
             expected = f"{tuple(v_w.shape)}" if v_w.ndim == 5 and v_w.numel() else "non-empty (B, C, F, H, W)"
             got = f"{a.dtype} {tuple(a.shape)} on {a.device}"
             raise ValueError(f"{name}: expected floating point {expected} on {v_w.device}, got {got}")
     B, _, frames, _, _ = v_w.shape
-    if start.shape != (B,) or start.is_floating_point() or start.dtype == torch.bool or start.device != v_w.device:
+    integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if start.shape != (B,) or start.dtype not in integers or start.device != v_w.device:
         got = f"{start.dtype} {tuple(start.shape)} on {start.device}"
         raise ValueError(f"start: expected integers ({B},) on {v_w.device}, got {got}")
     if not 0 < beta < float("inf") or form not in ("outside", "inside"):
@@ -279,7 +283,7 @@ def region_dpo(
     and noise − x0, for the winner (w) and the loser (l); start (B,) integer in 0 … F−1: first frame in the loss;
     beta > 0; form "outside" or "inside". Returns loss (B,) float32 and detached (B,) metrics: `err/{w,l}_{policy,ref}`
     averaged over frames ≥ start, `S`, and `margin` = −β·S/K, positive where the policy prefers the winner. ValueError
-    for shapes, dtypes, devices or values that do not fit; the values of `start` are not looked at inside torch.compile.
+    for shapes, dtypes, devices or values that do not fit; `start` is not looked at in torch.compile and CUDA graphs.
     """
     tensors = dict(zip(INPUTS, (v_w, v_l, ref_w, ref_l, target_w, target_l)))
     _check(tensors, start, beta, form)

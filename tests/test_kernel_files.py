@@ -57,6 +57,10 @@ MODULATE_ERRORS = [
     (gate_residual, (X, H[:, 1:], GATE, ROW), r"^h: expected x's \(2, 12, 8\), got \(2, 11, 8\)"),
     (gate_residual, (X, H.int(), GATE, ROW), "^h: expected a non-empty floating point"),
     (gate_residual, (X, on_meta(H), GATE, ROW), "^expected one device for all, got .*h on meta"),
+    (gate_residual, (X, H, None, ROW), "^gate: expected a tensor, got NoneType"),
+    (ln_modulate, (X, SHIFT, SCALE, [[0, 1, 0]]), "^row: expected a tensor, got list"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW.to(torch.uint16)), "^row: expected an integer .*uint16"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW, 1e-6, torch.int32), "^dtype: expected bfloat16, .*int32"),
     (residual_ln_modulate, (X, H, GATE[:1], SHIFT, SCALE, ROW), "^gate: expected"),
     (residual_ln_modulate, (X, H, None, SHIFT, SCALE, ROW + 1), "^row: expected values"),
 ]  # fmt: skip
@@ -76,7 +80,11 @@ def test_row_is_read_again_when_it_changes():
     with pytest.raises(ValueError, match="^row: expected values"):
         ln_modulate(X, SHIFT, SCALE, row)
     with torch.inference_mode():
-        ln_modulate(X, SHIFT, SCALE, torch.zeros(2, 3, dtype=torch.int32))
+        row = torch.zeros(2, 3, dtype=torch.int32)
+        ln_modulate(X, SHIFT, SCALE, row)
+        row.fill_(2)
+        with pytest.raises(ValueError, match="^row: expected values"):
+            ln_modulate(X, SHIFT, SCALE, row)
 
 
 DPO, START = list(torch.randn(6, 3, 4, 5, 3, 2)), torch.tensor([0, 1, 2])

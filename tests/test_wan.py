@@ -276,7 +276,15 @@ def test_a_pickle_with_code_is_refused(tmp_path, capsys):
         pickle.dump({"patch_embedding.weight": Evil()}, f, protocol=2)
     torch.save({"patch_embedding.weight": Evil()}, tmp_path / "evil2.pth")
     torch.save({"step": 3}, tmp_path / "other.pth")
-    for name, words in (("evil.pth", "refused"), ("evil2.pth", "refused"), ("other.pth", "dictionary of tensors")):
+    (tmp_path / "page.pth").write_text("<html>Access denied")
+    (tmp_path / "empty.pth").touch()
+    whole = tmp_path / "whole.pth"
+    torch.save({"a": torch.zeros(100)}, whole, _use_new_zipfile_serialization=False)
+    (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:200])
+    for name in ("page.pth", "empty.pth", "cut.pth"):
+        with pytest.raises(UserError, match=f"{name}: expected (readable weights|tensors alone)"):
+            model.load_model(tmp_path / name)
+    for name, words in (("evil.pth", "refused"), ("evil2.pth", "refused"), ("other.pth", "names and tensors")):
         with pytest.raises(UserError, match=f"{name}: expected .*{words}"):
             model.load_model(tmp_path / name)
     assert "must not run" not in capsys.readouterr().out
@@ -369,10 +377,21 @@ def test_lora_opens_in_diffusers(tmp_path):
     assert (after - expected).abs().max() < 5e-5 * max(1, expected.abs().max())
 
 
-FILES = {  # how others write a LoRA: keys of A and B, the layer's name from Wan's, whether alpha is there
+FILES = {  # how others write a LoRA: keys of A and B, the layer's name from Wan's, and of alpha
     "peft": ("base_model.model.{}.lora_A.default.weight", "base_model.model.{}.lora_B.default.weight", str, False),
     "no prefix": ("{}.lora_A.weight", "{}.lora_B.weight", str, False),
-    "kohya": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight", str, True),
+    "down and up": (
+        "diffusion_model.{}.lora_down.weight",
+        "diffusion_model.{}.lora_up.weight",
+        str,
+        "diffusion_model.{}",
+    ),
+    "kohya": (
+        "lora_unet_{}.lora_down.weight",
+        "lora_unet_{}.lora_up.weight",
+        lambda n: n.replace(".", "_"),
+        "lora_unet_{}",
+    ),
     "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight", None, False),
 }
 
@@ -401,7 +420,7 @@ def test_loras_of_others(style, tmp_path):
         tensors[a_key.format(name)] = layer.lora_A.detach()
         tensors[b_key.format(name)] = layer.lora_B.detach() * (1 if alpha else 2)
         if alpha:
-            tensors[f"diffusion_model.{name}.alpha"] = torch.tensor(8.0)
+            tensors[f"{alpha.format(name)}.alpha"] = torch.tensor(8.0)
     save_file(tensors, tmp_path / "lora.safetensors")
     x, t, states = dit_inputs(ours)
     with torch.no_grad():
@@ -411,7 +430,7 @@ def test_loras_of_others(style, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["lora_unet_blocks_0_self_attn_q.lora_down.weight", "diffusion_model.blocks.0.self_attn.q.x"]
+    "key", ["lora_unet_blocks_0_self_attn_x.lora_down.weight", "diffusion_model.blocks.0.self_attn.q.x"]
 )
 def test_a_lora_that_matches_nothing(key, tmp_path):
     """An error that names a key, never silence."""
