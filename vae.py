@@ -235,7 +235,7 @@ class VAE(nn.Module):
     """Wan2.1's: 4x in time, 8x in height and width, 16 channels, scaled to mean 0 and deviation 1 a channel.
 
     base_dim 96 is the release's. `encode` and `decode` work on the whole clip, or, streaming, on 4 pixel frames (one
-    latent frame) at a time: the memory of a clip is then that of 4 frames. Weights: `load_vae`.
+    latent frame) at a time: no layer then holds more than 4 frames and the 2 before them. Weights: `load_vae`.
     """
 
     def __init__(self, base_dim: int = 96, z_dim: int = 16):
@@ -280,7 +280,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, x0: Tensor, streaming: bool = True) -> Tensor:
-        """x0 (B, z_dim, k+1, H, W) -> video (B, 3, 4k+1, 8H, 8W) float32, clamped to [-1, 1]."""
+        """x0 (B, z_dim, k+1, H, W) -> video (B, 3, 4k+1, 8H, 8W) float32, clamped to [-1, 1].
+
+        ValueError for other sizes.
+        """
         if x0.ndim != 5 or x0.shape[1] != self.z_dim:
             raise ValueError(f"x0: expected (B, {self.z_dim}, k+1, H, W), got {tuple(x0.shape)}")
         past: dict = {}

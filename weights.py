@@ -60,10 +60,8 @@ class Checkpoint(Mapping):
     def _names(self, file: Path) -> list[str]:
         try:
             if file.suffix == ".safetensors":
-                opened = safe_open(file, "pt")
-                self._open[file] = {name: None for name in opened.keys()}
-                self._open[file] = opened
-                return list(opened.keys())
+                self._open[file] = safe_open(file, "pt")
+                return list(self._open[file].keys())
             zipped = zipfile.is_zipfile(file)
             with open(file, "rb") as opened:
                 pickled = opened.read(1) == b"\x80"
@@ -111,19 +109,16 @@ def renaming(table: list[tuple[str, str | Callable]]) -> Callable[[str], str]:
     return rename
 
 
-def fill(
-    net: nn.Module, source: Checkpoint, rename: Callable[[str], str], dtype: torch.dtype, device, optional: str = ""
-) -> nn.Module:
+def fill(net: nn.Module, source: Checkpoint, rename: Callable[[str], str], dtype: torch.dtype, device) -> nn.Module:
     """Gives net, built on the meta device, the tensors of `source`. Returns net, frozen.
 
-    rename: the checkpoint's name of a tensor -> net's. Names in net that start with `optional` may be missing.
-    UserError if names or shapes are not net's.
+    rename: the checkpoint's name of a tensor -> net's. UserError if names or shapes are not exactly net's.
     """
     wanted = {name: tuple(a.shape) for name, a in net.state_dict().items()}
     found = {rename(name): name for name in source}
     for name in {**wanted, **found}:
         got = source.shape(found[name]) if name in found else None
-        if got != wanted.get(name) and not (got is None and optional and name.startswith(optional)):
+        if got != wanted.get(name):
             raise UserError(
                 f"{source.path}: expected the tensors of this architecture; {name}: "
                 f"expected {wanted.get(name, 'no such tensor')}, got {got or 'nothing'}"
@@ -131,9 +126,5 @@ def fill(
     for name, its_name in found.items():
         parent, _, leaf = name.rpartition(".")
         tensor = source[its_name].to(device, dtype)
-        module = net.get_submodule(parent)
-        if leaf in module._buffers:
-            module._buffers[leaf] = tensor
-        else:
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-    return net.requires_grad_(False)
+        setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    return net
