@@ -1,85 +1,127 @@
-"""Pictures from and to video files: decord reads, PyAV writes.
+"""Pictures from and to video files. Frames are (T, h, w, 3) uint8 RGB arrays.
 
-Frames are (T, h, w, 3) uint8 RGB arrays. Where decord has no wheel (it has none for ARM), PyAV reads too, and
-says so once.
+Reading goes through decode.py in a process of its own: decoders hang and crash on damaged files, and what they do then
+must not stop a run.
 """
 
-import functools
-import importlib.util
+import dataclasses
+import json
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 
 import common
 
+STARTUP = 120  # s that the decoding process may take to start
+
 
 class BadVideo(ValueError):
-    """A video that cannot be used, and why."""
+    """A video, or a clip of one, that cannot be used, and why."""
 
 
-def read_clip(path: str | Path, frames: int, size: tuple[int, int] | None = None, exact: bool = False) -> np.ndarray:
-    """The first `frames` frames of a video: (frames, h, w, 3) uint8 RGB.
-
-    size (h, w) resizes, None keeps the file's. exact: the file must have just this number of frames.
-    BadVideo if it cannot be read, is too short, or has another number of frames than its header says.
-    """
-    if not Path(path).is_file():
-        raise BadVideo("no such file")
-    count, clip = (_read_decord if _has_decord() else _read_av)(str(path), frames, size)
-    if exact and count != frames:
-        raise BadVideo(f"wrong frame count: expected {frames} frames, got {count}")
-    if len(clip) != frames:
-        raise BadVideo(f"wrong frame count: its header says {count}, decoding gave {len(clip)}")
-    return clip
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    frames: np.ndarray  # (T, h, w, 3) uint8 RGB
+    start: float  # s from the video's first frame
+    index: list[int]  # which of the video's frames each picture is
+    reader: str  # decord or PyAV
 
 
-@functools.cache
-def _has_decord() -> bool:
-    if importlib.util.find_spec("decord"):
-        return True
-    print("video: decord is not installed (it has no wheel for this machine): reading with PyAV", file=sys.stderr)
-    return False
+class Decoder:
+    """A process that reads videos. It is killed, and started again for the next one, when a video takes too long."""
+
+    program = [sys.executable, str(Path(__file__).with_name("decode.py"))]
+
+    def __init__(self, deadline: float = 60.0):
+        """deadline: seconds a video."""
+        self.deadline = deadline
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def read(
+        self,
+        path: str | Path,
+        frames: int,
+        size: tuple[int, int] | None = None,
+        fps: float | None = None,
+        clips: int = 1,
+        exact: bool = False,
+    ) -> list[Clip | BadVideo]:
+        """Up to `clips` clips of `frames` pictures each, spread evenly over the video and without overlap.
+
+        size (h, w) px: the picture, upright and with square pixels, is resized to cover it and cut at the centre; None
+        keeps the file's. fps: each picture is the frame on the screen at its time, counted from the first; None takes
+        every frame. exact: the video must have just this number. Of several clips one that is no good comes as a
+        BadVideo. Raises BadVideo if there is no clip in it that can be trusted.
+        """
+        if not Path(path).is_file():
+            raise BadVideo("no such file")
+        request = dict(path=str(path), frames=frames, size=size, fps=fps, clips=clips, exact=exact)
+        answer, arrays = self._ask(json.dumps({**request, "deadline": self.deadline}))
+        if "error" in answer:
+            raise BadVideo(answer["error"])
+        found = []
+        for facts in answer["clips"]:
+            error, shape = facts.pop("error", None), facts.pop("shape")
+            found.append(BadVideo(error) if error else Clip(frames=arrays.pop(0).reshape(shape), **facts))
+        if not any(isinstance(clip, Clip) for clip in found):
+            raise found[0]
+        return found
+
+    def _ask(self, request: str) -> tuple[dict, list[np.ndarray]]:
+        """Sends a request, reads the answer. BadVideo if the process dies of it, or is killed for its deadline."""
+        if self._process is None:
+            self._start()
+        process, late = self._process, threading.Event()
+        timer = threading.Timer(self.deadline, lambda: (late.set(), process.kill()))
+        timer.start()
+        try:
+            process.stdin.write(request.encode() + b"\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            good = [facts["shape"] for facts in answer.get("clips", []) if "error" not in facts]
+            arrays = [np.frombuffer(_read_exactly(process.stdout, int(np.prod(s))), np.uint8) for s in good]
+        except (OSError, ValueError):  # no line, or less than all: it is gone
+            self.close()
+            reason = f"took longer than {self.deadline:g} s" if late.is_set() else "its decoder died"
+            raise BadVideo(f"{reason} (exit {process.returncode})") from None
+        finally:
+            timer.cancel()
+        return answer, arrays
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(self.program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        timer = threading.Timer(STARTUP, self._process.kill)
+        timer.start()
+        ready = self._process.stdout.readline()
+        timer.cancel()
+        if ready != b"ready\n":
+            self.close()
+            raise RuntimeError(f"{self.program[-1]} did not start")
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
 
 
-def _read_decord(path: str, frames: int, size: tuple[int, int] | None) -> tuple[int, np.ndarray]:
-    """The header's frame count, and the first frames."""
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)  # what goes wrong is said once, in the exception
-    h, w = size or (-1, -1)
-    try:
-        reader = decord.VideoReader(path, width=w, height=h, num_threads=1)
-        count = len(reader)
-        if count < frames:
-            raise BadVideo(f"too short: expected {frames} frames, got {count}")
-        return count, reader.get_batch(range(frames)).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise BadVideo(f"decord cannot read it: {_first_line(error)}") from None
-
-
-def _read_av(path: str, frames: int, size: tuple[int, int] | None) -> tuple[int, np.ndarray]:
-    """The same by PyAV, which decodes every frame to count them."""
-    import av
-
-    shape = {} if size is None else {"height": size[0], "width": size[1]}
-    clip, count = [], 0
-    try:
-        with av.open(path) as file:
-            for count, frame in enumerate(file.decode(video=0), 1):
-                if count <= frames:
-                    clip.append(frame.to_ndarray(format="rgb24", **shape))
-    except (av.FFmpegError, IndexError) as error:
-        raise BadVideo(f"PyAV cannot read it: {error}") from None
-    if count < frames:
-        raise BadVideo(f"too short: expected {frames} frames, got {count}")
-    return count, np.stack(clip)
-
-
-def _first_line(error: Exception) -> str:
-    return next(
-        (line.strip()[:160] for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__
-    )
+def _read_exactly(file, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) != size:
+        raise OSError("cut short")
+    return data
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12) -> None:
