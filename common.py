@@ -323,21 +323,23 @@ NO_EFFECT = (
     "micro_batch",
     "checkpointing",
     "self_test",
+    "deadline",
 )  # options that do not change a result
 
 
 class Run:
     """A stage's output folder: run.json (what makes it), metrics.jsonl, checkpoints/, results, MANIFEST.json last."""
 
-    def __init__(self, cfg, stage: str, group: Group, inputs: dict[str, str | Path] = {}):
-        """Opens or creates cfg.out. `inputs`: name -> finished folder that the result depends on.
+    def __init__(self, cfg, stage: str, group: Group, inputs: dict[str, str | Path] = {}, **digests: str):
+        """Opens or creates cfg.out. `inputs`: name -> finished folder that the result depends on. `digests`: other
+        things that it depends on.
 
         UserError if the folder was made by another stage, configuration or input.
         """
         self.folder, self.stage, self.group = Path(cfg.out), stage, group
         self.started, self.spent = time.time(), 0.0
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NO_EFFECT and k not in inputs}
-        digests = {name: _identity(Path(path)) for name, path in inputs.items() if path}
+        digests |= {name: _identity(Path(path)) for name, path in inputs.items() if path}
         self.facts = json.loads(json.dumps({"stage": stage, "config": config, "inputs": digests}))
         recipe = self.folder / "run.json"
         if recipe.exists():

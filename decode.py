@@ -8,7 +8,7 @@ frames than were asked for, without an error. Neither it nor FFmpeg raises an er
 up. So what decord returns is accepted only if
 
     its frame times are those of the file's packets    (a stream-copied cut is padded with its last frame)
-    its decoder printed no complaint                   (damaged parts of a picture are concealed, and only the log says so)
+    its decoder printed no complaint                   (damaged parts of a picture are concealed: only the log says so)
     its first and its last key frame are PyAV's        (the first frames of an MPEG-2 file may be lost)
 
 What decord cannot read, or not so, is read by PyAV under the same rules. Of either, a clip in which the picture stands
@@ -219,7 +219,7 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
 
 
 def collect(pictures, chosen: list[np.ndarray], size: tuple[int, int], log) -> list[np.ndarray]:
-    """The chosen frames of an iterator over all frames, cropped to size (h, w). Refuses what the decoder complained of."""
+    """The chosen of all frames that an iterator gives, cut to size (h, w). Refuses what the decoder complained of."""
     wanted, kept, i = set(np.concatenate(chosen).tolist()), {}, -1
     log.seek(0)
     log.truncate()
@@ -309,7 +309,9 @@ def main() -> None:
     answers.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        with contextlib.suppress(AttributeError):  # the parent may be gone when a decoder spins: Python may not run then
+        with contextlib.suppress(
+            AttributeError
+        ):  # the parent may be gone when a decoder spins: Python may not run then
             signal.alarm(math.ceil(request["deadline"]) + 10)
         try:
             answer, clips = read(request, log)

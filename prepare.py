@@ -1,26 +1,36 @@
 """Stage 0, videos and captions to shards of latents and text states.
 
     python prepare.py --videos out/demo/clips --out out/demo/shards
+    torchrun --nproc_per_node 8 prepare.py --preset 1.3b --base Wan2.1-T2V-1.3B --videos clips --out shards --workers 8
+    torchrun --nproc_per_node 8 prepare.py --preset 1.3b --base Wan2.1-T2V-1.3B --videos OpenVid \\
+        --metadata OpenVid-1M.csv --motion column --min_motion 2 --out shards --workers 8
 
-The folder's captions come from metadata.csv (columns `video,caption`, as in OpenVid-1M), metadata.jsonl (the
-same keys), or a `name.txt` beside each `name.mp4`. Each clip's first frames are read by decord, resized,
-encoded and stored; the clips are dealt to the splits train (base and continuation model), align (pairs and cold
-start) and eval by a hash of their id.
+The captions come from --metadata, or from the folder's metadata.csv (columns `video,caption`, as in OpenVid-1M),
+metadata.jsonl (the same keys), or a `name.txt` beside each `name.mp4`. A video is looked for under its name, and then
+by the last part of it in every folder below, as OpenVid-1M's parts unpack. Clips are read at 16 pictures a second, by
+timestamps, resized to cover the picture and cut at the centre; what cannot be trusted is left out and named (see
+decode.py).
+They are dealt to the splits train (base and continuation model), align (pairs and cold start) and eval by a hash of the
+video's id: all clips of a video go to one split.
 
-The tiny preset's VAE is a linear codec fitted on the train clips and stored beside the shards; its text states
-are fixed word vectors.
+The presets 1.3b and 14b take Wan2.1's VAE and text encoder from --base and make the same shards. The tiny preset's VAE
+is a linear codec fitted on the train clips and stored beside the shards; its text states are fixed word vectors.
 
-In    a folder of videos
-Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, caption, split, motion, video;
-      codec.safetensors, negative.safetensors (text states of the empty caption), rejects.jsonl (what was left
-      out, and why)
-Cost  decoding, and one encoder pass a clip
+In    a folder of videos; for Wan the release's folder, or diffusers'
+Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, caption, split, motion, video, start;
+      negative.safetensors (text states of the negative prompt), codec.safetensors (tiny), rejects.jsonl (what was left
+      out, and why), kept.png and rejected.png (to look at)
+Cost  decoding, and one pass of the encoders a clip
 """
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
+import os
+import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,29 +44,40 @@ import vae
 import video
 from common import UserError
 
-PRESETS = {"tiny": dict(frames=49, height=64, width=64, shard_size=250)}
+WAN = dict(frames=49, height=288, width=512, shard_size=32, negative=text.NEGATIVE)
+PRESETS = {"tiny": dict(frames=49, height=64, width=64, shard_size=250, negative=""), "1.3b": WAN, "14b": WAN}
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
+SHOWN = 24  # clips on a contact sheet
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Stage 0: encodes a folder of captioned videos."""
 
-    preset: str = "tiny"  # tiny: linear codec and word vectors
+    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
+    base: str = ""  # folder with Wan2.1's VAE, text encoder and tokenizer, the release's or diffusers'
+    vae: str = ""  # file or folder of the VAE, if it is not in --base
+    text: str = ""  # folder of the text encoder and its tokenizer, if they are not in --base
     videos: str = "out/demo/clips"  # folder of videos and captions
+    metadata: str = ""  # csv or jsonl of the captions, if it is not in the folder; rows without a video are left out
     out: str = "out/demo/shards"  # folder to write
-    frames: int | None = None  # pixel frames a clip, of the form 4k+1; longer videos are cut to their first ones
-    exact: bool = False  # reject a video that has more frames than that, too
-    height: int | None = None  # px that the picture is resized to
-    width: int | None = None  # px that the picture is resized to
+    frames: int | None = None  # pictures a clip, of the form 4k+1
+    fps: float = 16.0  # pictures a second; 0: every frame of the file, whatever its rate
+    clips: int = 1  # clips of a video, at most, spread evenly over it; 1: its beginning
+    exact: bool = False  # reject a video that is longer than one clip, too
+    height: int | None = None  # px
+    width: int | None = None  # px
     motion: str = "frames"  # score: frames (mean absolute difference of neighbours, 0 … 255) or column (`motion score`)
     min_motion: float = 0.0  # reject clips whose motion score is lower
     max_motion: float = float("inf")  # reject clips whose motion score is higher
-    train: float = 0.6  # share of the clips for base and continuation model
+    train: float = 0.6  # share of the videos for base and continuation model
     align: float = 0.2  # share for pairs and cold start; the rest is for evaluation
+    negative: str | None = None  # prompt of the unconditional branch of guidance; 1.3b, 14b: Wan's own
     bad_rows: str = "stop"  # a metadata row that cannot be used: stop the run, or reject the row and go on
+    deadline: float = 60.0  # s that decoding a video may take
+    dtype: str = "float32"  # of the VAE: float32 or bfloat16
     shard_size: int | None = None  # videos a shard
-    workers: int = 2  # decoding threads
+    workers: int = 2  # decoding processes, for each process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +90,9 @@ class Item:
     motion: str  # the `motion score` column as it stands
 
 
+# ---- videos and captions ---------------------------------------------------------------------------------------------
+
+
 def read_text(path: Path) -> str:
     """The text of a file. UserError if it is not UTF-8."""
     try:
@@ -77,31 +101,40 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
 
 
-def read_rows(folder: Path) -> tuple[str, list[dict]]:
-    """Name of the metadata and its rows, dicts with `video` and `caption`. UserError if there is nothing to read."""
+def read_table(path: Path) -> list[dict]:
+    """The rows of a csv or jsonl file. UserError if it is none."""
+    if path.suffix == ".csv":
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as f:
+                wanted = ("video", "caption", "motion score")  # of a million rows, only what is used
+                return [{k: row[k] for k in row if k in wanted} for row in csv.DictReader(f)]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: expected a UTF-8 csv table, got: {error}") from None
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line) if line.strip() else None)
+            continue
+        raise UserError(f"{path} line {number}: expected a JSON object, got {line[:60]!r}")
+    return [row for row in rows if row is not None]
+
+
+def read_rows(folder: Path, metadata: str) -> tuple[Path, list[dict]]:
+    """The metadata's path and its rows, dicts with `video` and `caption`. UserError if there is nothing to read."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: expected a folder of videos, got {'a file' if folder.exists() else 'no such folder'}"
         )
-    if (folder / "metadata.csv").is_file():
-        with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as f:
-            try:
-                rows = list(csv.DictReader(f))
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise UserError(f"{folder / 'metadata.csv'}: expected a UTF-8 csv table, got: {error}") from None
-        name = "metadata.csv"
-    elif (folder / "metadata.jsonl").is_file():
-        name, rows = "metadata.jsonl", []
-        for number, line in enumerate(read_text(folder / name).splitlines(), 1):
-            try:
-                rows.append(json.loads(line) if line.strip() else None)
-            except ValueError:
-                raise UserError(f"{folder / name} line {number}: expected a JSON object, got {line[:60]!r}") from None
-        rows = [row for row in rows if row is not None]
+    places = [Path(metadata)] if metadata else [folder / "metadata.csv", folder / "metadata.jsonl"]
+    table = next((p for p in places if p.is_file()), None)
+    if metadata and (table is None or table.suffix not in (".csv", ".jsonl")):
+        raise UserError(f"--metadata: expected a .csv or .jsonl file, got {metadata}")
+    if table:
+        rows = read_table(table)
     else:
-        name, rows = "name.txt", []
+        table, rows = folder / "name.txt", []
         for path in sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in (".mp4", ".mkv", ".webm", ".mov", ".avi")
+            p for p in folder.rglob("*") if p.suffix.lower() in (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg")
         ):
             caption = path.with_suffix(".txt")
             rows.append(
@@ -114,43 +147,72 @@ def read_rows(folder: Path) -> tuple[str, list[dict]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not {"video", "caption"} <= row.keys():
             got = ", ".join(map(str, row)) if isinstance(row, dict) else repr(row)
-            raise UserError(f"{folder / name} row {number}: expected the columns video,caption, got {got}")
-    return name, rows
+            raise UserError(f"{table} row {number}: expected the columns video,caption, got {got}")
+    return table, rows
 
 
-def problem(folder: Path, row: dict, seen: set[str]) -> str | None:
-    """Why a metadata row cannot be used, or None."""
-    name = row["video"] if isinstance(row["video"], str) else ""
-    if not name or "\0" in name:
-        return "it names no video"
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
-        return "its path leaves the folder"
-    if name in seen:
-        return "the video is listed twice"
-    if not isinstance(row["caption"], str) or not text.WordVectors.words(row["caption"]):
-        return "its caption is empty"
-    return None
+def locate(folder: Path):
+    """A function from a name in the metadata to the video's path in `folder`, or to why there is none."""
+
+    @functools.cache
+    def everywhere() -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for root, _, names in os.walk(folder):
+            for name in names:
+                found.setdefault(name, []).append(Path(root) / name)
+        return found
+
+    def find(name: str) -> Path | str:
+        if not name or "\0" in name:
+            return "it names no video"
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return "its path leaves the folder"
+        if path.is_file():
+            return path
+        for flat in (Path(name).name, name.replace("/", "_")):  # unpacked part by part, or into names without folders
+            if len(paths := everywhere().get(flat, [])) > 1:
+                return f"there are {len(paths)} videos of that name"
+            if paths and paths[0].resolve().is_relative_to(folder.resolve()):
+                return paths[0]
+        return "no such file"
+
+    return find
 
 
 def read_items(cfg) -> tuple[list[Item], list[dict]]:
     """The usable rows in file order, and the rejected ones.
 
-    UserError at the first bad row unless cfg.bad_rows is reject.
+    UserError at the first bad row unless cfg.bad_rows is reject. Rows of --metadata without a video are only counted:
+    who has a part of a dataset has its whole table.
     """
     folder = Path(cfg.videos)
-    name, rows = read_rows(folder)
-    items, rejects, seen = [], [], set()
+    table, rows = read_rows(folder, cfg.metadata)
+    find, items, rejects, seen, gone = locate(folder), [], [], set(), 0
     for number, row in enumerate(rows, 1):
-        reason = problem(folder, row, seen)
+        path = find(row["video"] if isinstance(row["video"], str) else "")
+        if path == "no such file":
+            path, gone = folder / row["video"], gone + bool(cfg.metadata)
+            if cfg.metadata:
+                continue
+        reason = path if isinstance(path, str) else None
+        if not reason and path in seen:
+            reason = "the video is listed twice"
+        if not reason and not (isinstance(row["caption"], str) and text.WordVectors.words(row["caption"])):
+            reason = "its caption is empty"
         if reason and cfg.bad_rows != "reject":
-            where = f"{folder / name} row {number} ({row['video']!r})"
+            where = f"{table} row {number} ({row['video']!r})"
             raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad_rows reject")
         if reason:
             rejects.append({"video": row["video"], "reason": reason})
             continue
-        seen.add(row["video"])
+        seen.add(path)
         clip = str(Path(row["video"]).with_suffix(""))
-        items.append(Item(clip, folder / row["video"], row["caption"].strip(), str(row.get("motion score") or "")))
+        items.append(Item(clip, path, row["caption"].strip(), str(row.get("motion score") or "")))
+    if gone:
+        print(f"prepare: {gone} of {len(rows)} rows of {table} have no video in {folder}, they are left out")
+    if not items:
+        raise UserError(f"{table}: expected rows whose videos are in {folder}, found none of {len(rows)}")
     return items, rejects
 
 
@@ -160,107 +222,197 @@ def split_of(clip: str, train: float, align: float) -> str:
     return "train" if u < train else "align" if u < train + align else "eval"
 
 
-def motion_score(cfg, item: Item, frames: np.ndarray) -> float:
-    """The clip's motion score. BadVideo if it lies outside the limits, or the column holds no number."""
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+
+class Readers:
+    """A few decoding processes that work ahead of who asks. Leaving the block stops them at once."""
+
+    def __init__(self, count: int, deadline: float):
+        self._decoders, self._free = [video.Decoder(deadline) for _ in range(count)], queue.SimpleQueue()
+        for decoder in self._decoders:
+            self._free.put(decoder)
+        self._pool = ThreadPoolExecutor(count)
+
+    def __enter__(self) -> "Readers":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for decoder in self._decoders:
+            decoder.close()
+
+    def each(self, function, rows: list):
+        """function(decoder, row) of every row, in order."""
+
+        def call(row):
+            decoder = self._free.get()
+            try:
+                return function(decoder, row)
+            finally:
+                self._free.put(decoder)
+
+        return self._pool.map(call, rows)
+
+
+def read_clips(cfg, decoder: video.Decoder, path: Path) -> list[video.Clip | video.BadVideo]:
+    """The clips of a video as cfg asks for them, or why they are rejected."""
+    try:
+        return decoder.read(path, cfg.frames, (cfg.height, cfg.width), cfg.fps or None, cfg.clips, cfg.exact)
+    except video.BadVideo as error:
+        return [error]
+
+
+def read(cfg, decoder: video.Decoder, item: Item) -> list[tuple[video.Clip, float] | video.BadVideo]:
+    """An item's clips with their motion scores, or why they are rejected."""
+    clips = read_clips(cfg, decoder, item.path)
+    return [clip if isinstance(clip, video.BadVideo) else with_motion(cfg, item, clip) for clip in clips]
+
+
+def with_motion(cfg, item: Item, clip: video.Clip) -> tuple[video.Clip, float] | video.BadVideo:
+    """A clip with its motion score, or why it is rejected: outside the limits, or the column holds no number."""
     if cfg.motion == "column":
         try:
             score = float(item.motion)
         except ValueError:
-            raise video.BadVideo(f"motion score column: expected a number, got {item.motion!r}") from None
+            return video.BadVideo(f"motion score column: expected a number, got {item.motion!r}")
     else:
-        score = float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean())
+        pairs = zip(clip.frames.astype(np.int16), clip.frames[1:])
+        score = float(np.mean([np.abs(b - a).mean() for a, b in pairs]))
     if not cfg.min_motion <= score <= cfg.max_motion:
-        raise video.BadVideo(f"motion score {score:.3f} is outside {cfg.min_motion} … {cfg.max_motion}")
-    return score
+        return video.BadVideo(f"motion score {score:.3f} is outside {cfg.min_motion} … {cfg.max_motion}")
+    return clip, score
 
 
-def read(cfg, item: Item) -> tuple[np.ndarray, float] | str:
-    """Frames and motion score of a clip, or why it is rejected."""
-    try:
-        frames = video.read_clip(item.path, cfg.frames, (cfg.height, cfg.width), cfg.exact)
-        return frames, motion_score(cfg, item, frames)
-    except video.BadVideo as error:
-        return str(error)
-
-
-def fit_codec(cfg, items: list[Item], path: Path, pool) -> None:
+def fit_codec(cfg, items: list[Item], path: Path, readers: Readers) -> None:
     """Fits the linear codec on the first readable clips, train clips first, and stores it."""
     order = sorted(items, key=lambda item: split_of(item.id, cfg.train, cfg.align) != "train")
-    clips = []
+    clips, first = [], ""
     for start in range(0, len(order), FIT_CLIPS):
-        found = pool.map(lambda item: read(cfg, item), order[start : start + FIT_CLIPS])
-        clips += [video.to_pixels(clip[0]) for clip in found if not isinstance(clip, str)]
+        part = order[start : start + FIT_CLIPS]
+        for item, found in zip(part, readers.each(functools.partial(read, cfg), part)):
+            for clip in found:
+                if isinstance(clip, video.BadVideo):
+                    first = first or f"; {item.path.name}: {clip}"
+                else:
+                    clips.append(video.to_pixels(clip[0].frames))
         if len(clips) >= FIT_CLIPS:
             break
     if len(clips) < 2:
-        first = next((f"; {i.path.name}: {r}" for i in order if isinstance(r := read(cfg, i), str)), "")
         raise UserError(f"{cfg.videos}: expected at least 2 usable videos, got {len(clips)}{first}")
     vae.LinearVAE.fit(torch.stack(clips[:FIT_CLIPS])).save(path)
 
 
-def encode_shard(cfg, k: int, items: list[Item], codec, encoder, folder: Path, pool) -> None:
+def load_encoders(cfg, folder: Path, device):
+    """The codec, the text encoder, and the device they run on."""
+    if cfg.preset == "tiny":
+        return vae.load(folder), text.WordVectors(), torch.device("cpu")
+    codec = vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device)
+    return codec, text.TextEncoder(cfg.text or cfg.base, device=device), device
+
+
+def encode_shard(cfg, k: int, items: list[Item], codec, encoder, device, folder: Path, readers: Readers) -> None:
     """Reads, encodes and writes shard k."""
-    rows, x0, kept, rejects = [], [], [], []
-    for item, clip in zip(items, pool.map(lambda item: read(cfg, item), items)):
-        if isinstance(clip, str):
-            rejects.append({"video": str(item.path.relative_to(cfg.videos)), "reason": clip})
-            continue
-        frames, motion = clip
-        x0.append(codec.encode(video.to_pixels(frames)[None])[0])
-        split = split_of(item.id, cfg.train, cfg.align)
-        row = {"id": item.id, "caption": item.caption, "split": split, "motion": round(motion, 4)}
-        rows.append({**row, "video": str(item.path.relative_to(cfg.videos))})
-        kept.append(item.caption)
-    data.write_shard(folder, k, rows, {"x0": x0}, encoder.encode(kept), rejects)
+    rows, x0, rejects = [], [], []
+    for item, clips in zip(items, readers.each(functools.partial(read, cfg), items)):
+        name = str(item.path.relative_to(cfg.videos))
+        for number, found in enumerate(clips):
+            if isinstance(found, video.BadVideo):
+                rejects.append({"video": name, "reason": str(found)})
+                continue
+            clip, motion = found
+            x0.append(codec.encode(video.to_pixels(clip.frames)[None].to(device))[0].cpu())
+            split = split_of(item.id, cfg.train, cfg.align)
+            row = {"id": f"{item.id}#{number}" if number else item.id, "caption": item.caption, "split": split}
+            rows.append({**row, "motion": round(motion, 4), "video": name, "start": clip.start})
+    states = dict(zip(captions := list(dict.fromkeys(row["caption"] for row in rows)), encoder.encode(captions)))
+    data.write_shard(folder, k, rows, {"x0": x0}, [states[row["caption"]] for row in rows], rejects)
+
+
+def shown(cfg, decoder: video.Decoder, row: dict) -> tuple[np.ndarray | None, str]:
+    """What a contact sheet shows of a clip: its first, middle and last picture; of a rejected one its first."""
+    path = Path(cfg.videos) / row["video"]
+    with contextlib.suppress(video.BadVideo):
+        if "reason" in row:
+            return decoder.read(path, 1, (cfg.height, cfg.width))[0].frames, f"{row['video']}: {row['reason']}"
+        for clip in read_clips(cfg, decoder, path):
+            if isinstance(clip, video.Clip) and clip.start == row["start"]:
+                facts = f"{row['split']}, motion {row['motion']:.1f}, from {clip.start:.1f} s"
+                return clip.frames[[0, cfg.frames // 2, -1]], f"{row['id']}: {facts}: {row['caption']}"
+    return None, f"{row['video']}: {row.get('reason', 'changed since it was read')}"
+
+
+def contact_sheets(cfg, folder: Path, shards: int, readers: Readers) -> list[str]:
+    """kept.png and rejected.png: some clips of each kind, evenly chosen. Returns the names."""
+    facts = [json.loads((folder / f"{data.shard_name(k)}.json").read_text()) for k in range(shards)]
+    kept, rejected = [row for shard in facts for row in shard["rows"]], common.read_jsonl(folder / "rejects.jsonl")
+    for name, rows in (("kept", kept), ("rejected", rejected)):
+        some = [rows[i] for i in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int)]
+        cells = list(readers.each(functools.partial(shown, cfg), some))
+        video.contact_sheet(folder / f"{name}.png", f"{name}: {len(some)} of {len(rows)}", cells)
+    return ["kept.png", "rejected.png"]
+
+
+def check(cfg) -> None:
+    """UserError for options that make no sense."""
+    if cfg.frames % 4 != 1 or cfg.frames < 5:
+        near = max(5, cfg.frames // 4 * 4 + 1)
+        raise UserError(f"--frames: expected 4k+1 (a latent frame holds 4), at least 5, got {cfg.frames}; try {near}")
+    side = vae.PATCH if cfg.preset == "tiny" else 16  # px: the VAE's 8, two by two in a patch of the transformer
+    if cfg.height % side or cfg.width % side or cfg.height < side or cfg.width < side:
+        raise UserError(f"--height, --width: expected multiples of {side}, got {cfg.height} x {cfg.width}")
+    if cfg.train < 0 or cfg.align < 0 or cfg.train + cfg.align > 1:
+        raise UserError(f"--train, --align: expected shares that add up to at most 1, got {cfg.train} and {cfg.align}")
+    if cfg.fps < 0 or cfg.clips < 1 or cfg.workers < 1 or not cfg.deadline > 0:
+        raise UserError(
+            "expected --fps of at least 0, --clips and --workers of at least 1 and --deadline above 0, "
+            f"got {cfg.fps}, {cfg.clips}, {cfg.workers} and {cfg.deadline}"
+        )
+    for name, values in {
+        "motion": ("frames", "column"), "bad_rows": ("stop", "reject"), "dtype": ("float32", "bfloat16")
+    }.items():  # fmt: skip
+        if getattr(cfg, name) not in values:
+            raise UserError(f"--{name}: expected {' or '.join(values)}, got {getattr(cfg, name)!r}")
+    if cfg.preset != "tiny" and not (cfg.base or (cfg.vae and cfg.text)):
+        raise UserError(f"--preset {cfg.preset} needs --base, the folder of Wan2.1's VAE and text encoder")
 
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is decoded
     cfg = common.resolve(cfg, PRESETS)
+    check(cfg)
     group = common.start_group()
-    if cfg.frames % 4 != 1 or cfg.frames < 5:
-        near = max(5, cfg.frames // 4 * 4 + 1)
-        raise UserError(f"--frames: expected 4k+1 (a latent frame holds 4), at least 5, got {cfg.frames}; try {near}")
-    if cfg.height % vae.PATCH or cfg.width % vae.PATCH:
-        raise UserError(f"--height, --width: expected multiples of {vae.PATCH}, got {cfg.height} x {cfg.width}")
-    if cfg.train < 0 or cfg.align < 0 or cfg.train + cfg.align > 1:
-        raise UserError(f"--train, --align: expected shares that add up to at most 1, got {cfg.train} and {cfg.align}")
-    if cfg.motion not in ("frames", "column") or cfg.bad_rows not in ("stop", "reject"):
-        raise UserError(
-            f"expected --motion frames or column and --bad_rows stop or reject, got {cfg.motion} and {cfg.bad_rows}"
-        )
     items, rejects = read_items(cfg)
-    run = common.Run(cfg, "prepare", group)
+    facts = [(item.id, item.caption, item.motion, item.path.stat().st_size) for item in items]
+    run = common.Run(cfg, "prepare", group, items=hashlib.sha256(repr(facts).encode()).hexdigest())
     if run.done:
         return
     run.claim()
 
-    # ---- the codec, then a shard at a time; shards that an earlier run finished are kept
+    # ---- the encoders, then a shard at a time; shards that an earlier run finished are kept
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the other half decodes
-    with ThreadPoolExecutor(cfg.workers) as pool:
-        if group.main and not (run.folder / "codec.safetensors").exists():
-            fit_codec(cfg, items, run.folder / "codec.safetensors", pool)
+    shards = [items[i : i + cfg.shard_size] for i in range(0, len(items), cfg.shard_size)]
+    with Readers(cfg.workers, cfg.deadline) as readers:
+        if group.main and cfg.preset == "tiny" and not (run.folder / "codec.safetensors").exists():
+            fit_codec(cfg, items, run.folder / "codec.safetensors", readers)
         group.barrier()
-        codec, encoder = vae.load(run.folder), text.WordVectors()
-        shards = [items[i : i + cfg.shard_size] for i in range(0, len(items), cfg.shard_size)]
-        bar = run.progress(len(items), unit="clip")
+        codec, encoder, device = load_encoders(cfg, run.folder, group.device)
+        bar = run.progress(len(items), unit="video")
         for k in range(group.rank, len(shards), group.size):
             if not data.shard_is_whole(run.folder, k):
-                encode_shard(cfg, k, shards[k], codec, encoder, run.folder, pool)
+                encode_shard(cfg, k, shards[k], codec, encoder, device, run.folder, readers)
             bar.update(len(shards[k]) * group.size)
         bar.close()
 
-    # ---- result
-    group.barrier()
-    files, kept = [], 0
-    if group.main:
-        files, kept, rejected = data.collect(run.folder, len(shards), rejects)
-        print(
-            f"prepare: kept {kept} clips, rejected {rejected}"
-            + (f", see {run.folder / 'rejects.jsonl'}" if rejected else "")
-        )
-        common.write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([""])[0]})
-        files += ["codec.safetensors", "negative.safetensors"]
+        # ---- result
+        group.barrier()
+        files, kept = [], 0
+        if group.main:
+            files, kept, rejected = data.collect(run.folder, len(shards), rejects)
+            files += contact_sheets(cfg, run.folder, len(shards), readers)
+            common.write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([cfg.negative])[0]})
+            files += ["negative.safetensors"] + ["codec.safetensors"] * (cfg.preset == "tiny")
+            print(f"prepare: kept {kept} clips, rejected {rejected}; look at {run.folder}/kept.png and rejected.png")
     run.finish(files, clips=kept)
 
 

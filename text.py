@@ -1,6 +1,6 @@
 """From captions to text states. One interface for every encoder:
 
-    encode(captions) -> list of (S, text_dim) float32, one state a token, at each caption's true length
+    encode(captions) -> list of (S, text_dim), one state a token, at each caption's true length
 
 `TextEncoder` is Wan2.1's: UMT5's encoder and its tokenizer. `WordVectors` is the tiny preset's: a fixed random vector
 for each word, so it knows every word and needs no weights.
@@ -49,6 +49,11 @@ class WordVectors:
 # Parameter names and arithmetic are those of the release (github.com/Wan-Video/Wan2.1, wan/modules/t5.py, Apache-2.0),
 # restated. Inference only.
 
+NEGATIVE = (  # Wan's, sample_neg_prompt of github.com/Wan-Video/Wan2.1, wan/configs/shared_config.py
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
 MAX_DISTANCE = 128  # tokens; all that are farther apart share a bucket
 
 
@@ -251,12 +256,12 @@ class TextEncoder:
         self.device = torch.device(device)
 
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """Each (S, 4096) float32, S its tokens. One at a time: no padding is computed."""
+        """Each (S, 4096) in the weights' dtype, S its tokens. One at a time: no padding is computed."""
         states = []
         for caption in captions:
             ids = torch.tensor([self.tokenizer(caption)], device=self.device)
             if ids.max() >= len(self.net.token_embedding.weight):
                 rows = len(self.net.token_embedding.weight)
                 raise UserError(f"expected a tokenizer of {rows} tokens for this encoder, got id {int(ids.max())}")
-            states.append(self.net(ids, torch.ones_like(ids))[0].float().cpu())
+            states.append(self.net(ids, torch.ones_like(ids))[0].cpu())
         return states

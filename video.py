@@ -8,6 +8,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -70,8 +71,8 @@ class Decoder:
             raise BadVideo(answer["error"])
         found = []
         for facts in answer["clips"]:
-            error, shape = facts.pop("error", None), facts.pop("shape")
-            found.append(BadVideo(error) if error else Clip(frames=arrays.pop(0).reshape(shape), **facts))
+            error, _ = facts.pop("error", None), facts.pop("shape")
+            found.append(BadVideo(error) if error else Clip(frames=arrays.pop(0), **facts))
         if not any(isinstance(clip, Clip) for clip in found):
             raise found[0]
         return found
@@ -88,7 +89,7 @@ class Decoder:
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
             good = [facts["shape"] for facts in answer.get("clips", []) if "error" not in facts]
-            arrays = [np.frombuffer(_read_exactly(process.stdout, int(np.prod(s))), np.uint8) for s in good]
+            arrays = [_read_array(process.stdout, shape) for shape in good]
         except (OSError, ValueError):  # no line, or less than all: it is gone
             self.close()
             reason = f"took longer than {self.deadline:g} s" if late.is_set() else "its decoder died"
@@ -117,11 +118,11 @@ class Decoder:
             self._process = None
 
 
-def _read_exactly(file, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
+def _read_array(file, shape: list[int]) -> np.ndarray:
+    array = np.empty(shape, np.uint8)
+    if file.readinto(array.data.cast("B")) != array.nbytes:
         raise OSError("cut short")
-    return data
+    return array
 
 
 def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12) -> None:
@@ -137,6 +138,34 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12
         for frame in frames:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         file.mux(stream.encode())
+
+
+def read_clip(
+    path: str | Path, frames: int, size: tuple[int, int] | None = None, fps: float | None = None, exact: bool = False
+) -> np.ndarray:
+    """A video's first clip, (frames, h, w, 3) uint8 RGB, read as `Decoder.read` does. Raises BadVideo."""
+    with Decoder() as decoder:
+        return decoder.read(path, frames, size, fps, exact=exact)[0].frames
+
+
+def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]]) -> None:
+    """Draws a PNG of clips: pictures (n, h, w, 3) side by side, or none, and words below them."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    rows = max(1, -(-len(cells) // columns))
+    figure = Figure(figsize=(4 * columns, 1.7 * rows + 0.5), dpi=100, layout="constrained")
+    figure.suptitle(title)
+    for place, ax in enumerate(np.ravel(figure.subplots(rows, columns))):
+        ax.axis("off")
+        if place >= len(cells):
+            continue
+        pictures, words = cells[place]
+        if pictures is not None:
+            ax.imshow(np.concatenate(pictures, axis=1))
+        ax.set_title("\n".join(textwrap.wrap(words, 60)[:3]), fontsize=6, y=-0.02, va="top", parse_math=False)
+    with common.whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def to_pixels(frames: np.ndarray):
