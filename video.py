@@ -149,21 +149,19 @@ def read_clip(
 
 
 def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]]) -> None:
-    """Draws a PNG of clips: pictures (n, h, w, 3) side by side, or none, and words below them."""
+    """Draws a PNG of clips: words, and below them pictures (n, h, w, 3) side by side, or a grey box for None."""
     from matplotlib.figure import Figure
 
-    columns = 4
+    columns = 3
     rows = max(1, -(-len(cells) // columns))
-    figure = Figure(figsize=(4 * columns, 1.7 * rows + 0.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(5 * columns, 1.5 * rows + 0.5), dpi=100, layout="constrained")
     figure.suptitle(title)
     for place, ax in enumerate(np.ravel(figure.subplots(rows, columns))):
         ax.axis("off")
-        if place >= len(cells):
-            continue
-        pictures, words = cells[place]
-        if pictures is not None:
-            ax.imshow(np.concatenate(pictures, axis=1))
-        ax.set_title("\n".join(textwrap.wrap(words, 60)[:3]), fontsize=6, y=-0.02, va="top", parse_math=False)
+        if place < len(cells):
+            pictures, words = cells[place]
+            ax.imshow(np.full((9, 16, 3), 200, np.uint8) if pictures is None else np.concatenate(pictures, axis=1))
+            ax.set_title("\n".join(textwrap.wrap(words, 80)[:2]), fontsize=8, parse_math=False)
     with common.whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
