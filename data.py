@@ -125,6 +125,10 @@ class Shards:
         """Text states (B, S, text_dim) of the samples index, padded with zeros to the longest."""
         return torch.nn.utils.rnn.pad_sequence(self.states(index), batch_first=True)
 
+    def fields(self) -> list[str]:
+        """Names of what a sample holds."""
+        return list(self._shard(self._where[0])[0].keys())
+
     def shape(self, field: str) -> tuple[int, ...]:
         """Shape of one sample's field."""
         return tuple(self._shard(self._where[0])[0].get_slice(field).get_shape()[1:])

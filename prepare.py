@@ -192,9 +192,10 @@ def read_items(cfg) -> tuple[list[Item], list[dict]]:
     for number, row in enumerate(rows, 1):
         path = find(row["video"] if isinstance(row["video"], str) else "")
         if path == "no such file":
-            path, gone = folder / row["video"], gone + bool(cfg.metadata)
-            if cfg.metadata:
-                continue
+            gone += 1
+            if not cfg.metadata:
+                rejects.append({"video": row["video"], "reason": path})
+            continue
         reason = path if isinstance(path, str) else None
         if not reason and path in seen:
             reason = "the video is listed twice"
@@ -209,7 +210,7 @@ def read_items(cfg) -> tuple[list[Item], list[dict]]:
         seen.add(path)
         clip = str(Path(row["video"]).with_suffix(""))
         items.append(Item(clip, path, row["caption"].strip(), str(row.get("motion score") or "")))
-    if gone:
+    if gone and cfg.metadata:
         print(f"prepare: {gone} of {len(rows)} rows of {table} have no video in {folder}, they are left out")
     if not items:
         raise UserError(f"{table}: expected rows whose videos are in {folder}, found none of {len(rows)}")

@@ -1,11 +1,17 @@
-"""Prompts, and first frames where they are given, to mp4 files.
+"""Prompts, and first frames where they are given, to mp4 files; or stored latents to mp4 files.
 
     python sample.py --prompt "a red ball and a blue ball fall" --lora out/demo/sft,out/demo/asymdpo --out out/samples
     python sample.py --prompts prompts.txt --samples 4 --out out/samples
     python sample.py --prompt "a green ball floats" --continuation out/demo/continuation --video clip.mp4 --n_cond 4
+    python sample.py --preset 1.3b --base Wan2.1-T2V-1.3B --prompt "a cat runs" --lora out/sft,out/asymdpo
+    python sample.py --preset 1.3b --base Wan2.1-T2V-1.3B --decode out/pairs --clips 8 --out out/look
 
-In    a model folder; folders with a lora.safetensors to fuse into it, in order; the codec beside the shards
-Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl
+With torchrun the videos are dealt to the processes. --decode shows what shards hold: the clips of prepare.py, or both
+sides of make_pairs.py's pairs.
+
+In    a model folder; folders with a lora.safetensors to fuse into it, in order; the codec: Wan's from --base, the tiny
+      preset's from beside the shards
+Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl; or <out>/<id>.mp4, <id>-chosen.mp4, …
 Cost  nfe forwards a sample, twice that with guidance
 """
 
@@ -17,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import data
 import flow
 import model
 import text
@@ -24,30 +31,49 @@ import vae
 import video
 from common import UserError
 
-PRESETS = {"tiny": dict(frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0)}
+WAN = dict(  # Wan2.1's command line: 50 steps, shift 5, guidance 5; its README: shift 8 … 12, guidance 6 for the 1.3B
+    frames=49, height=288, width=512, nfe=50, t_shift=5.0, guidance=5.0, solver="unipc", grid="wan",
+    negative=text.NEGATIVE,
+)  # fmt: skip
+PRESETS = {
+    "tiny": dict(
+        frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0, solver="euler", grid="even", negative=""
+    ),
+    "1.3b": WAN,
+    "14b": WAN,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Samples mp4 files from prompts, or continues a video."""
+    """Samples mp4 files from prompts, or continues a video, or decodes stored latents."""
 
-    preset: str = "tiny"  # tiny: linear codec and word vectors
+    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
     prompt: str = ""  # a prompt
     prompts: str = ""  # or a text file with one on each line
     samples: int = 1  # samples a prompt
-    base: str = "out/demo/base"  # model folder
-    lora: str = ""  # folders with lora.safetensors, separated by commas, fused in this order
+    base: str = "out/demo/base"  # model folder; for 1.3b, 14b the release's folder, or diffusers'
+    vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
+    text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
+    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas, fused in this order
     continuation: str = ""  # folder of continuation.py, to continue --video
     video: str = ""  # video whose first frames are given
     n_cond: int = 4  # given latent frames: n of them are 1 + 4(n − 1) pictures
-    data: str = "out/demo/shards"  # folder of prepare.py that holds the codec
+    decode: str = ""  # folder of prepare.py or make_pairs.py: show its clips, and sample nothing
+    clips: int = 0  # of them, evenly chosen; 0: all
+    data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
     out: str = "out/samples"  # folder to write
-    frames: int | None = None  # pixel frames, of the form 4k+1
+    frames: int | None = None  # pictures, of the form 4k+1
     height: int | None = None  # px
     width: int | None = None  # px
+    fps: float = 16.0  # pictures a second that are taken from --video; 0: every frame, whatever its rate
     nfe: int | None = None  # solver steps
+    solver: str | None = None  # euler or unipc
+    grid: str | None = None  # noise levels: even, or those of wan or diffusers, which UniPC's users know
     t_shift: float | None = None  # warp of the solver's times towards noise
     guidance: float | None = None  # classifier-free guidance weight; 1: none
+    negative: str | None = None  # prompt of the unconditional branch; 1.3b, 14b: Wan's own
+    dtype: str = "float32"  # of the VAE: float32 or bfloat16
     seed: int = 0  # of the noise
 
 
@@ -61,7 +87,45 @@ def read_prompts(cfg) -> list[str]:
     return prompts
 
 
-def given_frames(cfg, codec) -> torch.Tensor:
+def check(cfg) -> None:
+    """UserError for options that make no sense."""
+    if cfg.video and not cfg.continuation:
+        raise UserError("--video needs --continuation: the model that goes on from given frames")
+    if cfg.samples < 1 or cfg.clips < 0:
+        raise UserError(f"--samples, --clips: expected at least 1 and at least 0, got {cfg.samples} and {cfg.clips}")
+    side = vae.PATCH if cfg.preset == "tiny" else 16  # px: the VAE's 8, two by two in a patch of the transformer
+    if (
+        cfg.frames % 4 != 1
+        or cfg.frames < 5
+        or min(cfg.height, cfg.width) < side
+        or cfg.height % side
+        or cfg.width % side
+    ):
+        raise UserError(
+            f"expected 4k+1 frames and sides that {side} divides, got {cfg.frames} of {cfg.height} x {cfg.width}"
+        )
+    for name, values in {
+        "solver": tuple(flow.SOLVERS), "grid": ("even", "wan", "diffusers"), "dtype": ("float32", "bfloat16")
+    }.items():  # fmt: skip
+        if getattr(cfg, name) not in values:
+            raise UserError(f"--{name}: expected one of {', '.join(values)}, got {getattr(cfg, name)!r}")
+
+
+def load_codec(cfg, device):
+    """The codec between latents and pictures, and the device it runs on."""
+    if cfg.preset != "tiny":
+        return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
+    common.read_manifest(cfg.data, "prepare.py", verify=False)
+    return vae.load(cfg.data), torch.device("cpu")
+
+
+def encode_text(cfg, prompts: list[str], device) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Text states of the prompts, and of the negative one if guidance needs it. The encoder is dropped again."""
+    encoder = text.WordVectors() if cfg.preset == "tiny" else text.TextEncoder(cfg.text or cfg.base, device=device)
+    return encoder.encode(prompts), encoder.encode([cfg.negative])[0] if cfg.guidance != 1 else None
+
+
+def given_frames(cfg, codec, device) -> torch.Tensor:
     """Latents (C, F, H, W) of --video, of which the first n_cond frames will be given."""
     frames = (cfg.frames - 1) // 4 + 1
     if not cfg.video or not 1 <= cfg.n_cond < frames:
@@ -70,53 +134,80 @@ def given_frames(cfg, codec) -> torch.Tensor:
         )
     needed = 1 + 4 * (cfg.n_cond - 1)
     try:
-        clip = video.read_clip(cfg.video, needed, (cfg.height, cfg.width))
+        clip = video.read_clip(cfg.video, needed, (cfg.height, cfg.width), cfg.fps or None)
     except video.BadVideo as error:
         raise UserError(f"{cfg.video}: {error}") from None
-    coded = codec.encode(video.to_pixels(clip)[None])[0]
+    coded = codec.encode(video.to_pixels(clip)[None].to(device))[0]
     return torch.nn.functional.pad(coded, (0, 0, 0, 0, 0, frames - cfg.n_cond))
 
 
 def load(cfg, device) -> model.DiT:
     """The network with every adapter fused in."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if cfg.continuation:
-        return model.load_continuation(cfg.base, cfg.continuation, device=device)
-    net = model.load_model(cfg.base, device=device)
-    for folder in filter(None, cfg.lora.split(",")):
-        common.read_manifest(folder, "sft.py or asymdpo.py")
-        model.merge_lora(model.load_lora(net, Path(folder) / "lora.safetensors"))
+        common.read_manifest(cfg.continuation, "continuation.py")
+        return model.load_continuation(cfg.base, cfg.continuation, dtype, device)
+    net = model.load_model(cfg.base, dtype, device)
+    for lora in map(Path, filter(None, cfg.lora.split(","))):
+        if not lora.is_file():
+            common.read_manifest(lora, "sft.py or asymdpo.py")
+            lora = lora / "lora.safetensors"
+        model.merge_lora(model.load_lora(net, lora))
     return net
+
+
+def decode_shards(cfg, group: common.Group) -> None:
+    """Writes an mp4 for each clip, or for each side of each pair, of --decode."""
+    shards = data.Shards(cfg.decode, "prepare.py or make_pairs.py", verify=group.main)
+    fields = ("x0",) if "x0" in shards.fields() else ("chosen", "rejected")
+    codec, device = load_codec(cfg, group.device)
+    if shards.shape(fields[0])[0] != codec.channels:
+        got = f"got {shards.shape(fields[0])[0]}: choose the --preset that it was made with"
+        raise UserError(f"{cfg.decode}: expected latents of {codec.channels} channels for this codec, {got}")
+    count = min(cfg.clips or len(shards), len(shards))
+    some = [round(i * (len(shards) - 1) / max(1, count - 1)) for i in range(count)]
+    group.announce("sample")
+    for i in tqdm(some[group.rank :: group.size], desc="sample", unit="clip", disable=not group.main):
+        for field in fields:
+            name = shards.rows[i]["id"].replace("/", "_") + ("" if field == "x0" else f"-{field}")
+            pixels = codec.decode(shards.get(field, [i]).float().to(device))[0]
+            video.write_mp4(Path(cfg.out) / f"{name}.mp4", video.to_frames(pixels))
+    group.barrier()
+    if group.main:
+        print(f"sample: {count * len(fields)} videos in {cfg.out}")
 
 
 @torch.no_grad()
 def main(cfg: Config) -> None:
+    # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS)
+    check(cfg)
     group = common.start_group()
+    if cfg.decode:
+        return decode_shards(cfg, group)
     prompts = read_prompts(cfg)
-    if cfg.video and not cfg.continuation:
-        raise UserError("--video needs --continuation: the model that goes on from given frames")
-    if cfg.samples < 1:
-        raise UserError(f"--samples: expected at least 1, got {cfg.samples}")
-    if cfg.frames % 4 != 1 or cfg.frames < 5 or cfg.height % vae.PATCH or cfg.width % vae.PATCH:
-        raise UserError(
-            f"expected 4k+1 frames and sides that {vae.PATCH} divides, got {cfg.frames} of {cfg.height} x {cfg.width}"
-        )
-    common.read_manifest(cfg.data, "prepare.py", verify=False)
-    codec = vae.load(cfg.data)
-    net = load(cfg, group.device)
-    size = (net.config.in_dim, (cfg.frames - 1) // 4 + 1, cfg.height // vae.PATCH, cfg.width // vae.PATCH)
-    given = given_frames(cfg, codec).to(group.device) if cfg.continuation else None
-    negative = common.read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
-    states = torch.nn.utils.rnn.pad_sequence(text.WordVectors().encode(prompts), batch_first=True)
 
+    # ---- text first: its encoder is gone when the network comes
+    states, negative = encode_text(cfg, prompts, group.device)
+    states = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    codec, codec_device = load_codec(cfg, group.device)
+    given = given_frames(cfg, codec, codec_device).to(group.device) if cfg.continuation else None
+    net = load(cfg, group.device)
+    if net.config.in_dim != codec.channels:
+        raise UserError(
+            f"{cfg.base}: expected a model of {codec.channels} channels, the codec's, got {net.config.in_dim}"
+        )
+    size = (codec.channels, (cfg.frames - 1) // 4 + 1, cfg.height // codec.side, cfg.width // codec.side)
+
+    # ---- sample
     group.announce("sample")
     out, jobs = Path(cfg.out), [(p, s) for p in range(len(prompts)) for s in range(cfg.samples)]
+    call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     for p, s in tqdm(jobs[group.rank :: group.size], desc="sample", unit="video", disable=not group.main):
         noise = flow.draw_noise(size, [("sample", cfg.seed, p, s)]).to(group.device)
-        call = flow.guided(net, cfg.guidance, negative)
         clip = () if given is None else (given[None], (torch.arange(size[1], device=group.device) < cfg.n_cond)[None])
-        x0 = flow.euler(call, noise, states[p : p + 1].to(group.device), cfg.nfe, cfg.t_shift, *clip)
-        video.write_mp4(out / f"{p}-{s}.mp4", video.to_frames(codec.decode(x0.cpu())[0]))
+        x0 = solve(call, noise, states[p : p + 1].to(group.device), cfg.nfe, cfg.t_shift, *clip, grid=cfg.grid)
+        video.write_mp4(out / f"{p}-{s}.mp4", video.to_frames(codec.decode(x0.to(codec_device))[0]))
     group.barrier()
     if group.main:
         rows = [{"video": f"{p}-{s}.mp4", "caption": prompts[p], "seed": cfg.seed} for p, s in jobs]

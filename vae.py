@@ -2,6 +2,7 @@
 
     encode(video (B, 3, 4k+1, h, w) in [-1, 1]) -> x0 (B, C, k+1, H, W)
     decode(x0) -> video, clamped to [-1, 1]
+    channels, side                                 C, and the pixels in a latent position's height and width
 
 Latent frame 0 is pixel frame 0; latent frame i is pixel frames 4i−3 … 4i. So a prefix of latent frames is
 exactly a prefix of pixel frames, and no latent frame sees a later pixel.
@@ -34,8 +35,14 @@ class LinearVAE:
     slower.
     """
 
+    side = PATCH
+
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
+
+    @property
+    def channels(self) -> int:
+        return 3 * self.tensors["first.basis"].shape[1]
 
     @classmethod
     def fit(cls, videos: Tensor, components: int = 16) -> "LinearVAE":
@@ -238,9 +245,11 @@ class VAE(nn.Module):
     latent frame) at a time: no layer then holds more than 4 frames and the 2 before them. Weights: `load_vae`.
     """
 
+    side = 8
+
     def __init__(self, base_dim: int = 96, z_dim: int = 16):
         super().__init__()
-        self.z_dim = z_dim
+        self.channels = z_dim
         dims = [base_dim * m for m in (1, 1, 2, 4, 4)]
         layers: list[nn.Module] = []
         for stage, (a, b) in enumerate(zip(dims, dims[1:])):
@@ -276,7 +285,7 @@ class VAE(nn.Module):
         pieces = [video[:, :, :1], *video[:, :, 1:].split(4, dim=2)] if streaming and video.shape[2] > 1 else [video]
         dtype = self.conv1.weight.dtype
         z = torch.cat([self.conv1(self.encoder(piece.to(dtype), past), past) for piece in pieces], dim=2)
-        return (z[:, : self.z_dim].float() - self.mean) / self.std
+        return (z[:, : self.channels].float() - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, x0: Tensor, streaming: bool = True) -> Tensor:
@@ -284,8 +293,8 @@ class VAE(nn.Module):
 
         ValueError for other sizes.
         """
-        if x0.ndim != 5 or x0.shape[1] != self.z_dim:
-            raise ValueError(f"x0: expected (B, {self.z_dim}, k+1, H, W), got {tuple(x0.shape)}")
+        if x0.ndim != 5 or x0.shape[1] != self.channels:
+            raise ValueError(f"x0: expected (B, {self.channels}, k+1, H, W), got {tuple(x0.shape)}")
         past: dict = {}
         z = (x0.float() * self.std + self.mean).to(self.conv2.weight.dtype)
         pieces = [self.conv2(piece, past) for piece in (z.split(1, dim=2) if streaming else [z])]

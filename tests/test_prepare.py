@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import av
@@ -16,6 +17,7 @@ import prepare
 import vae
 import video
 import world
+from common import UserError
 from prepare import Config
 
 CLIPS = 6
@@ -112,26 +114,37 @@ def test_a_video_in_a_folder_and_a_caption_with_a_comma(chain, folder):
 
 
 @pytest.mark.parametrize(
-    "name, size", [("bigbuckbunny", (720, 1280)), ("bikes", (272, 640)), ("carphone_pristine", (144, 176))]
-)
+    "name, size",
+    [("bigbuckbunny", (720, 1280)), ("bikes", (272, 640)), ("carphone_pristine", (144, 176)), ("cityCC0", (405, 720)),
+     ("vtest", (576, 768))],
+)  # fmt: skip
 def test_frames_of_real_files(name, size):
-    """Real H.264 files at their own size: the frames of read_clip are PyAV's, bit for bit."""
+    """Real files at their own size: the frames of read_clip are PyAV's, from the first.
+
+    Bit for bit, but for MS-MPEG4, whose inverse transform each version of FFmpeg may round as it likes.
+    """
+    if name not in real_clips():
+        pytest.skip(f"needs {name}, see tests/helpers.py")
     frames = video.read_clip(real_clips()[name], 49)
     assert frames.shape == (49, *size, 3) and frames.dtype == np.uint8
     with av.open(str(real_clips()[name])) as file:
         for i, frame in enumerate(itertools.islice(file.decode(video=0), 49)):
-            assert np.array_equal(frames[i], frame.to_ndarray(format="rgb24")), i
+            difference = np.abs(frames[i].astype(int) - frame.to_ndarray(format="rgb24"))
+            assert difference.max() <= (8 if name == "vtest" else 0) and difference.mean() < 0.2, i
 
 
 def test_a_folder_of_real_files(folder):
-    """Three real clips of three sizes become one shard at 49 frames of 64 × 64."""
+    """Real clips of as many sizes become one shard at 49 frames of 64 × 64; one is too slow for 16 a second."""
     for path in folder.iterdir():
         path.unlink()
     for name, path in real_clips().items():
         (folder / path.name).write_bytes(path.read_bytes())
         (folder / f"{name}.txt").write_text(f"the clip {name}")
-    shards = run(folder)
-    assert len(shards) == 3 and shards.shape("x0") == (48, 13, 2, 2) and not rejects(folder)
+    shards, found = run(folder), rejects(folder)
+    slow = {"vtest.avi"} & {path.name for path in real_clips().values()}
+    assert found.keys() == slow and all("slower than 16 frames a second" in reason for reason in found.values())
+    assert len(shards) == len(real_clips()) - len(slow) and shards.shape("x0") == (48, 13, 2, 2)
+    assert all((folder.parent / "out" / name).read_bytes()[1:4] == b"PNG" for name in ("kept.png", "rejected.png"))
     assert shards.get("x0", range(3)).isfinite().all() and all(row["motion"] > 0.5 for row in shards.rows)
 
 
@@ -146,11 +159,17 @@ def test_written_videos_read_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def without_decord(monkeypatch) -> None:
+    """decode.py runs as it would where decord cannot be installed."""
+    hide = "import sys, runpy; sys.modules['decord'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    monkeypatch.setattr(video.Decoder, "program", [sys.executable, "-c", hide, video.Decoder.program[-1]])
+
+
 def test_pyav_reads_what_decord_reads(chain, monkeypatch):
     """Where decord has no wheel the same clips give the same frames at the file's size."""
     path = chain / "clips" / "ball-00003.mp4"
     with_decord = video.read_clip(path, 49)
-    monkeypatch.setattr(video, "_has_decord", lambda: False)
+    without_decord(monkeypatch)
     assert np.array_equal(video.read_clip(path, 49), with_decord)
     with pytest.raises(video.BadVideo, match="too short"):
         video.read_clip(path, 53)
@@ -159,14 +178,15 @@ def test_pyav_reads_what_decord_reads(chain, monkeypatch):
 @pytest.mark.parametrize("reader", ["decord", "PyAV"])
 def test_bad_videos_are_rejected_by_name(chain, folder, reader, monkeypatch):
     """Each bad file stands in rejects.jsonl with its reason, and the run goes on with the others."""
-    monkeypatch.setattr(video, "_has_decord", lambda: reader == "decord")
+    if reader == "PyAV":
+        without_decord(monkeypatch)
     write_csv(folder, [{"video": r["video"], "caption": r["caption"]} for r in captions(chain)])
     bad = {
-        "text.mp4": reader,
-        "cut.mp4": reader,
-        "empty.mp4": reader,
+        "text.mp4": "FFmpeg knows no such video",
+        "cut.mp4": "FFmpeg knows no such video",
+        "empty.mp4": "FFmpeg knows no such video",
         "gone.mp4": "no such file",
-        "short.mp4": "too short: expected 49 frames, got 48",
+        "short.mp4": "too short: expected 49 frames at 16 a second, got 48",
     }
     (folder / "text.mp4").write_text("this is no video\n" * 100)
     (folder / "cut.mp4").write_bytes((folder / "ball-00000.mp4").read_bytes())
@@ -182,7 +202,7 @@ def test_bad_videos_are_rejected_by_name(chain, folder, reader, monkeypatch):
     assert len(shards) == CLIPS + 1  # a longer video is cut to its first frames
     exact = run(folder, "exact", exact=True)
     found = rejects(folder, "exact")
-    assert len(exact) == CLIPS and found["long.mp4"] == "wrong frame count: expected 49 frames, got 53"
+    assert len(exact) == CLIPS and found["long.mp4"] == "wrong frame count: expected 49 frames at 16 a second, got 53"
 
 
 def test_text_states_belong_to_their_clips_after_rejects(chain, folder):
@@ -199,6 +219,59 @@ def test_text_states_belong_to_their_clips_after_rejects(chain, folder):
         assert torch.equal(shards.states([i])[0], encoder.encode([row["caption"]])[0])
 
 
+def test_a_dataset_table_beside_part_folders(chain, folder, tmp_path, capsys):
+    """OpenVid-1M's csv as it is: all its columns, videos in whichever part folder, rows of parts that are not here."""
+    for part, index in (("OpenVid_part0", 0), ("OpenVid_part1/video", 1), ("OpenVid_part1", 2), ("OpenVid_part2", 3)):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / f"ball-{index:05d}.mp4").rename(folder / part / f"---_{index}to241.mp4")
+    (folder / "ball-00004.mp4").rename(folder / "a_b.mp4")  # unpacked without its folder
+    columns = "video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds"
+    names = [f"---_{i}to241.mp4" for i in range(4)] + ["a/b.mp4", "elsewhere.mp4"]
+    rows = [f'{name},"a ball, {i}",5.1,{2.5 + i},0.99,static,241,30.0,8.0' for i, name in enumerate(names)]
+    (tmp_path / "OpenVid-1M.csv").write_text("\n".join([columns, *rows]) + "\n")
+    shards = run(folder, metadata=str(tmp_path / "OpenVid-1M.csv"), motion="column", max_motion=5.5)
+    assert [(row["caption"], row["motion"]) for row in shards.rows] == [(f"a ball, {i}", 2.5 + i) for i in range(4)]
+    assert shards.rows[1]["video"] == "OpenVid_part1/video/---_1to241.mp4" and rejects(folder).keys() == {"a_b.mp4"}
+    assert "1 of 6 rows" in capsys.readouterr().out
+    (folder / "OpenVid_part2" / "---_0to241.mp4").touch()
+    with pytest.raises(UserError, match=r"row 1 .*there are 2 videos of that name"):
+        run(folder, "twice", metadata=str(tmp_path / "OpenVid-1M.csv"))
+    for bad in ("nowhere.csv", "ball-00005.mp4"):
+        with pytest.raises(UserError, match="--metadata: expected a .csv or .jsonl file"):
+            run(folder, "bad", metadata=str(folder / bad))
+
+
+def test_several_clips_of_a_video(folder):
+    """Spread evenly, without overlap, all in one split; each the pictures that a player shows at its times."""
+    for path in folder.iterdir():
+        path.unlink()
+    frames = clip(T=300, speed=0.7)
+    for i, frame in enumerate(frames):
+        frame[:16, :16] = i * 255 // 299  # a clock
+    video.write_mp4(folder / "long.mp4", frames, fps=24)
+    video.write_mp4(folder / "short.mp4", frames[:100], fps=24)
+    for name in ("long", "short"):
+        (folder / f"{name}.txt").write_text(name)
+    shards = run(folder, clips=3)
+    starts = [("long", 0.0), ("long#1", 4.75), ("long#2", 9.417), ("short", 0.0)]
+    assert [(row["id"], row["start"]) for row in shards.rows] == starts
+    assert len({row["split"] for row in shards.rows[:3]}) == 1 and not rejects(folder)
+    with video.Decoder() as decoder:
+        for found, start in zip(decoder.read(folder / "long.mp4", 49, fps=16, clips=3), (0, 76, 151)):
+            assert found.index == [3 * (start + i) // 2 for i in range(49)]
+            clock = found.frames[:, 4:12, 4:12].mean(axis=(1, 2, 3)) * 299 / 255
+            assert np.abs(clock - found.index).max() < 4
+
+
+def test_a_changed_input_is_not_resumed(chain, folder):
+    """Shards made from other videos are never mixed with new ones."""
+    write_csv(folder, captions(chain))
+    run(folder)
+    (folder / "ball-00002.mp4").write_bytes((folder / "ball-00003.mp4").read_bytes())
+    with pytest.raises(UserError, match="was made with inputs items"):
+        run(folder)
+
+
 # ---- motion and splits -----------------------------------------------------------------------------------------------
 
 
@@ -210,10 +283,11 @@ def test_motion_by_frames(folder):
         video.write_mp4(folder / f"{name}.mp4", clip(speed=speed))
         (folder / f"{name}.txt").write_text(name)
     motion = {row["id"]: row["motion"] for row in run(folder, "all").rows}
-    assert motion["still"] < 0.5 < motion["slow"] < motion["walk"] < motion["fast"]
+    assert rejects(folder, "all") == {"still.mp4": "the picture stands still for 49 frames"}
+    assert 0.5 < motion["slow"] < motion["walk"] < motion["fast"]
     shards = run(folder, min_motion=motion["slow"] - 0.01, max_motion=motion["walk"] + 0.01)
     assert [row["id"] for row in shards.rows] == ["slow", "walk"]
-    assert all("motion score" in reason for reason in rejects(folder).values()) and len(rejects(folder)) == 2
+    assert rejects(folder).keys() == {"still.mp4", "fast.mp4"} and "motion score" in rejects(folder)["fast.mp4"]
 
 
 def test_motion_by_column(chain, folder):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, cut
+from helpers import ROOT, cut, trained_tokenizer
 from safetensors.torch import load_file, save_file
 
 import model
@@ -137,18 +137,6 @@ def test_umt5_against_transformers(heads, width, layers, length, tmp_path):
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def trained_tokenizer(path, special=("<pad>", "</s>", "<unk>")):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    reader = Tokenizer(models.Unigram())
-    reader.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=list(special), unk_token="<unk>")
-    reader.train_from_iterator(["a red ball falls", "two balls meet", "the ball is blue & red"] * 20, trainer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    reader.save(str(path))
-    return reader
 
 
 def test_tokenizer(tmp_path, capsys):

@@ -1,0 +1,118 @@
+"""All stages on Wan2.1's layout: small random weights in the release's files, real clips, as a user runs them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import real_clips, script, wan_folder
+
+import data
+import prepare
+import sample
+import text
+import vae
+import video
+from common import UserError
+
+SIZE = dict(frames=9, height=32, width=48)
+LITTLE = ("--steps", "1", "--rank", "4", "--batch_size", "2", "--warmup", "1")
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A release's folder, and shards made of real clips with it."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("real")
+    wan_folder(root / "Wan2.1")
+    (root / "videos").mkdir()
+    for name, path in real_clips().items():
+        (root / "videos" / path.name).symlink_to(path)  # a link out of the folder
+        (root / "clips").mkdir(exist_ok=True)
+        (root / "clips" / path.name).write_bytes(path.read_bytes())
+        (root / "clips" / f"{name}.txt").write_text(f"the ball of {name}")
+    options = dict(base=str(root / "Wan2.1"), videos=str(root / "clips"), out=str(root / "shards"), **SIZE)
+    prepare.main(prepare.Config("1.3b", clips=2, fps=8, train=0.0, align=1.0, shard_size=2, workers=1, **options))
+    return root
+
+
+def test_prepare_stores_what_wans_parts_make(wan):
+    """Latents of the clip that was read, text states of its caption, the negative prompt's; 16 channels, 8 px."""
+    shards = data.Shards(wan / "shards", "prepare.py", "align")
+    assert len(shards) == 2 * len(real_clips()) and shards.shape("x0") == (16, 3, 4, 6)
+    codec, encoder = vae.load_vae(wan / "Wan2.1"), text.TextEncoder(wan / "Wan2.1")
+    with video.Decoder() as decoder:
+        for i, row in enumerate(shards.rows):
+            clips = decoder.read(wan / "clips" / row["video"], 9, (32, 48), 8, clips=2)
+            found = next(clip for clip in clips if clip.start == row["start"])
+            assert torch.equal(shards.get("x0", [i]), codec.encode(video.to_pixels(found.frames)[None]))
+            states = shards.states([i])[0]
+            assert torch.equal(states, encoder.encode([row["caption"]])[0]) and states.dtype == torch.bfloat16
+    negative = data.common.read_tensors(wan / "shards/negative.safetensors")["text"]
+    assert torch.equal(negative, encoder.encode([text.NEGATIVE])[0])
+
+
+def test_stored_clips_come_back_as_mp4(wan):
+    """sample.py --decode: the codec's view of each clip, at 16 pictures a second."""
+    sample.main(
+        sample.Config("1.3b", base=str(wan / "Wan2.1"), decode=str(wan / "shards"), clips=3, out=str(wan / "look"))
+    )
+    names = sorted(path.name for path in (wan / "look").iterdir())
+    assert len(names) == 3
+    shards = data.Shards(wan / "shards", "prepare.py")
+    codec = vae.load_vae(wan / "Wan2.1")
+    for i, row in enumerate(shards.rows):
+        if f"{row['id']}.mp4" in names:
+            made = video.read_clip(wan / "look" / f"{row['id']}.mp4", 9, fps=16, exact=True)
+            expected = video.to_frames(codec.decode(shards.get("x0", [i]))[0])
+            # random weights make coloured noise, which H.264 drops: its light and dark stay
+            grey = np.corrcoef(made.mean(axis=3).ravel(), expected.mean(axis=3).ravel())[0, 1]
+            assert grey > 0.9
+
+
+def test_every_stage_to_an_aligned_lora(wan):
+    """README's command lines, one after the other, from the shards to videos of the aligned model."""
+    at = {name: str(wan / name) for name in ("shards", "sft", "continuation", "pairs", "asymdpo", "samples", "both")}
+    base = ("--preset", "1.3b", "--base", str(wan / "Wan2.1"))
+    lora = f"{at['sft']},{at['asymdpo']}"
+    commands = [
+        ("sft.py", *base, "--data", at["shards"], "--split", "align", "--out", at["sft"], *LITTLE),
+        ("continuation.py", *base, "--data", at["shards"], "--split", "align", "--out", at["continuation"], *LITTLE),
+        ("make_pairs.py", *base, "--continuation", at["continuation"], "--data", at["shards"], "--out", at["pairs"],
+         "--nfe", "2", "--n1_max", "1", "--n2_min", "2"),
+        ("asymdpo.py", *base, "--sft", at["sft"], "--pairs", at["pairs"], "--out", at["asymdpo"], *LITTLE),
+        ("sample.py", *base, "--prompt", "a red ball falls", "--lora", lora, "--out", at["samples"], "--nfe", "2",
+         "--frames", "9", "--height", "32", "--width", "48"),
+        ("sample.py", *base, "--decode", at["pairs"], "--clips", "1", "--out", at["both"]),
+    ]  # fmt: skip
+    for command in commands:
+        done = script(*command)
+        assert done.returncode == 0, (command[0], done.stderr)
+    assert video.read_clip(f"{at['samples']}/0-0.mp4", 9, exact=True).shape == (9, 32, 48, 3)
+    assert {p.name.rsplit("-", 1)[1] for p in (wan / "both").iterdir()} == {"chosen.mp4", "rejected.mp4"}
+    step0 = [json.loads(line) for line in (wan / "asymdpo/metrics.jsonl").read_text().splitlines()][0]
+    assert step0["S"] == 0
+
+
+def test_a_link_out_of_the_folder_is_not_followed(wan):
+    """Named and refused, whatever it points to."""
+    with pytest.raises(UserError, match="its path leaves the folder"):
+        prepare.main(
+            prepare.Config("1.3b", base=str(wan / "Wan2.1"), videos=str(wan / "videos"), out=str(wan / "no"), **SIZE)
+        )
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (dict(base=""), "--preset 1.3b needs --base"),
+        (dict(height=40), "expected multiples of 16, got 40"),
+        (dict(dtype="float16"), "--dtype: expected float32 or bfloat16"),
+        (dict(base="nowhere"), "nowhere: expected weights"),
+        (dict(clips=0), "--clips"),
+    ],
+)
+def test_mistakes_are_named(wan, more, words):
+    options = {**dict(base=str(wan / "Wan2.1"), videos=str(wan / "clips"), out=str(wan / "bad")), **SIZE, **more}
+    with pytest.raises(UserError, match=words):
+        prepare.main(prepare.Config("1.3b", **options))
