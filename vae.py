@@ -117,7 +117,7 @@ class CausalConv3d(nn.Conv3d):
         self.history = kernel[0] - 1  # frames of the past that it sees
 
     def extend(self, x: Tensor, past: dict) -> Tensor:
-        """x with the past that it follows, which is then x's end."""
+        """The frames before x, and x. `past` then holds the end of x."""
         if not self.history:
             return x
         before = past.get(self)
