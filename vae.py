@@ -123,14 +123,20 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, out_dim, kernel, stride, (0, kernel[1] // 2, kernel[2] // 2))
         self.history = kernel[0] - 1  # frames of the past that it sees
 
-    def forward(self, x: Tensor, past: dict) -> Tensor:
-        if self.history:
-            before = past.get(self)
-            if before is None:
-                before = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
-            x = torch.cat([before, x], dim=2)
-            past[self] = x[:, :, -self.history :].clone()
-        return super().forward(x)
+    def extend(self, x: Tensor, past: dict) -> Tensor:
+        """The frames before x, and x. `past` then holds the end of x."""
+        if not self.history:
+            return x
+        before = past.get(self)
+        if before is None:
+            before = x.new_zeros(*x.shape[:2], self.history, *x.shape[3:])
+        x = torch.cat([before, x], dim=2)
+        past[self] = x[:, :, -self.history :].clone()
+        return x
+
+    def forward(self, x: Tensor, past: dict | None = None) -> Tensor:
+        """Without `past`, x is extended already."""
+        return super().forward(x if past is None else self.extend(x, past))
 
 
 class ChannelNorm(nn.Module):
@@ -152,9 +158,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x: Tensor, past: dict) -> Tensor:
-        h = self.residual["2"](F.silu(self.residual["0"](x)), past)
-        h = self.residual["6"](F.silu(self.residual["3"](h)), past)
-        return h + (x if self.shortcut is None else self.shortcut(x, past))
+        h = x
+        for norm, conv in (("0", "2"), ("3", "6")):
+            # two statements: while the convolution runs, nothing but its own input is kept
+            h = self.residual[conv].extend(F.silu(self.residual[norm](h), inplace=True), past)
+            h = self.residual[conv](h)
+        h += x if self.shortcut is None else self.shortcut(x, past)
+        return h
 
 
 class FrameAttention(nn.Module):
@@ -174,7 +184,8 @@ class FrameAttention(nn.Module):
 
 
 def _each_frame(layers: nn.Module, x: Tensor) -> Tensor:
-    return rearrange(layers(rearrange(x, "b c t h w -> (b t) c h w")), "(b t) c h w -> b c t h w", b=len(x))
+    """One after the other: all at once, the widest of the decoder would set its peak memory."""
+    return torch.stack([layers(frame) for frame in x.unbind(2)], dim=2)
 
 
 class Downsample(nn.Module):
@@ -235,7 +246,8 @@ class Coder(nn.Module):
         x = self.conv1(x, past)
         for layer in layers + middle if self.stack == "downsamples" else middle + layers:
             x = layer(x, past)
-        return self.head["2"](F.silu(self.head["0"](x)), past)
+        x = self.head["2"].extend(F.silu(self.head["0"](x), inplace=True), past)
+        return self.head["2"](x)
 
 
 class VAE(nn.Module):
