@@ -191,25 +191,22 @@ def read_items(cfg) -> tuple[list[Item], list[dict]]:
     find, items, rejects, seen, gone = locate(folder), [], [], set(), 0
     for number, row in enumerate(rows, 1):
         path = find(row["video"] if isinstance(row["video"], str) else "")
-        if path == "no such file":
-            gone += 1
-            if not cfg.metadata:
-                rejects.append({"video": row["video"], "reason": path})
-            continue
-        reason = path if isinstance(path, str) else None
-        if not reason and path in seen:
+        missing = path == "no such file"
+        reason = path if isinstance(path, str) and not missing else None
+        if not reason and (row["video"] if missing else path) in seen:
             reason = "the video is listed twice"
         if not reason and not (isinstance(row["caption"], str) and text.WordVectors.words(row["caption"])):
             reason = "its caption is empty"
         if reason and cfg.bad_rows != "reject":
             where = f"{table} row {number} ({row['video']!r})"
             raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad_rows reject")
-        if reason:
-            rejects.append({"video": row["video"], "reason": reason})
-            continue
-        seen.add(path)
-        clip = str(Path(row["video"]).with_suffix(""))
-        items.append(Item(clip, path, row["caption"].strip(), str(row.get("motion score") or "")))
+        seen.add(row["video"] if missing else path)
+        gone += missing
+        if reason or (missing and not cfg.metadata):
+            rejects.append({"video": row["video"], "reason": reason or path})
+        elif not missing:
+            clip = str(Path(row["video"]).with_suffix(""))
+            items.append(Item(clip, path, row["caption"].strip(), str(row.get("motion score") or "")))
     if gone and cfg.metadata:
         print(f"prepare: {gone} of {len(rows)} rows of {table} have no video in {folder}, they are left out")
     if not items:

@@ -57,7 +57,7 @@ CASES = {  # what is wrong -> stage, options, harm done to the folders, words th
     "frames not 4k+1": ("shards", dict(frames=48), None, "--frames: expected 4k\\+1 .*got 48; try 49"),
     "size the codec cannot cut": ("shards", dict(height=60), None, "multiples of 32, got 60"),
     "shares above 1": ("shards", dict(train=0.9, align=0.2), None, "add up to at most 1"),
-    "unknown motion": ("shards", dict(motion="flow"), None, "--motion frames or column"),
+    "unknown motion": ("shards", dict(motion="flow"), None, "--motion: expected frames or column"),
     "N1 above N2": ("pairs", dict(n1_max=12), None, "n1_min <= n1_max < n2_min"),
     "N2 past the clip": ("pairs", dict(n2_max=14), None, "n2_max <= 13"),
     "more pairs than clips": ("pairs", dict(pairs=1000), None, "--pairs: expected at most"),
@@ -218,7 +218,7 @@ FOLDERS = {
     ),
     "jsonl that is not text": (write("metadata.jsonl", '{"video": "é.mp4", "caption": "x"}\n', "latin-1"), "UTF-8"),
     "no usable video": (
-        write("metadata.csv", "video,caption\na.mp4,ball\nb.mp4,ball\n"), "at least 2 usable .*no such file",
+        write("metadata.csv", "video,caption\na.mp4,ball\nb.mp4,ball\n"), "expected rows whose videos are in .*found none of 2",
     ),
 }  # fmt: skip
 

@@ -30,3 +30,10 @@ def test_pairs_on_two_processes(chain, tmp_path):
     torchrun("pairs", stage(chain, "pairs", out=str(tmp_path / "pairs"))[1])
     assert contents(tmp_path / "pairs") == contents(chain / "pairs")
     assert (tmp_path / "pairs" / "shard-00001.safetensors").exists()  # more than one shard, so both had work
+
+
+def test_shards_on_two_processes(chain, tmp_path):
+    """prepare: the same shards, rejects and contact sheets, byte for byte."""
+    torchrun("shards", stage(chain, "shards", out=str(tmp_path / "shards"))[1])
+    assert contents(tmp_path / "shards") == contents(chain / "shards")
+    assert (tmp_path / "shards" / "shard-00001.safetensors").exists() and (tmp_path / "shards" / "kept.png").exists()
