@@ -329,15 +329,18 @@ def encode_shard(cfg, k: int, items: list[Item], codec, encoder, device, folder:
 
 def shown(cfg, decoder: video.Decoder, row: dict) -> tuple[np.ndarray | None, str]:
     """What a contact sheet shows of a clip: its first, middle and last picture; of a rejected one its first."""
-    path = Path(cfg.videos) / row["video"]
-    with contextlib.suppress(video.BadVideo):
-        if "reason" in row:
-            return decoder.read(path, 1, (cfg.height, cfg.width))[0].frames, f"{row['video']}: {row['reason']}"
-        for clip in read_clips(cfg, decoder, path):
-            if isinstance(clip, video.Clip) and clip.start == row["start"]:
-                facts = f"{row['split']}, motion {row['motion']:.1f}, from {clip.start:.1f} s"
-                return clip.frames[[0, cfg.frames // 2, -1]], f"{row['id']}: {facts}: {row['caption']}"
-    return None, f"{row['video']}: {row.get('reason', 'changed since it was read')}"
+    folder, name = Path(cfg.videos), str(row["video"]).replace("\0", "")
+    path = folder / name
+    if "reason" in row:
+        if path.resolve().is_relative_to(folder.resolve()):  # it may be rejected because it is not
+            with contextlib.suppress(video.BadVideo, OSError):
+                return decoder.read(path, 1, (cfg.height, cfg.width))[0].frames, f"{name}: {row['reason']}"
+        return None, f"{name}: {row['reason']}"
+    for clip in read_clips(cfg, decoder, path):
+        if isinstance(clip, video.Clip) and clip.start == row["start"]:
+            facts = f"{row['split']}, motion {row['motion']:.1f}, from {clip.start:.1f} s"
+            return clip.frames[[0, cfg.frames // 2, -1]], f"{row['id']}: {facts}: {row['caption']}"
+    return None, f"{name}: it has changed since it was read"
 
 
 def contact_sheets(cfg, folder: Path, shards: int, readers: Readers) -> list[str]:
