@@ -169,9 +169,16 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_bad_row_stops_the_run_or_is_rejected(name, chain, tmp_path):
-    """By its number, name and reason; with --bad_rows reject the run goes on and the row stands in rejects.jsonl."""
+def test_a_bad_row_stops_the_run_or_is_rejected(name, chain, tmp_path, monkeypatch):
+    """By its number, name and reason; with --bad_rows reject the run goes on and the row stands in rejects.jsonl.
+
+    No file outside the folder is opened, not for the contact sheet either.
+    """
     video, caption, words = ROWS[name]
+    opened, read = [], prepare.video.Decoder.read
+    monkeypatch.setattr(
+        prepare.video.Decoder, "read", lambda *args, **more: opened.append(args[1]) or read(*args, **more)
+    )
     folder = videos(chain, tmp_path / "videos", [{"video": video, "caption": caption}])
     secret = tmp_path / "secret.mp4"
     secret.write_bytes((folder / "ball-00000.mp4").read_bytes())
@@ -184,6 +191,7 @@ def test_a_bad_row_stops_the_run_or_is_rejected(name, chain, tmp_path):
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 1 and rejects[0]["video"] == video and words in rejects[0]["reason"]
     assert len(data.Shards(tmp_path / "out", "prepare.py")) == 3
+    assert len(opened) >= 6 and all(path.resolve().is_relative_to(folder) for path in opened)
 
 
 def empty(folder):
