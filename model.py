@@ -483,18 +483,25 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     return fill(net, source, _rename, dtype, device)
 
 
-def export_lora(net: DiT, path: str | Path, **provenance: str) -> None:
-    """Writes net's LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, float32.
+def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, **provenance: str) -> None:
+    """Writes net's LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, in dtype.
 
-    alpha / rank is folded into B, so the file's W + B·A needs no further number; header keys tell rank and provenance.
+    alpha / rank is folded into B, so the file's W + B·A needs no further number. The header's one key, dynamicsboost,
+    tells in JSON: rank, the alpha that was folded in, dtype, layers and provenance.
     """
-    tensors = {}
-    for name, layer in lora_linears(net).items():
-        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = layer.lora_B * layer.lora_scale
-        provenance["rank"] = str(layer.lora_A.shape[0])
+    layers, tensors = lora_linears(net), {}
+    for name, layer in layers.items():
+        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A.to(dtype)
+        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = (layer.lora_B * layer.lora_scale).to(dtype)
+    facts = {
+        "rank": {len(layer.lora_A) for layer in layers.values()},
+        "alpha": {f"{layer.lora_scale * len(layer.lora_A):g}" for layer in layers.values()},
+        "layers": {re.sub(r"^blocks\.\d+\.", "", name) for name in layers},
+        "dtype": {str(dtype).removeprefix("torch.")},
+    }
+    told = {**provenance, **{key: ",".join(sorted(map(str, values))) for key, values in facts.items()}}
     # one key: safetensors writes several in an order that changes from call to call
-    common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(provenance, sort_keys=True)})
+    common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
 
 
 LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")

@@ -304,6 +304,24 @@ def test_lora_file(tmp_path):
     assert torch.allclose(again(x, t, text), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_header(dtype, tmp_path):
+    """Rank, the alpha that stands in B, dtype, layers and provenance; the tensors are rounded once, after folding."""
+    net, path = with_lora(alpha=6.0), tmp_path / "lora.safetensors"
+    model.export_lora(net, path, dtype, task="test")
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) == ["dynamicsboost"]
+        told = json.loads(file.metadata()["dynamicsboost"])
+    layers = "cross_attn.k,cross_attn.o,cross_attn.q,cross_attn.v,ffn.0,ffn.2,"
+    layers += "self_attn.k,self_attn.o,self_attn.q,self_attn.v"
+    name = str(dtype).removeprefix("torch.")
+    assert told == {"rank": "4", "alpha": "6", "dtype": name, "layers": layers, "task": "test"}
+    tensors = load_file(path)
+    assert {a.dtype for a in tensors.values()} == {dtype}
+    layer = net.blocks[1].ffn[0]
+    assert torch.equal(tensors["diffusion_model.blocks.1.ffn.0.lora_B.weight"], (layer.lora_B * 1.5).to(dtype))
+
+
 def test_lora_file_is_the_same_bytes_each_time(tmp_path):
     """Its sha256 stands in a manifest: the same LoRA and provenance must give the same file."""
     net = with_lora()
