@@ -35,9 +35,8 @@ import common
 from common import UserError
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
-from weights import Checkpoint, fill, renaming
+from weights import WEIGHTS_NAME, Checkpoint, fill, match, renaming
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's file name
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
 
 
@@ -400,32 +399,62 @@ LORA_PREFIX = "diffusion_model."  # the key format that ComfyUI, diffusers, Diff
 def save_model(net: DiT, folder: str | Path) -> list[str]:
     """Writes config.json and the weights under Wan's names, float32 as trained. Returns the file names."""
     folder = Path(folder)
-    config = dataclasses.asdict(net.config)
-    common.write_json(folder / "config.json", {"_class_name": "WanModel", "model_type": "t2v", **config})
+    common.write_json(folder / "config.json", wan_config(net.config))
     common.write_tensors(folder / WEIGHTS_NAME, dict(net.state_dict()))
     return ["config.json", WEIGHTS_NAME]
 
 
-OTHERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
-    (r"^(model\.)?diffusion_model\.", ""),  # ComfyUI's
-    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.0\.", ".o."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.norm2\.", ".norm3."),  # the norm before cross-attention: the only one with parameters
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
+DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
+    ("^condition_embedder.text_embedder.linear_1.", "^text_embedding.0."),  # ^: at the start, elsewhere as it stands
+    ("^condition_embedder.text_embedder.linear_2.", "^text_embedding.2."),
+    ("^condition_embedder.time_embedder.linear_1.", "^time_embedding.0."),
+    ("^condition_embedder.time_embedder.linear_2.", "^time_embedding.2."),
+    ("^condition_embedder.time_proj.", "^time_projection.1."),
+    ("^scale_shift_table", "^head.modulation"),
+    ("^proj_out.", "^head.head."),
+    (".scale_shift_table", ".modulation"),
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_out.0.", ".o."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    (".norm2.", ".norm3."),  # the norm before cross-attention: the only one with parameters
+    (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."),
 ]
 
-_rename = renaming(OTHERS_NAMES)
+
+def _patterns(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(re.escape(old).replace(r"\^", "^"), new.removeprefix("^")) for old, new in pairs]
+
+
+_rename = renaming([(r"^(model\.)?diffusion_model\.", ""), *_patterns(DIFFUSERS_NAMES)])  # the first is ComfyUI's
+diffusers_name = renaming(_patterns([(ours, theirs) for theirs, ours in DIFFUSERS_NAMES]))  # Wan's name -> diffusers'
+
+
+def wan_config(config: DiTConfig) -> dict:
+    """config.json of Wan's layout."""
+    return {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(config)}
+
+
+def diffusers_config(config: DiTConfig) -> dict:
+    """config.json of diffusers' layout; text_len is 512 there, and told only if it is not."""
+    same = {
+        name: getattr(config, name) for name in ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size", "eps")
+    }
+    same |= {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.dim // config.num_heads,
+        "in_channels": config.in_dim,
+        "out_channels": config.out_dim,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        **same,
+    }
 
 
 def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
@@ -466,20 +495,30 @@ def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
     return DiTConfig(**{**given, **found, "num_heads": heads})
 
 
+def open_model(path: str | Path) -> tuple[DiT, Checkpoint, dict[str, str]]:
+    """What a model's file or folder holds, without reading weights.
+
+    Returns the network on the meta device, the checkpoint, and the network's names of tensors -> the checkpoint's.
+    Layouts and errors are `load_model`'s.
+    """
+    path = Path(path)
+    if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
+        common.read_manifest(path, "sft.py or merge.py")
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    source = Checkpoint(path)
+    config = _sizes(source, (path if path.is_dir() else path.parent) / "config.json")
+    with torch.device("meta"):
+        net = DiT(config)
+    return net, source, match(net, source, _rename)
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
     """The model of a file or folder in the layout of Wan, of diffusers (the folder, or its transformer/) or of ComfyUI.
 
     Told apart by the tensors' names; sizes are read from their shapes, the weights one tensor at a time. UserError for
     other architectures (image-to-video among them), missing or damaged files, and tensors that do not fit.
     """
-    path = Path(path)
-    path = path / "transformer" if (path / "transformer").is_dir() else path
-    if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
-        common.read_manifest(path, "sft.py")
-    source = Checkpoint(path)
-    config = _sizes(source, (path if path.is_dir() else path.parent) / "config.json")
-    with torch.device("meta"):
-        net = DiT(config)
+    net, source, _ = open_model(path)
     return fill(net, source, _rename, dtype, device)
 
 
@@ -507,18 +546,16 @@ def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, 
 LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 
-def load_lora(net: DiT, path: str | Path) -> DiT:
-    """Adds the LoRA of a file to net. Returns net.
+def read_lora(net: DiT, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The LoRA of a file, by layers of net: A (rank, in), B (out, rank), both float32, and alpha / rank.
 
     Reads what `export_lora` wrote and what others write: layers under Wan's names or diffusers', after
     `diffusion_model.`, `transformer.`, `base_model.model.` or nothing, or kohya's `lora_unet_`; lora_A and lora_B, or
-    lora_down and lora_up; with or without alpha. UserError if a key or a shape does not fit net, if there is none, or
-    if net has a LoRA already.
+    lora_down and lora_up; with or without alpha. net may be on the meta device. UserError if a key or a shape does not
+    fit net, or if there is none.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
-    if lora_linears(net):
-        raise UserError(f"{path}: expected a network without a LoRA, it has one already: merge_lora(net) first")
     tensors = common.read_tensors(Path(path))
     linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
     underscored = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
@@ -546,11 +583,27 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
             raise UserError(
                 f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it"
             )
-        device = layer.weight.device
-        layer.lora_A, layer.lora_B = nn.Parameter(A.float().to(device)), nn.Parameter(B.float().to(device))
-        layer.lora_scale = part["alpha"].item() / len(A) if "alpha" in part else 1.0
     if not parts:
         raise UserError(f"{path}: expected a LoRA, got a file without tensors")
+    return {
+        name: (
+            part["A"].float(),
+            part["B"].float(),
+            part["alpha"].item() / len(part["A"]) if "alpha" in part else 1.0,
+        )
+        for name, part in sorted(parts.items())
+    }
+
+
+def load_lora(net: DiT, path: str | Path) -> DiT:
+    """Adds the LoRA of a file to net. Returns net. UserError as `read_lora`, or if net has a LoRA already."""
+    if lora_linears(net):
+        raise UserError(f"{path}: expected a network without a LoRA, it has one already: merge_lora(net) first")
+    for name, (A, B, scale) in read_lora(net, path).items():
+        layer = net.get_submodule(name)
+        device = layer.weight.device
+        layer.lora_A, layer.lora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+        layer.lora_scale = scale
     return net
 
 
