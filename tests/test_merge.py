@@ -21,7 +21,7 @@ CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """base/, sft/ (attn+ffn, rank 4, alpha 8) and dpo/ (attn, rank 3), in which nothing is zero or one.
+    """base/, sft/ (attn+ffn, rank 4, alpha 8), dpo/ (attn, rank 3) and all/ (rank 2), in which nothing is zero or one.
 
     kohya.safetensors is dpo's as kohya's scripts write it: lora_unet_, down and up, here with alpha 6, so B halved.
     """
@@ -31,7 +31,7 @@ def root(tmp_path_factory):
     for p in net.parameters():
         p.data = p.data + 0.2 * torch.randn_like(p)
     model.save_model(net, folder / "base")
-    for name, rank, alpha, layers in (("sft", 4, 8, "attn+ffn"), ("dpo", 3, 3, "attn")):
+    for name, rank, alpha, layers in (("sft", 4, 8, "attn+ffn"), ("dpo", 3, 3, "attn"), ("all", 2, 4, "all")):
         lora = model.load_model(folder / "base")
         model.add_lora(lora, rank, alpha, layers, seed=rank)
         for layer in model.lora_linears(lora).values():
@@ -266,9 +266,9 @@ def test_comfyuis_keys(root, tmp_path):
     """
     names = [f"diffusion_model.{key}" for key in model.load_model(root / "base").state_dict()]
     offered = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    tensors = load_file(run(root, tmp_path, "lora") / "lora.safetensors")
+    tensors = load_file(run(root, tmp_path, "lora", "dpo,all") / "lora.safetensors")
     found = {name for name in offered if f"{name}.lora_B.weight" in tensors}
-    assert set(tensors) == {f"{name}.lora_{x}.weight" for name in found for x in "AB"} and len(found) == 20
+    assert set(tensors) == {f"{name}.lora_{x}.weight" for name in found for x in "AB"} and len(found) == 26
 
 
 def musubi(tensors):
@@ -295,10 +295,10 @@ def test_musubis_keys(root, tmp_path):
     Its names, src/musubi_tuner/utils/lora_utils.py: lora_unet_ and a weight's key with underscores.
     """
     net = model.load_model(root / "base")
-    path = run(root, tmp_path, "lora") / "lora.safetensors"
+    path = run(root, tmp_path, "lora", "dpo,all") / "lora.safetensors"
     converted = musubi(load_file(path))
     known = {"lora_unet_" + key.removesuffix(".weight").replace(".", "_") for key in net.state_dict()}
-    assert {key.partition(".")[0] for key in converted} <= known and len(converted) == 60
+    assert {key.partition(".")[0] for key in converted} <= known and len(converted) == 78
     save_file(converted, tmp_path / "musubi.safetensors")
     one, two = (model.read_lora(net, file) for file in (path, tmp_path / "musubi.safetensors"))
     assert one.keys() == two.keys()
