@@ -93,7 +93,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: expected a readable safetensors file, got: {error}; make it again") from None
+        raise UserError(
+            f"{path}: expected a readable safetensors file, got: {error}; make or download it again"
+        ) from None
 
 
 def fingerprint(path: Path) -> dict:

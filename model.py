@@ -546,17 +546,36 @@ def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, 
 LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 
+def _peft_alpha(path: Path) -> float | None:
+    """The alpha that PEFT or diffusers keeps beside the tensors, in adapter_config.json or the header, if it does."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")  # diffusers, loaders/lora_base.py
+    recipe = path.with_name("adapter_config.json")
+    try:
+        if path.name == "adapter_model.safetensors" and recipe.is_file():  # peft, utils/constants.py
+            text = recipe.read_text()
+        told = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        alpha = told.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}: expected PEFT's configuration with it, got damaged text") from None
+    if told.get("alpha_pattern") or told.get("use_rslora") or told.get("use_dora"):
+        raise UserError(f"{path}: expected a LoRA with one alpha, got alpha_pattern, use_rslora or use_dora")
+    return alpha
+
+
 def read_lora(net: DiT, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     """The LoRA of a file, by layers of net: A (rank, in), B (out, rank), both float32, and alpha / rank.
 
     Reads what `export_lora` wrote and what others write: layers under Wan's names or diffusers', after
     `diffusion_model.`, `transformer.`, `base_model.model.` or nothing, or kohya's `lora_unet_`; lora_A and lora_B, or
-    lora_down and lora_up; with or without alpha. net may be on the meta device. UserError if a key or a shape does not
-    fit net, or if there is none.
+    lora_down and lora_up; with or without alpha, as a tensor or as PEFT keeps it. net may be on the meta device.
+    UserError if a key or a shape does not fit net, or if there is none.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
     tensors = common.read_tensors(Path(path))
+    told = _peft_alpha(Path(path))
     linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
     underscored = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -585,14 +604,12 @@ def read_lora(net: DiT, path: str | Path) -> dict[str, tuple[Tensor, Tensor, flo
             )
     if not parts:
         raise UserError(f"{path}: expected a LoRA, got a file without tensors")
-    return {
-        name: (
-            part["A"].float(),
-            part["B"].float(),
-            part["alpha"].item() / len(part["A"]) if "alpha" in part else 1.0,
-        )
-        for name, part in sorted(parts.items())
-    }
+    loras = {}
+    for name, part in sorted(parts.items()):
+        rank, A, B = len(part["A"]), part["A"].float(), part["B"].float()
+        alpha = part["alpha"].item() if "alpha" in part else told
+        loras[name] = A, B, 1.0 if alpha is None else alpha / rank
+    return loras
 
 
 def load_lora(net: DiT, path: str | Path) -> DiT:
@@ -623,11 +640,19 @@ def save_task_prompt(net: DiT, path: str | Path) -> None:
 
 
 def load_task_prompt(net: DiT, path: str | Path) -> DiT:
-    """Reads the file of `save_task_prompt`. Returns net."""
+    """Reads the file of `save_task_prompt`. Returns net. UserError for a file that is none, or another model's."""
     tensors = common.read_tensors(Path(path))
     with safe_open(path, "pt") as file:
-        where = file.metadata()["where"]
-    add_task_prompt(net, len(tensors[f"{TASK_PROMPT}cond"]), where)
+        where = (file.metadata() or {}).get("where")
+    shapes = {name: tuple(a.shape) for name, a in tensors.items()}
+    frames = next(iter(shapes.get(f"{TASK_PROMPT}cond", ())), 0)
+    wanted = {f"{TASK_PROMPT}{part}": (frames, net.config.dim) for part in ("cond", "noisy")}
+    if not frames or shapes != wanted or where not in ("context", "frame"):
+        raise UserError(
+            f"{path}: expected task prompts for this model, {' and '.join(wanted)} of (frames, {net.config.dim}), and "
+            f"their place in the header; got {dict(sorted(shapes.items())[:2])} and the place {where!r}"
+        )
+    add_task_prompt(net, frames, where)
     net.load_state_dict(tensors, strict=False)
     return net
 

@@ -29,8 +29,9 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's and diffusers' fil
 
 
 class Checkpoint(Mapping):
-    """name -> tensor. A folder's `*.index.json` names its shards; without one, all its *.safetensors are read.
+    """name -> tensor.
 
+    A folder's `*.index.json` names its shards; without one, all its *.safetensors are read, or else its only .pth.
     UserError for a path without weights, a missing or damaged file, and a .pth that holds anything but tensors.
     """
 
@@ -57,9 +58,12 @@ class Checkpoint(Mapping):
             if missing := [f.name for f in files if not f.is_file()]:
                 raise UserError(f"{self.path}: expected the {len(files)} shards of its index, {missing[0]} is missing")
             return files
-        files = sorted(self.path.glob("*.safetensors"))
+        files, pickles = (sorted(self.path.glob(kind)) for kind in ("*.safetensors", "*.pth"))
+        if not files and len(pickles) == 1:
+            return pickles
         if not files:
-            state = "has none" if self.path.is_dir() else "does not exist"
+            state = f"has {len(pickles) or 'none'}" + " .pth files" * bool(pickles)
+            state = state if self.path.is_dir() else "does not exist"
             raise UserError(f"{self.path}: expected weights, *.safetensors or the path of a .pth file, but it {state}")
         return files
 
