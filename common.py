@@ -93,7 +93,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: expected a readable safetensors file, got: {error}; make it again") from None
+        raise UserError(
+            f"{path}: expected a readable safetensors file, got: {error}; make or download it again"
+        ) from None
 
 
 def fingerprint(path: Path) -> dict:
@@ -308,11 +310,13 @@ def _fail(line: str, code: int) -> int:
 
 
 def _identity(folder: Path) -> str:
-    """What tells an input folder from another: its manifest's sha256, or without one its files' names and sizes."""
+    """What tells an input from another: a file's sha256; a folder's manifest's, or its files' names and sizes."""
+    if folder.is_file():
+        return fingerprint(folder)["sha256"]
     if (folder / MANIFEST).is_file():
         return fingerprint(folder / MANIFEST)["sha256"]
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder, got {'a file' if folder.exists() else 'no such folder'}")
+        raise UserError(f"{folder}: expected a folder or a file, got neither")
     return hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in folder.iterdir())).encode()).hexdigest()
 
 
@@ -331,8 +335,8 @@ class Run:
     """A stage's output folder: run.json (what makes it), metrics.jsonl, checkpoints/, results, MANIFEST.json last."""
 
     def __init__(self, cfg, stage: str, group: Group, inputs: dict[str, str | Path] = {}, **digests: str):
-        """Opens or creates cfg.out. `inputs`: name -> finished folder that the result depends on. `digests`: other
-        things that it depends on.
+        """Opens or creates cfg.out. `inputs`: name -> finished folder, or file, that the result depends on; `digests`:
+        other things that it depends on.
 
         UserError if the folder was made by another stage, configuration or input.
         """
@@ -348,7 +352,7 @@ class Run:
             except ValueError:
                 raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}") from None
             self._compare(before)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_file() or self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder}: expected an empty folder or an earlier {stage} run, got other files; use another --out"
             )

@@ -35,9 +35,8 @@ import common
 from common import UserError
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
-from weights import Checkpoint, fill, renaming
+from weights import WEIGHTS_NAME, Checkpoint, fill, match, renaming
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's file name
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
 
 
@@ -400,32 +399,62 @@ LORA_PREFIX = "diffusion_model."  # the key format that ComfyUI, diffusers, Diff
 def save_model(net: DiT, folder: str | Path) -> list[str]:
     """Writes config.json and the weights under Wan's names, float32 as trained. Returns the file names."""
     folder = Path(folder)
-    config = dataclasses.asdict(net.config)
-    common.write_json(folder / "config.json", {"_class_name": "WanModel", "model_type": "t2v", **config})
+    common.write_json(folder / "config.json", wan_config(net.config))
     common.write_tensors(folder / WEIGHTS_NAME, dict(net.state_dict()))
     return ["config.json", WEIGHTS_NAME]
 
 
-OTHERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
-    (r"^(model\.)?diffusion_model\.", ""),  # ComfyUI's
-    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.0\.", ".o."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.norm2\.", ".norm3."),  # the norm before cross-attention: the only one with parameters
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
+DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
+    ("^condition_embedder.text_embedder.linear_1.", "^text_embedding.0."),  # ^: at the start, elsewhere as it stands
+    ("^condition_embedder.text_embedder.linear_2.", "^text_embedding.2."),
+    ("^condition_embedder.time_embedder.linear_1.", "^time_embedding.0."),
+    ("^condition_embedder.time_embedder.linear_2.", "^time_embedding.2."),
+    ("^condition_embedder.time_proj.", "^time_projection.1."),
+    ("^scale_shift_table", "^head.modulation"),
+    ("^proj_out.", "^head.head."),
+    (".scale_shift_table", ".modulation"),
+    (".attn1.", ".self_attn."),
+    (".attn2.", ".cross_attn."),
+    (".to_out.0.", ".o."),
+    (".to_q.", ".q."),
+    (".to_k.", ".k."),
+    (".to_v.", ".v."),
+    (".norm2.", ".norm3."),  # the norm before cross-attention: the only one with parameters
+    (".ffn.net.0.proj.", ".ffn.0."),
+    (".ffn.net.2.", ".ffn.2."),
 ]
 
-_rename = renaming(OTHERS_NAMES)
+
+def _patterns(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(re.escape(old).replace(r"\^", "^"), new.removeprefix("^")) for old, new in pairs]
+
+
+_rename = renaming([(r"^(model\.)?diffusion_model\.", ""), *_patterns(DIFFUSERS_NAMES)])  # the first is ComfyUI's
+diffusers_name = renaming(_patterns([(ours, theirs) for theirs, ours in DIFFUSERS_NAMES]))  # Wan's name -> diffusers'
+
+
+def wan_config(config: DiTConfig) -> dict:
+    """config.json of Wan's layout."""
+    return {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(config)}
+
+
+def diffusers_config(config: DiTConfig) -> dict:
+    """config.json of diffusers' layout; text_len is 512 there, and told only if it is not."""
+    same = {
+        name: getattr(config, name) for name in ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size", "eps")
+    }
+    same |= {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.dim // config.num_heads,
+        "in_channels": config.in_dim,
+        "out_channels": config.out_dim,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        **same,
+    }
 
 
 def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
@@ -466,53 +495,87 @@ def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
     return DiTConfig(**{**given, **found, "num_heads": heads})
 
 
+def open_model(path: str | Path) -> tuple[DiT, Checkpoint, dict[str, str]]:
+    """What a model's file or folder holds, without reading weights.
+
+    Returns the network on the meta device, the checkpoint, and the network's names of tensors -> the checkpoint's.
+    Layouts and errors are `load_model`'s.
+    """
+    path = Path(path)
+    if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
+        common.read_manifest(path, "sft.py or merge.py")
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    source = Checkpoint(path)
+    config = _sizes(source, (path if path.is_dir() else path.parent) / "config.json")
+    with torch.device("meta"):
+        net = DiT(config)
+    return net, source, match(net, source, _rename)
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
     """The model of a file or folder in the layout of Wan, of diffusers (the folder, or its transformer/) or of ComfyUI.
 
     Told apart by the tensors' names; sizes are read from their shapes, the weights one tensor at a time. UserError for
     other architectures (image-to-video among them), missing or damaged files, and tensors that do not fit.
     """
-    path = Path(path)
-    path = path / "transformer" if (path / "transformer").is_dir() else path
-    if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
-        common.read_manifest(path, "sft.py")
-    source = Checkpoint(path)
-    config = _sizes(source, (path if path.is_dir() else path.parent) / "config.json")
-    with torch.device("meta"):
-        net = DiT(config)
+    net, source, _ = open_model(path)
     return fill(net, source, _rename, dtype, device)
 
 
-def export_lora(net: DiT, path: str | Path, **provenance: str) -> None:
-    """Writes net's LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, float32.
+def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, **provenance: str) -> None:
+    """Writes net's LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, in dtype.
 
-    alpha / rank is folded into B, so the file's W + B·A needs no further number; header keys tell rank and provenance.
+    alpha / rank is folded into B, so the file's W + B·A needs no further number. The header's one key, dynamicsboost,
+    tells in JSON: rank, the alpha that was folded in, dtype, layers and provenance.
     """
-    tensors = {}
-    for name, layer in lora_linears(net).items():
-        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = layer.lora_B * layer.lora_scale
-        provenance["rank"] = str(layer.lora_A.shape[0])
+    layers, tensors = lora_linears(net), {}
+    for name, layer in layers.items():
+        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A.to(dtype)
+        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = (layer.lora_B * layer.lora_scale).to(dtype)
+    facts = {
+        "rank": {len(layer.lora_A) for layer in layers.values()},
+        "alpha": {f"{layer.lora_scale * len(layer.lora_A):g}" for layer in layers.values()},
+        "layers": {re.sub(r"^blocks\.\d+\.", "", name) for name in layers},
+        "dtype": {str(dtype).removeprefix("torch.")},
+    }
+    told = {**provenance, **{key: ",".join(sorted(map(str, values))) for key, values in facts.items()}}
     # one key: safetensors writes several in an order that changes from call to call
-    common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(provenance, sort_keys=True)})
+    common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
 
 
 LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 
-def load_lora(net: DiT, path: str | Path) -> DiT:
-    """Adds the LoRA of a file to net. Returns net.
+def _peft_alpha(path: Path) -> float | None:
+    """The alpha that PEFT or diffusers keeps beside the tensors, in adapter_config.json or the header, if it does."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")  # diffusers, loaders/lora_base.py
+    recipe = path.with_name("adapter_config.json")
+    try:
+        if path.name == "adapter_model.safetensors" and recipe.is_file():  # peft, utils/constants.py
+            text = recipe.read_text()
+        told = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        alpha = told.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}: expected PEFT's configuration with it, got damaged text") from None
+    if told.get("alpha_pattern") or told.get("use_rslora") or told.get("use_dora"):
+        raise UserError(f"{path}: expected a LoRA with one alpha, got alpha_pattern, use_rslora or use_dora")
+    return alpha
+
+
+def read_lora(net: DiT, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The LoRA of a file, by layers of net: A (rank, in), B (out, rank), both float32, and alpha / rank.
 
     Reads what `export_lora` wrote and what others write: layers under Wan's names or diffusers', after
     `diffusion_model.`, `transformer.`, `base_model.model.` or nothing, or kohya's `lora_unet_`; lora_A and lora_B, or
-    lora_down and lora_up; with or without alpha. UserError if a key or a shape does not fit net, if there is none, or
-    if net has a LoRA already.
+    lora_down and lora_up; with or without alpha, as a tensor or as PEFT keeps it. net may be on the meta device.
+    UserError if a key or a shape does not fit net, or if there is none.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
-    if lora_linears(net):
-        raise UserError(f"{path}: expected a network without a LoRA, it has one already: merge_lora(net) first")
     tensors = common.read_tensors(Path(path))
+    told = _peft_alpha(Path(path))
     linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
     underscored = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -539,11 +602,25 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
             raise UserError(
                 f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it"
             )
-        device = layer.weight.device
-        layer.lora_A, layer.lora_B = nn.Parameter(A.float().to(device)), nn.Parameter(B.float().to(device))
-        layer.lora_scale = part["alpha"].item() / len(A) if "alpha" in part else 1.0
     if not parts:
         raise UserError(f"{path}: expected a LoRA, got a file without tensors")
+    loras = {}
+    for name, part in sorted(parts.items()):
+        rank, A, B = len(part["A"]), part["A"].float(), part["B"].float()
+        alpha = part["alpha"].item() if "alpha" in part else told
+        loras[name] = A, B, 1.0 if alpha is None else alpha / rank
+    return loras
+
+
+def load_lora(net: DiT, path: str | Path) -> DiT:
+    """Adds the LoRA of a file to net. Returns net. UserError as `read_lora`, or if net has a LoRA already."""
+    if lora_linears(net):
+        raise UserError(f"{path}: expected a network without a LoRA, it has one already: merge_lora(net) first")
+    for name, (A, B, scale) in read_lora(net, path).items():
+        layer = net.get_submodule(name)
+        device = layer.weight.device
+        layer.lora_A, layer.lora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+        layer.lora_scale = scale
     return net
 
 
@@ -563,11 +640,19 @@ def save_task_prompt(net: DiT, path: str | Path) -> None:
 
 
 def load_task_prompt(net: DiT, path: str | Path) -> DiT:
-    """Reads the file of `save_task_prompt`. Returns net."""
+    """Reads the file of `save_task_prompt`. Returns net. UserError for a file that is none, or another model's."""
     tensors = common.read_tensors(Path(path))
     with safe_open(path, "pt") as file:
-        where = file.metadata()["where"]
-    add_task_prompt(net, len(tensors[f"{TASK_PROMPT}cond"]), where)
+        where = (file.metadata() or {}).get("where")
+    shapes = {name: tuple(a.shape) for name, a in tensors.items()}
+    frames = next(iter(shapes.get(f"{TASK_PROMPT}cond", ())), 0)
+    wanted = {f"{TASK_PROMPT}{part}": (frames, net.config.dim) for part in ("cond", "noisy")}
+    if not frames or shapes != wanted or where not in ("context", "frame"):
+        raise UserError(
+            f"{path}: expected task prompts for this model, {' and '.join(wanted)} of (frames, {net.config.dim}), and "
+            f"their place in the header; got {dict(sorted(shapes.items())[:2])} and the place {where!r}"
+        )
+    add_task_prompt(net, frames, where)
     net.load_state_dict(tensors, strict=False)
     return net
 

@@ -1,13 +1,16 @@
-"""Reads published checkpoints: a file or a folder of shards, .safetensors or .pth, one tensor at a time.
+"""Checkpoints, one file or shards: .safetensors and .pth read tensor by tensor, .safetensors written file by file.
 
     source = Checkpoint(path)           names and shapes; no weights are read yet
+    match(net, source, rename)          net's names -> the checkpoint's, if names and shapes are just net's
     fill(net, source, rename, dtype)    a network that was built on the meta device gets its weights, tensor by tensor
+    write_checkpoint(folder, shapes, get, dtype)    safetensors files of at most 5 GB, and their index
 
 A .pth file is read with weights_only=True: it cannot run code. Peak memory is the network's own weights and one tensor
 (a .pth from before PyTorch 1.6 is read whole).
 """
 
 import json
+import math
 import pickle
 import re
 import zipfile
@@ -19,12 +22,16 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
+import common
 from common import UserError
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's and diffusers' file name
 
 
 class Checkpoint(Mapping):
-    """name -> tensor. A folder's `*.index.json` names its shards; without one, all its *.safetensors are read.
+    """name -> tensor.
 
+    A folder's `*.index.json` names its shards; without one, all its *.safetensors are read, or else its only .pth.
     UserError for a path without weights, a missing or damaged file, and a .pth that holds anything but tensors.
     """
 
@@ -51,9 +58,12 @@ class Checkpoint(Mapping):
             if missing := [f.name for f in files if not f.is_file()]:
                 raise UserError(f"{self.path}: expected the {len(files)} shards of its index, {missing[0]} is missing")
             return files
-        files = sorted(self.path.glob("*.safetensors"))
+        files, pickles = (sorted(self.path.glob(kind)) for kind in ("*.safetensors", "*.pth"))
+        if not files and len(pickles) == 1:
+            return pickles
         if not files:
-            state = "has none" if self.path.is_dir() else "does not exist"
+            state = f"has {len(pickles) or 'none'}" + " .pth files" * bool(pickles)
+            state = state if self.path.is_dir() else "does not exist"
             raise UserError(f"{self.path}: expected weights, *.safetensors or the path of a .pth file, but it {state}")
         return files
 
@@ -109,8 +119,8 @@ def renaming(table: list[tuple[str, str | Callable]]) -> Callable[[str], str]:
     return rename
 
 
-def fill(net: nn.Module, source: Checkpoint, rename: Callable[[str], str], dtype: torch.dtype, device) -> nn.Module:
-    """Gives net, built on the meta device, the tensors of `source`. Returns net, frozen.
+def match(net: nn.Module, source: Checkpoint, rename: Callable[[str], str]) -> dict[str, str]:
+    """net's name of every tensor -> the checkpoint's.
 
     rename: the checkpoint's name of a tensor -> net's. UserError if names or shapes are not exactly net's.
     """
@@ -123,8 +133,45 @@ def fill(net: nn.Module, source: Checkpoint, rename: Callable[[str], str], dtype
                 f"{source.path}: expected the tensors of this architecture; {name}: "
                 f"expected {wanted.get(name, 'no such tensor')}, got {got or 'nothing'}"
             )
-    for name, its_name in found.items():
+    return {name: found[name] for name in wanted}
+
+
+def fill(net: nn.Module, source: Checkpoint, rename: Callable[[str], str], dtype: torch.dtype, device) -> nn.Module:
+    """Gives net, built on the meta device, the tensors of `source`. Returns net, frozen. UserError as `match`."""
+    for name, its_name in match(net, source, rename).items():
         parent, _, leaf = name.rpartition(".")
         tensor = source[its_name].to(device, dtype)
         setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     return net
+
+
+def write_checkpoint(
+    folder: Path,
+    shapes: dict[str, tuple[int, ...]],
+    get: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    limit: int = 5 * 10**9,
+) -> list[str]:
+    """Writes get(name), rounded to dtype, for every name of `shapes`: one file, or shards and, last, their index.
+
+    limit: bytes of tensors a file, unless one alone has more. One file's tensors are held at a time. Returns the files'
+    names, which are Wan's and diffusers'.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards, used = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    stem, count = WEIGHTS_NAME.removesuffix(".safetensors"), len(shards)
+    files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS_NAME]
+    for file, names in zip(files, shards):
+        common.write_tensors(folder / file, {name: get(name).to(dtype) for name in names}, {"format": "pt"})
+    if count > 1:
+        where = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        common.write_json(folder / f"{WEIGHTS_NAME}.index.json", index)
+        files.append(f"{WEIGHTS_NAME}.index.json")
+    return files

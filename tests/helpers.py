@@ -102,6 +102,23 @@ def script(*words: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess
     )
 
 
+def peak_memory(code: str, *words: str) -> int:
+    """Bytes by which the last line of `code` raises the peak of a process of its own. sys.argv[1:] is root and words.
+
+    Not ru_maxrss, which a child takes over from the process that started it (getrusage(2): it survives execve).
+    """
+    import pytest
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc, to measure memory")
+    peak = r"peak = lambda: 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])"
+    before, _, last = code.strip().rpartition("\n")
+    head = f"import functools, re, sys\nsys.path.insert(0, sys.argv[1])\n{peak}\n"
+    done = script("-c", f"{head}{before}\nbefore = peak()\n{last}\nprint(peak() - before)", str(ROOT), *words)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

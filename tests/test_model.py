@@ -304,6 +304,24 @@ def test_lora_file(tmp_path):
     assert torch.allclose(again(x, t, text), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_header(dtype, tmp_path):
+    """Rank, the alpha that stands in B, dtype, layers and provenance; the tensors are rounded once, after folding."""
+    net, path = with_lora(alpha=6.0), tmp_path / "lora.safetensors"
+    model.export_lora(net, path, dtype, task="test")
+    with safe_open(path, "pt") as file:
+        assert list(file.metadata()) == ["dynamicsboost"]
+        told = json.loads(file.metadata()["dynamicsboost"])
+    layers = "cross_attn.k,cross_attn.o,cross_attn.q,cross_attn.v,ffn.0,ffn.2,"
+    layers += "self_attn.k,self_attn.o,self_attn.q,self_attn.v"
+    name = str(dtype).removeprefix("torch.")
+    assert told == {"rank": "4", "alpha": "6", "dtype": name, "layers": layers, "task": "test"}
+    tensors = load_file(path)
+    assert {a.dtype for a in tensors.values()} == {dtype}
+    layer = net.blocks[1].ffn[0]
+    assert torch.equal(tensors["diffusion_model.blocks.1.ffn.0.lora_B.weight"], (layer.lora_B * 1.5).to(dtype))
+
+
 def test_lora_file_is_the_same_bytes_each_time(tmp_path):
     """Its sha256 stands in a manifest: the same LoRA and provenance must give the same file."""
     net = with_lora()
@@ -352,6 +370,29 @@ def test_task_prompt_file(tmp_path):
     )
 
 
+def test_task_prompt_files_that_do_not_fit(tmp_path):
+    """A file of something else, without its place, of another width or with half of it: one line that names it."""
+    path, net = tmp_path / "task_prompt.safetensors", make()
+    good = {f"task_prompt.{part}": torch.zeros(FRAMES, 40) for part in ("cond", "noisy")}
+    lora = {f"transformer.blocks.{i}.lora_A.weight": torch.zeros(4, 40) for i in range(99)}
+    for tensors, header in (
+        (good, None),
+        (good, {"where": "everywhere"}),
+        (good | {"more": torch.zeros(1)}, {"where": "frame"}),
+        ({"task_prompt.cond": torch.zeros(FRAMES, 40)}, {"where": "frame"}),
+        ({name: torch.zeros(FRAMES, 48) for name in good}, {"where": "frame"}),
+        ({name: torch.zeros(()) for name in good}, {"where": "frame"}),
+        (lora, {"format": "pt"}),
+        ({}, None),
+    ):
+        save_file(tensors, path, header)
+        with pytest.raises(UserError, match="task_prompt.safetensors: expected task prompts") as caught:
+            model.load_task_prompt(net, path)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400 and net.task_prompt is None
+    save_file(good, path, {"where": "frame"})
+    assert model.load_task_prompt(net, path).task_prompt.where == "frame"
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +429,13 @@ def test_a_folder_in_wans_layout(tmp_path):
         save_file({n: state[n] for n in part}, tmp_path / f"diffusion_pytorch_model-0000{k + 1}-of-00002.safetensors")
     again = model.load_model(tmp_path)
     assert again.config == config and all(torch.equal(again.state_dict()[n], state[n]) for n in names)
+
+
+def test_a_base_with_task_prompts_is_refused(tmp_path):
+    """Where they are added is not in the file: task prompts have a file of their own."""
+    model.save_model(model.add_task_prompt(make(), FRAMES), tmp_path)
+    with pytest.raises(UserError, match="task_prompt.cond: expected no such tensor, got \\(5, 40\\)"):
+        model.load_model(tmp_path)
 
 
 def damaged(folder, what):
