@@ -12,7 +12,7 @@ up. So what decord returns is accepted only if
     its first and its last key frame are PyAV's        (the first frames of an MPEG-2 file may be lost)
 
 What decord cannot read, or not so, is read by PyAV under the same rules. Of either, a clip in which the picture stands
-still for more than 4 frames is refused.
+still for more than 4 frames is refused, and one with a gap in an otherwise steady rate.
 """
 
 import contextlib
@@ -245,6 +245,20 @@ def stands_still(clip: np.ndarray) -> int:
     return longest
 
 
+def missing(source: Source, clip: np.ndarray) -> float | None:
+    """When (s) a frame is missing, by a gap in an otherwise steady rate, that pictures of the clip may be made from.
+
+    Only H.264 and HEVC number their frames: where another decoder misses one, it says nothing and shows a wrong picture
+    until the next key frame. So does H.264's where a key frame is missing.
+    """
+    times, steps = source.times, np.diff(source.times)
+    if len(times) < 3 or (np.abs(steps - np.median(steps)) > SLACK).mean() > 0.1:  # the rate varies
+        return None
+    key = max(source.keys[source.keys < times[clip[0]] + SLACK], default=times[0])
+    gaps = np.flatnonzero((steps > 1.5 * np.median(steps)) & (times[1:] > key) & (times[:-1] < times[clip[-1]]))
+    return float(times[gaps[0]] + np.median(steps)) if len(gaps) else None
+
+
 def fit(source: Source, size: list[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
     """The size (h, w) to return, the file's own if none is asked for, and the one to resize to, which covers it."""
     if size is None:
@@ -267,18 +281,19 @@ def read(request: dict, log) -> tuple[dict, list[np.ndarray]]:
         last = max(int(clip[-1]) for clip in chosen)
         check_size(source.first.width, source.first.height, last + 1)
         size, cover = fit(source, request["size"])
-        by = "decord"
-        try:
+        by, clips = "decord", None
+        with contextlib.suppress(Refused):
             clips = collect(by_decord(path, source, last, cover), chosen, size, log)
-        except Refused:
-            by = "PyAV"
-            clips = collect(by_pyav(path, source, last, cover), chosen, size, log)
+        if clips is None:  # not in an exception's handler: it would keep decord's threads alive, and complaining
+            by, clips = "PyAV", collect(by_pyav(path, source, last, cover), chosen, size, log)
     answer, kept = [], []
     for index, clip in zip(chosen, clips):
         start = round(float(source.times[index[0]] - source.times[0]), 3)
         facts = {"start": start, "index": index.tolist(), "reader": by, "shape": clip.shape}
         if frames > STILL and (still := stands_still(clip)) > STILL:
             facts["error"] = f"the picture stands still for {still} frames"
+        elif (hole := missing(source, index)) is not None:
+            facts["error"] = f"the frame at {hole:.2f} s is missing"
         else:
             kept.append(clip)
         answer.append(facts)
