@@ -118,7 +118,7 @@ import re, sys; sys.path.insert(0, {root!r})
 import decode
 look = decode.look
 def spins(path, seconds):  # as decord does now and then: for ever, and holding Python's lock
-    return re.match("(a+)+$", "a" * 64 + "b") if "spin" in path else look(path, seconds)
+    return re.match("(a+)+$", "a" * 64 + "b") if path.endswith("spin.mp4") else look(path, seconds)
 decode.look = spins
 decode.main()
 """
