@@ -12,7 +12,7 @@ up. So what decord returns is accepted only if
     its first and its last key frame are PyAV's        (the first frames of an MPEG-2 file may be lost)
 
 What decord cannot read, or not so, is read by PyAV under the same rules. Of either, a clip in which the picture stands
-still for more than 4 frames is refused.
+still for more than 4 frames is refused, and one with a gap in an otherwise steady rate.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ def by_decord(path: str, source: Source, last: int, size: tuple[int, int]):
     """Frames 0 ... last at size (h, w), in order, once decord's account of the file is PyAV's."""
     if decord is None:
         raise Refused("decord is not installed")
-    if source.turns or source.lost:
+    if source.turns or source.lost or source.stream.codec_context.name == "vp9":
         raise Refused("decord does not read such a file reliably")
     try:
         reader = decord.VideoReader(path, width=size[1], height=size[0], num_threads=1)
@@ -201,7 +201,7 @@ def by_pyav(path: str, source: Source, last: int, size: tuple[int, int]):
     size = size[::-1] if source.turns % 2 else size
     with file:
         try:
-            for i, frame in zip(range(last + 1), file.decode(stream)):
+            for i, frame in zip(range(last + 1), decoded(file, stream)):
                 at = f"at {source.times[i]:.2f} s"
                 if frame.time is None or abs(frame.time - source.times[i]) > SLACK:
                     raise Refused(f"the frame {at} cannot be decoded")
@@ -212,6 +212,17 @@ def by_pyav(path: str, source: Source, last: int, size: tuple[int, int]):
                 yield np.rot90(to_rgb(frame, size), source.turns)
         except (av.FFmpegError, OSError) as error:
             raise Refused(f"PyAV cannot read it: {said(error)}") from None
+
+
+def decoded(file, stream):
+    """Its frames. VP9's by libvpx, which refuses most damaged packets; FFmpeg's own decoder, as decord's, shows them."""
+    name = stream.codec_context.name
+    try:
+        decoder = av.CodecContext.create("libvpx-vp9", "r") if name == "vp9" else stream
+    except av.codec.codec.UnknownCodecError:  # another build of FFmpeg
+        decoder = stream
+    for packet in file.demux(stream):
+        yield from decoder.decode(packet)
 
 
 def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
@@ -245,6 +256,20 @@ def stands_still(clip: np.ndarray) -> int:
     return longest
 
 
+def missing(source: Source, clip: np.ndarray) -> float | None:
+    """When (s) a frame is missing, by a gap in an otherwise steady rate, that pictures of the clip may be made from.
+
+    Only H.264 and HEVC number their frames: where another decoder misses one, it says nothing and shows a wrong picture
+    until the next key frame. So does H.264's where a key frame is missing.
+    """
+    times, steps = source.times, np.diff(source.times)
+    if len(times) < 3 or (np.abs(steps - np.median(steps)) > SLACK).mean() > 0.1:  # the rate varies
+        return None
+    key = max(source.keys[source.keys < times[clip[0]] + SLACK], default=times[0])
+    gaps = np.flatnonzero((steps > 1.5 * np.median(steps)) & (times[1:] > key) & (times[:-1] < times[clip[-1]]))
+    return float(times[gaps[0]] + np.median(steps)) if len(gaps) else None
+
+
 def fit(source: Source, size: list[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
     """The size (h, w) to return, the file's own if none is asked for, and the one to resize to, which covers it."""
     if size is None:
@@ -267,18 +292,19 @@ def read(request: dict, log) -> tuple[dict, list[np.ndarray]]:
         last = max(int(clip[-1]) for clip in chosen)
         check_size(source.first.width, source.first.height, last + 1)
         size, cover = fit(source, request["size"])
-        by = "decord"
-        try:
+        by, clips = "decord", None
+        with contextlib.suppress(Refused):
             clips = collect(by_decord(path, source, last, cover), chosen, size, log)
-        except Refused:
-            by = "PyAV"
-            clips = collect(by_pyav(path, source, last, cover), chosen, size, log)
+        if clips is None:  # not in an exception's handler: it would keep decord's threads alive, and complaining
+            by, clips = "PyAV", collect(by_pyav(path, source, last, cover), chosen, size, log)
     answer, kept = [], []
     for index, clip in zip(chosen, clips):
         start = round(float(source.times[index[0]] - source.times[0]), 3)
         facts = {"start": start, "index": index.tolist(), "reader": by, "shape": clip.shape}
         if frames > STILL and (still := stands_still(clip)) > STILL:
             facts["error"] = f"the picture stands still for {still} frames"
+        elif (hole := missing(source, index)) is not None:
+            facts["error"] = f"the frame at {hole:.2f} s is missing"
         else:
             kept.append(clip)
         answer.append(facts)
@@ -319,6 +345,8 @@ def main() -> None:
             answer, clips = {"error": str(error)}, []
         except (MemoryError, av.FFmpegError) as error:
             answer, clips = {"error": f"it takes too much memory: {type(error).__name__}"}, []
+        except IndexError:  # by PyAV, where damage in a transport stream looks like another stream
+            answer, clips = {"error": "another stream begins in its middle"}, []
         answers.write(json.dumps(answer).encode() + b"\n")
         for clip in clips:
             answers.write(np.ascontiguousarray(clip).data)

@@ -4,6 +4,7 @@ Reading goes through decode.py in a process of its own: decoders hang and crash 
 must not stop a run.
 """
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -79,7 +80,8 @@ class Decoder:
 
     def _ask(self, request: str) -> tuple[dict, list[np.ndarray]]:
         """Sends a request, reads the answer. BadVideo if the process dies of it, or is killed for its deadline."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
             self._start()
         process, late = self._process, threading.Event()
         timer = threading.Timer(self.deadline, lambda: (late.set(), process.kill()))
@@ -113,8 +115,9 @@ class Decoder:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # of a request that it has not read
+                    pipe.close()
             self._process = None
 
 
