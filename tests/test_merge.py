@@ -170,11 +170,11 @@ def test_the_sum_is_rounded_once(root, tmp_path):
 
 
 def test_a_diffusers_base(root, tmp_path):
-    """Any layout in, any layout out; sizes that diffusers does not know come back as well."""
+    """A folder or a file in, any layout in and out; sizes that diffusers does not know come back as well."""
     net = model.DiT(model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32, text_len=24, eps=1e-5))
     model.save_model(net, tmp_path / "base")
     lora = f"{root}/dpo"
-    for source, layout in (("base", "diffusers"), ("diffusers", "wan")):
+    for source, layout in ((f"base/{model.WEIGHTS_NAME}", "diffusers"), ("diffusers", "wan")):
         merge.main(merge.Config(str(tmp_path / source), lora, str(tmp_path / layout), layout))
     assert model.load_model(tmp_path / "wan").config == net.config
     once = model.merge_lora(model.load_lora(model.load_model(tmp_path / "base"), root / "dpo/lora.safetensors"))
