@@ -51,6 +51,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors leaves its files to the owner alone
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

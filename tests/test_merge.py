@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, contents, peak_memory, script
+from helpers import ROOT, contents, peak_memory, script, stop_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -154,6 +154,18 @@ def test_shards(layout, root, tmp_path, monkeypatch):
         assert close(theirs(peer), ours(sequential(root)))
 
 
+@pytest.mark.parametrize("call", [0, 2])
+def test_an_interrupted_merge(call, root, tmp_path, monkeypatch):
+    """Stopped at a shard: nothing that loads, no half file; the same command then gives what a straight run gives."""
+    monkeypatch.setattr(weights, "write_checkpoint", functools.partial(weights.write_checkpoint, limit=40_000))
+    with stop_at(monkeypatch, common, "write_tensors", call), pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out/MANIFEST.json").exists() and not list(tmp_path.rglob("*.tmp"))
+    with pytest.raises(UserError):
+        model.load_model(tmp_path / "out")
+    assert contents(run(root, tmp_path / "out", "diffusers")) == contents(run(root, tmp_path / "straight", "diffusers"))
+
+
 def test_the_sum_is_rounded_once(root, tmp_path):
     """bfloat16, also from a bfloat16 base: float32 until the end. Rounding after each LoRA would give other bits."""
     shutil.copytree(root / "sft", tmp_path / "sft")
@@ -170,11 +182,11 @@ def test_the_sum_is_rounded_once(root, tmp_path):
 
 
 def test_a_diffusers_base(root, tmp_path):
-    """Any layout in, any layout out; sizes that diffusers does not know come back as well."""
+    """A folder or a file in, any layout in and out; sizes that diffusers does not know come back as well."""
     net = model.DiT(model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32, text_len=24, eps=1e-5))
     model.save_model(net, tmp_path / "base")
     lora = f"{root}/dpo"
-    for source, layout in (("base", "diffusers"), ("diffusers", "wan")):
+    for source, layout in ((f"base/{model.WEIGHTS_NAME}", "diffusers"), ("diffusers", "wan")):
         merge.main(merge.Config(str(tmp_path / source), lora, str(tmp_path / layout), layout))
     assert model.load_model(tmp_path / "wan").config == net.config
     once = model.merge_lora(model.load_lora(model.load_model(tmp_path / "base"), root / "dpo/lora.safetensors"))
@@ -222,6 +234,7 @@ def test_one_lora_is_their_sum(second, root, tmp_path):
         told = json.loads(file.metadata()["dynamicsboost"])
     assert (told["rank"], told["alpha"], told["lora"]) == ("7", "7", f"{root}/sft,{root}/{second}")
     assert {min(a.shape) for a in load_file(path).values()} == {7}
+    assert path.stat().st_mode == (tmp_path / "out/run.json").stat().st_mode  # others may read it as well
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
