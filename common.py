@@ -330,7 +330,6 @@ NO_EFFECT = (
     "micro_batch",
     "checkpointing",
     "self_test",
-    "deadline",
 )  # options that do not change a result
 
 

@@ -23,6 +23,7 @@ Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, capti
 Cost  decoding, and one pass of the encoders a clip
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -31,6 +32,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -354,6 +356,13 @@ def contact_sheets(cfg, folder: Path, shards: int, readers: Readers) -> list[str
     return ["kept.png", "rejected.png"]
 
 
+def print_reasons(rejects: Path) -> None:
+    """How many were rejected for what, the commonest first: reasons that differ in a number are one."""
+    kinds = collections.Counter(re.sub(r"'.*'|-?\d[\d.]*", "…", row["reason"]) for row in common.read_jsonl(rejects))
+    for reason, count in kinds.most_common(10):
+        print(f"{count:8d}  {reason}")
+
+
 def check(cfg) -> None:
     """UserError for options that make no sense."""
     if cfg.frames % 4 != 1 or cfg.frames < 5:
@@ -414,6 +423,9 @@ def main(cfg: Config) -> None:
             common.write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([cfg.negative])[0]})
             files += ["negative.safetensors"] + ["codec.safetensors"] * (cfg.preset == "tiny")
             print(f"prepare: kept {kept} clips, rejected {rejected}; look at {run.folder}/kept.png and rejected.png")
+            print_reasons(run.folder / "rejects.jsonl")
+            if not kept:
+                raise UserError(f"{cfg.videos}: expected videos to keep, every one was rejected; delete {run.folder}")
     run.finish(files, clips=kept)
 
 
