@@ -215,7 +215,7 @@ def by_pyav(path: str, source: Source, last: int, size: tuple[int, int]):
 
 
 def decoded(file, stream):
-    """Its frames. VP9's by libvpx, which refuses most damaged packets; FFmpeg's own decoder, as decord's, shows them."""
+    """Its frames. VP9's by libvpx, which refuses most damage; FFmpeg's own decoder, as in decord, shows it."""
     name = stream.codec_context.name
     try:
         decoder = av.CodecContext.create("libvpx-vp9", "r") if name == "vp9" else stream

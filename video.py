@@ -102,6 +102,10 @@ class Decoder:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(self.program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with contextlib.suppress(ImportError, AttributeError, OSError):  # on Linux; fewer turns for a clip of megabytes
+            import fcntl
+
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
         timer = threading.Timer(STARTUP, self._process.kill)
         timer.start()
         ready = self._process.stdout.readline()
