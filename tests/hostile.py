@@ -8,6 +8,7 @@ What a file shows follows from how it was made, the timestamps that were written
 """
 
 import functools
+import os
 import random
 import re
 import struct
@@ -20,6 +21,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+os.environ["SVT_LOG"] = "0"  # the AV1 encoder talks otherwise
 N = 90  # frames of most files
 SHAPE = (144, 256)
 SLACK = Fraction(2, 1000)  # seconds that a frame may be early, of a millisecond container's rounding
