@@ -235,7 +235,11 @@ def speed(folder: Path, rounds: int = 9, frames: int = 77, size: tuple[int, int]
         spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} … {ratio.max():.2f})"
         rows.append((name, readers.get(name, ""), *rates, f"{fastest[0] / fastest[1]:.2f}", spread))
     text = SPEED.format(frames=frames, h=size[0], w=size[1], rounds=rounds)
-    return text + "\n" + table("| file | read by | plain decord, frames/s | video.Decoder, frames/s | ratio | of each round |", rows)
+    return (
+        text
+        + "\n"
+        + table("| file | read by | plain decord, frames/s | video.Decoder, frames/s | ratio | of each round |", rows)
+    )
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

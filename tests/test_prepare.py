@@ -205,15 +205,6 @@ def test_bad_videos_are_rejected_by_name(chain, folder, reader, monkeypatch):
     assert len(exact) == CLIPS and found["long.mp4"] == "wrong frame count: expected 49 frames at 16 a second, got 53"
 
 
-def test_nothing_to_keep_is_an_error(chain, folder, capsys):
-    """Said with the reasons, and never taken for a finished folder."""
-    write_csv(folder, captions(chain))
-    with pytest.raises(UserError, match="every one was rejected"):
-        run(folder, min_motion=200)
-    assert f"{CLIPS}  motion score … is outside … … inf" in capsys.readouterr().out
-    assert not (folder.parent / "out" / "MANIFEST.json").exists()
-
-
 def test_text_states_belong_to_their_clips_after_rejects(chain, folder):
     """A rejected clip in the middle of a shard must not shift the captions of those after it."""
     rows = captions(chain)

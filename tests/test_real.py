@@ -94,6 +94,15 @@ def test_every_stage_to_an_aligned_lora(wan):
     assert step0["S"] == 0
 
 
+def test_nothing_to_keep_is_an_error(wan, capsys):
+    """Said with the reasons, and never taken for a finished folder."""
+    options = dict(base=str(wan / "Wan2.1"), videos=str(wan / "clips"), out=str(wan / "none"), **SIZE)
+    with pytest.raises(UserError, match="every one was rejected"):
+        prepare.main(prepare.Config("1.3b", min_motion=200.0, fps=8, workers=1, **options))
+    assert f"{len(real_clips())}  motion score … is outside … … inf" in capsys.readouterr().out
+    assert not (wan / "none" / "MANIFEST.json").exists()
+
+
 def test_a_link_out_of_the_folder_is_not_followed(wan):
     """Named and refused, whatever it points to."""
     with pytest.raises(UserError, match="its path leaves the folder"):
