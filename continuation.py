@@ -83,8 +83,8 @@ def continuation_loss(net, x0, text, noise, t, cond_mask):
 
 
 def example_loss(net, x0, text, noise, t):
-    """`continuation_loss` on some given frames: what `--dry-run` counts."""
-    return continuation_loss(net, x0, text, noise, t, draw_cond_mask([()] * len(x0), x0.shape[2]))
+    """`continuation_loss` of clips of these sizes: what `--dry-run` counts."""
+    return continuation_loss(net, x0, text, noise, t, torch.zeros(len(x0), x0.shape[2], dtype=torch.bool))
 
 
 def learning_rate(step: int, cfg) -> float:

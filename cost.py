@@ -19,8 +19,8 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -41,10 +41,6 @@ UTILISATION = 0.40
 MEMORY, RESERVE = 80, 4  # GiB of an A800-80GB; of them for CUDA, NCCL and fragmentation, which are not counted
 SHAPES = {"tiny": (48, 13, 2, 2), "1.3b": (16, 13, 36, 64), "14b": (16, 13, 36, 64)}  # latents of 49 frames
 CLIPS = 20_000  # where nothing tells their number: as many pairs as the paper's, as its readers report them
-FORMULAS = dict(flop_registry)  # operation -> FLOP; the CPU's attention has none, and takes what CUDA's takes
-for way in ("", "_backward"):
-    attention = [getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{on}{way}") for on in ("_for_cpu", "")]
-    FORMULAS[attention[0]] = FORMULAS[attention[1]]
 
 
 class Count(TorchDispatchMode):
@@ -60,7 +56,7 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs := kwargs or {}))
-        if formula := FORMULAS.get(func.overloadpacket):
+        if formula := flop_registry.get(func.overloadpacket):
             flop = formula(*args, **kwargs, out_val=out)
             self.flop += flop
             self.attention += flop * ("attention" in func.name())
@@ -77,16 +73,10 @@ class Count(TorchDispatchMode):
         self.now -= size
 
 
-def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
-    """What is behind nn.Module.to, for parameters without values: PyTorch's own refuses them."""
-    for p in self.parameters():
-        p.data = function(p.data)
-    return self
-
-
 @contextlib.contextmanager
 def valueless():
-    """Within it tensors have sizes and no values, and the Triton kernels do all they do on a GPU but launch."""
+    """Within it the model runs on the meta device, where tensors have no values, as on a GPU: the Triton kernels do all
+    but launch, attention is a flash kernel."""
     triton = mock.Mock(cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
     nothing = defaultdict(lambda: lambda *args, **kwargs: None)  # nothing[grid](...)
     with contextlib.ExitStack() as stack:
@@ -96,8 +86,13 @@ def valueless():
             stack.enter_context(mock.patch.multiple(module, **changed))
         stack.enter_context(mock.patch.object(modulate, "_check_row"))  # these two look at values
         stack.enter_context(mock.patch.object(region_dpo, "_check"))
-        stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
-        stack.enter_context(FakeTensorMode())
+        flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]  # noqa: E731
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash))  # CUDA's; meta has a slow one
+        stack.enter_context(mock.patch.object(torch, "autocast"))  # there is none on meta
+        stack.enter_context(
+            mock.patch.object(torch, "rand", lambda *size, generator: torch.empty(size))
+        )  # for add_lora
+        stack.enter_context(torch.device("meta"))
         yield
 
 
@@ -147,28 +142,33 @@ def latents(preset: str, folder: str, made_by: str, split: str | None, field: st
 
 
 def words(count: dict[str, int]) -> str:
-    return f"{count['flop'] / 1e12:,.4g} TFLOP, {count['attention'] / count['flop']:.0%} of them attention"
+    return f"{count['flop'] / 1e12:,.4g} TFLOP, {100 * count['attention'] / count['flop']:.0f} % of them attention"
 
 
-def report(title: str, rows: dict[str, str], memory: dict[str, dict], chosen: str, flop: float, dtype=torch.bfloat16):
-    """Prints a stage's cost, on the first process. memory: options -> what `measure` found with them."""
+def report(title: str, rows: dict[str, str], options: dict[str, dict], chosen: str, dtype=torch.bfloat16) -> None:
+    """Prints a stage's cost, on the first process.
+
+    options: words -> what `measure` found with them, and `run`, the FLOP of the whole run; chosen: the user's.
+    """
     if not GROUP.main:
         return
     print(f"{title}: nothing was loaded", *(f"  {name:12s}{value}" for name, value in rows.items()), sep="\n")
     print(f"  {'GiB a GPU, with the kernels':33s}weights + trained + activations (kept for backward) = sum")
     sums = {}
-    for options, m in memory.items():
+    for option, m in options.items():
         weights, state, most, kept = (m[key] / 2**30 for key in ("weights", "state", "activations", "kept"))
-        sums[options] = weights + state + most
-        print(f"  {options:33s}{weights:7.1f}{state:10.1f}{most:14.1f}{kept:20.1f}{sums[options]:9.1f}")
-    fits = [options for options, gib in sums.items() if gib <= MEMORY - RESERVE]
-    instead = fits[0] if fits else "shorter or smaller clips: no option splits the weights"
-    said = f"{chosen} fits" if chosen in fits else f"{chosen} does not fit, take {instead}"
+        sums[option] = weights + state + most
+        print(f"  {option:33s}{weights:7.1f}{state:10.1f}{most:14.1f}{kept:20.1f}{sums[option]:9.1f}")
+    fits = [option for option, gib in sums.items() if gib <= MEMORY - RESERVE]
+    taken = chosen if chosen in fits or not fits else fits[0]
+    instead = f"take {taken}" if fits else "take shorter or smaller clips, no option splits the weights"
+    said = f"{chosen} fits" if chosen in fits else f"{chosen} does not fit, {instead}"
     print(f"  {said} ({sums[chosen]:.1f} of {MEMORY} GiB; CUDA, NCCL and fragmentation take up to {RESERVE} more)")
-    hours, peak = flop / (UTILISATION * PEAK[dtype]) / 3600, PEAK[dtype] / 1e12
+    hours = options[taken]["run"] / (UTILISATION * PEAK[dtype]) / 3600
     each, wall = (f"{h:,.0f}" if h >= 10 else f"{h:.1f}" if h >= 0.1 else "< 0.1" for h in (hours, hours / GROUP.size))
-    rate = f"{100 * UTILISATION:g} % of {peak:g} TFLOP/s"
-    print(f"  prediction: {each} GPU-hours, {wall} hours on {GROUP.size} x A800-80GB at {rate}")
+    rate = f"{100 * UTILISATION:g} % of {PEAK[dtype] / 1e12:g} TFLOP/s"
+    with_ = f" with {taken}" if taken != chosen else ""
+    print(f"  prediction{with_}: {each} GPU-hours, {wall} hours on {GROUP.size} x A800-80GB at {rate}")
 
 
 def training(cfg, stage: str, loss: Callable) -> None:
@@ -187,21 +187,23 @@ def training(cfg, stage: str, loss: Callable) -> None:
             model.add_task_prompt(net, shape[1], cfg.prompts)
         return net
 
-    micro, memory = per_process // forwards, {}
+    micro, options, samples = per_process // forwards, {}, cfg.steps * cfg.batch_size
     for size, option in itertools.product(dict.fromkeys((micro, 1)), ("", " --checkpointing")):
         made = functools.partial(build, option=option)
-        memory[f"--micro_batch {size}{option}"] = measure_dit(cfg.preset, shape, size, loss, made, train=True)
-    option, samples = " --checkpointing" * cfg.checkpointing, cfg.steps * cfg.batch_size
-    one = memory[f"--micro_batch 1{option}"]
-    times = f", each of {found:,} {samples / found:.2g} times" if found else ""
+        count = measure_dit(cfg.preset, shape, size, loss, made, train=True)
+        options[f"--micro_batch {size}{option}"] = {**count, "run": samples * count["flop"] / size}
+    option = " --checkpointing" * cfg.checkpointing
+    one, times = (
+        options[f"--micro_batch 1{option}"],
+        f", each of {found:,} {samples / found:,.1f} times" if found else "",
+    )
     rows = {
         "latents": f"{shape}",
         "parameters": f"{one['parameters'] / 1e9:.4g} B, {one['trained'] / 1e6:.4g} M of them trained",
         f"a {unit}": words(one),
-        "the run": f"{cfg.steps:,} steps of {cfg.batch_size} {unit}s{times}: {samples * one['flop'] / 1e18:.3g} EFLOP",
+        "the run": f"{cfg.steps:,} steps of {cfg.batch_size} {unit}s{times}: {one['run'] / 1e18:.3g} EFLOP",
     }
-    flop, chosen = samples * one["flop"], f"--micro_batch {micro}{option}"
-    report(f"{stage} --preset {cfg.preset}", rows, memory, chosen, flop, dtype)
+    report(f"{stage} --preset {cfg.preset}", rows, options, f"--micro_batch {micro}{option}", dtype)
 
 
 def sampling(
@@ -213,14 +215,18 @@ def sampling(
     def call(net, x0, text, noise, t):
         return net(x0, t, text, torch.empty(len(x0), shape[1], dtype=torch.bool) if given else None)
 
-    memory = {f"{b} at once": measure_dit(preset, shape, b, call) for b in dict.fromkeys((batch, 1))}
-    forwards, one = nfe * (1 if guidance == 1 else 2), memory["1 at once"]
-    rows, flop = {"latents": f"{shape}", "a forward": words(one)}, samples * forwards * one["flop"]
+    options, forwards = {}, nfe * (1 if guidance == 1 else 2)
+    rows, decoder = {"latents": f"{shape}"}, {"flop": 0}
     if pictures and preset != "tiny":  # whose codec is a matrix product a patch
         decoder = measure(lambda: vae.VAE().bfloat16(), lambda net: net.decode(torch.empty(1, *shape)))
-        rows["decoding"], flop = words(decoder), flop + samples * decoder["flop"]
-    rows["the run"] = f"{samples:,.0f} samples of {forwards} forwards: {flop / 1e18:.3g} EFLOP"
-    report(f"{stage} --preset {preset}", rows, memory, f"{batch} at once", flop)
+        rows["decoding"] = words(decoder)
+    for size in dict.fromkeys((batch, 1)):
+        count = measure_dit(preset, shape, size, call)
+        run = samples * (forwards * count["flop"] / size + decoder["flop"])
+        options[f"{size} at once"] = {**count, "run": run}
+    rows["a forward"] = words(count)
+    rows["the run"] = f"{samples:,.0f} samples of {forwards} forwards: {run / 1e18:.3g} EFLOP"
+    report(f"{stage} --preset {preset}", rows, options, f"{batch} at once")
 
 
 def encoding(stage: str, preset: str, clips: int, frames: int, height: int, width: int, tokens: int = 100) -> None:
@@ -236,4 +242,4 @@ def encoding(stage: str, preset: str, clips: int, frames: int, height: int, widt
     rows = {"a clip": f"{frames} x {height} x {width}, {tokens} text tokens: {one['flop'] / 1e12:.4g} TFLOP"}
     rows["the run"] = f"{clips:,} clips: {clips * one['flop'] / 1e18:.3g} EFLOP"
     both = "VAE and text encoder"
-    report(f"{stage} --preset {preset}", rows, {both: one}, both, clips * one["flop"])
+    report(f"{stage} --preset {preset}", rows, {both: {**one, "run": clips * one["flop"]}}, both)

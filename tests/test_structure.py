@@ -13,7 +13,7 @@ from helpers import ROOT, script
 
 import common
 
-GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights"}
+GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "cost"}
 STAGES = {"prepare", "sft", "continuation", "make_pairs", "asymdpo", "sample", "evaluate", "report"}
 
 
