@@ -26,6 +26,7 @@ Cost  two forwards and backwards of the policy and two forwards of the reference
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import sys
@@ -34,6 +35,7 @@ from pathlib import Path
 import torch
 
 import common
+import cost
 import data
 import flow
 import model
@@ -76,6 +78,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 50  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
+    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
     self_test: bool = False  # check the method's invariants on a small random model, and stop
 
 
@@ -105,6 +108,12 @@ def dpo_loss(cfg, prediction, n1, n2):
         error = torch.where(keep[:, None, :, None, None], v_w - target_w, 0)  # selected before it is squared
         loss = loss + cfg.sft_weight * error.square().mean(dim=(1, 3, 4)).sum(1) / keep.sum(1)
     return loss, metrics
+
+
+def example_loss(cfg, net, x0, text, noise, t):
+    """`dpo_loss` of pairs of these sizes: what `--dry-run` counts."""
+    n1 = torch.ones(len(x0), dtype=torch.int64)
+    return dpo_loss(cfg, predict(net, x0, x0.clone(), text, noise, t), n1, n1)[0]
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -200,6 +209,8 @@ def main(cfg: Config) -> None:
         return self_test()
     cfg = common.resolve(cfg, PRESETS)
     check(cfg)
+    if cfg.dry_run:
+        return cost.training(cfg, "asymdpo", functools.partial(example_loss, cfg))
     group = common.start_group()
     per_process, forwards = common.local_batch(cfg, group)
     run = common.Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, "sft": cfg.sft})

@@ -330,6 +330,7 @@ NO_EFFECT = (
     "micro_batch",
     "checkpointing",
     "self_test",
+    "dry_run",
 )  # options that do not change a result
 
 

@@ -25,6 +25,7 @@ import math
 import torch
 
 import common
+import cost
 import data
 import flow
 import model
@@ -59,6 +60,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 250  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise, times and n_cond
+    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
 
 
 def draw_cond_mask(keys: list[tuple], frames: int) -> torch.Tensor:
@@ -78,6 +80,11 @@ def continuation_loss(net, x0, text, noise, t, cond_mask):
     error = net(x_t, t, text, cond_mask) - flow.velocity(x0, noise)
     error = torch.where(cond_mask[:, None, :, None, None], 0, error)  # selected before it is squared
     return error.square().mean(dim=(1, 3, 4)).sum(1) / (~cond_mask).sum(1)
+
+
+def example_loss(net, x0, text, noise, t):
+    """`continuation_loss` of clips of these sizes: what `--dry-run` counts."""
+    return continuation_loss(net, x0, text, noise, t, torch.zeros(len(x0), x0.shape[2], dtype=torch.bool))
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -103,6 +110,8 @@ def main(cfg: Config) -> None:
     cfg = common.resolve(cfg, PRESETS)
     if cfg.prompts not in ("context", "frame", "off"):
         raise UserError(f"--prompts: expected context, frame or off, got {cfg.prompts!r}")
+    if cfg.dry_run:
+        return cost.training(cfg, "continuation", example_loss)
     group = common.start_group()
     per_process, forwards = common.local_batch(cfg, group)
     run = common.Run(cfg, "continuation", group, {"data": cfg.data, "base": cfg.base})

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import common
+import cost
 import data
 import flow
 import model
@@ -52,6 +53,7 @@ class Config:
     nfe: int | None = None  # solver steps
     t_shift: float | None = None  # warp of the solver's times towards noise
     seed: int = 0  # of the noise and the bootstrap
+    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -212,6 +214,10 @@ def check_folders(cfg) -> None:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS)
+    if cfg.dry_run:
+        shape, _ = cost.latents(cfg.preset, cfg.data, "prepare.py", cfg.split)
+        samples = shape[1] * cfg.sweep_clips + 3 * cfg.clips
+        return cost.sampling("evaluate", cfg.preset, shape, samples, cfg.nfe, batch=64, given=True, pictures=True)
     group = common.Group(0, 1, torch.device("cpu"))
     inputs = {name: getattr(cfg, name) for name in ("data", "base", "sft", "continuation", "pairs", "asymdpo")}
     check_folders(cfg)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 import common
+import cost
 import data
 import flow
 import model
@@ -59,6 +60,7 @@ class Config:
     guidance: float | None = None  # classifier-free guidance weight; 1: none
     shard_size: int | None = None  # pairs a shard, and sampled together
     seed: int = 0  # of N1, N2 and the noise
+    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
 
 
 def windows(cfg, frames: int) -> tuple[int, int, int, int]:
@@ -99,9 +101,20 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
     return result
 
 
+def dry_run(cfg) -> None:
+    """Prints what it will cost: a winner given whole is not sampled."""
+    shape, found = cost.latents(cfg.preset, cfg.data, "prepare.py", cfg.split)
+    low, high = windows(cfg, shape[1])[2:]
+    continuations = 2 - (high == shape[1]) / (high - low + 1)
+    count = cfg.pairs or found or cost.CLIPS
+    cost.sampling("make_pairs", cfg.preset, shape, count * continuations, cfg.nfe, cfg.guidance, cfg.shard_size, True)
+
+
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS)
+    if cfg.dry_run:
+        return dry_run(cfg)
     group = common.start_group()
     run = common.Run(cfg, "make_pairs", group, {"data": cfg.data, "base": cfg.base, "continuation": cfg.continuation})
     if run.done:

@@ -21,6 +21,7 @@ import math
 import torch
 
 import common
+import cost
 import data
 import flow
 import model
@@ -56,6 +57,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 250  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
+    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
 
 
 def flow_loss(net, x0, text, noise, t):
@@ -92,6 +94,8 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS if cfg.base else FROM_SCRATCH)
+    if cfg.dry_run:
+        return cost.training(cfg, "sft", flow_loss)
     group = common.start_group()
     per_process, forwards = common.local_batch(cfg, group)
     run = common.Run(cfg, "sft", group, {"data": cfg.data, "base": cfg.base})

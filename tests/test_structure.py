@@ -13,7 +13,7 @@ from helpers import ROOT, script
 
 import common
 
-GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode"}
+GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost"}
 STAGES = {"prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
 
 
