@@ -121,6 +121,9 @@ def look(path: str, seconds: float) -> Source:
     check_size(first.width, first.height)
     if first.rotation % 90:
         raise Refused(f"it is turned by {first.rotation} degrees")
+    matrix = first.side_data.get("DISPLAYMATRIX")
+    if matrix and np.linalg.det(np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2]) < 0:
+        raise Refused("it is to be shown mirrored")
     if len(set(times)) < len(times):
         raise Refused("two of its frames have one timestamp")
     begin = min(times) if first.time is None else float(first.time)

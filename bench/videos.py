@@ -129,8 +129,10 @@ def classes(folder: Path) -> str:
             slowest = max(total["slowest"], facts.pop("spent"))
             total.update(facts)
             total["slowest"] = slowest
+        unseen = [count_class(name, folder, ours, plain)[0] for name in hostile.UNSEEN]
+    head = "| class | result | wrong frames | s | plain decord: wrong frames |"
     text = CLASSES.format(classes=len(rows), **total)
-    return text + "\n" + table("| class | result | wrong frames | s | plain decord: wrong frames |", rows)
+    return "\n".join([text, table(head, rows), UNSEEN, table(head, unseen)])
 
 
 # ---- random damage ---------------------------------------------------------------------------------------------------
@@ -258,6 +260,10 @@ CLASSES = """## Classes
 Of the {healthy} that are healthy and long enough {good} were read; of all, in one way or both, {read}. The slowest
 took {slowest:.1f} s. **Frames that were accepted and wrong: {wrong}.** Plain decord returned {plain} wrong frames, in
 {plain_files} classes, without an error.
+"""
+UNSEEN = """## What is not seen
+
+Not among the classes above: a packet is cut out of a stream and the times after it are moved up, so that no gap tells.
 """
 DAMAGE = """## Random damage
 

@@ -213,12 +213,28 @@ def _damaged(path: Path, change: Callable[[bytearray], bytes | None], **how) -> 
     return case
 
 
-def _turned(path: Path, quarters: int) -> Case:
-    """Stored turned anticlockwise, with a matrix in `tkhd` that turns it back (ISO 14496-12, 8.3.2)."""
-    a, b = ((1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
-    matrix = [65536 * a, 65536 * b, 0, -65536 * b, 65536 * a, 0, 0, 0, 2**30]
-    change = lambda raw: put(raw, b"tkhd", 44, *matrix, form=">i")  # noqa: E731
-    return _damaged(path, change, must="read", drawn=lambda p: np.rot90(p, quarters))
+def _turned(path: Path, quarters: int = 0, mirrored: bool = False) -> Case:
+    """Stored turned anticlockwise or mirrored, with a matrix in `tkhd` that undoes it (ISO 14496-12, 8.3.2)."""
+    a, b = ((-1 if mirrored else 1, 0), (0, 1), (-1, 0), (0, -1))[quarters]
+    matrix = [65536 * a, 65536 * b, 0, -65536 * b, 65536 * (1 if mirrored else a), 0, 0, 0, 2**30]
+    stored = (lambda p: p[:, ::-1]) if mirrored else (lambda p: np.rot90(p, quarters))
+    change, must = lambda raw: put(raw, b"tkhd", 44, *matrix, form=">i"), "either" if mirrored else "read"
+    return _damaged(path, change, must=must, drawn=stored)
+
+
+def _two_edits(path: Path) -> Case:
+    """An edit list of two parts (ISO 14496-12, 8.6.6): pictures 0 … 19, then 45 … 84. Written over the one it has."""
+    case = write(path, options={"bf": "0", "g": "12"})
+    with av.open(str(path)) as file:
+        tick = Fraction(1, 25) / file.streams.video[0].time_base
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"elst") + 8
+    raw[at : at + 16] = struct.pack(">IIiIIiI", 2, 20 * 40, 0, 65536, 40 * 40, int(45 * tick), 65536)
+    for box in (b"elst", b"edts", b"trak", b"moov"):
+        at = raw.index(box) - 4
+        struct.pack_into(">I", raw, at, struct.unpack_from(">I", raw, at)[0] + 12)
+    path.write_bytes(raw)
+    return replace(case, times=case.times[:60], numbers=[*range(20), *range(45, 85)])
 
 
 def _jpeg(path: Path) -> Case:
@@ -240,12 +256,13 @@ def _cut(path: Path, keyframe: int, skip: int, zero: int, shown: int, mux={}, **
     return replace(whole, path=path, times=whole.times[shown:], numbers=whole.numbers[shown:], must="either")
 
 
-def _lost(path: Path, drop: int, **how) -> Case:
-    """One packet is missing in a stream copy: the pictures that refer to it cannot be right."""
+def _lost(path: Path, drop: int, close: bool = False, **how) -> Case:
+    """One packet is missing in a stream copy: the pictures that refer to it cannot be right. close: so is its time."""
     whole = write(path.with_stem("whole"), **{"options": {"bf": "0", "g": "30"}, **how})
-    copy_packets(path, [whole.path], lambda packets: [(p, 0) for i, p in enumerate(packets) if i != drop])
-    left = [i for i in range(N) if i != drop]
-    return replace(whole, path=path, must="either", times=[whole.times[i] for i in left], numbers=left)
+    left, late = [i for i in range(N) if i != drop], Fraction(-1 if close else 0, 25)
+    copy_packets(path, [whole.path], lambda packets: [(packets[i], late * (i > drop)) for i in left])
+    times = [whole.times[i] + late * (i > drop) for i in left]
+    return replace(whole, path=path, must="either", times=times, numbers=left)
 
 
 def _joined(path: Path, byte_by_byte: bool = False, shown: int = N, **second) -> Case:
@@ -349,6 +366,7 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "variable rate": (".mp4", write, MILLISECONDS),
     "variable rate, VP9": (".mkv", write, dict(codec="libvpx-vp9", **MILLISECONDS)),
     "a gap of 2.4 s": (".mp4", write, dict(ticks=GAP, must="either")),
+    "timestamps wrap": (".ts", write, dict(ticks=range(2_386_063, 2_386_063 + N))),  # 2^33 / 90 kHz is 95,443 s
     "starts at 10 s": (".mp4", write, dict(ticks=range(250, 250 + N))),
     "starts at 10 s, ts": (".ts", write, dict(ticks=range(250, 250 + N))),
     "a still of 30 frames": (".mp4", write, dict(numbers=STILL, must="either")),
@@ -356,6 +374,7 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "B-frames, no edit list": (".mp4", write, dict(options=B_FRAMES, mux={"use_editlist": "0"})),
     "B-frames, MPEG-4": (".avi", write, dict(codec="mpeg4", options={"bf": "2"})),
     "fragmented": (".mp4", write, dict(mux={"movflags": "frag_keyframe+empty_moov"})),
+    "intra refresh": (".mp4", write, dict(options={"x264-params": "intra-refresh=1:keyint=20", "bf": "0"})),
     "open GOP": (".mp4", write, OPEN_264),
     "HEVC, open GOP": (".mp4", write, OPEN_265),
     "HEVC, open GOP, cut": (".mp4", _cut, OPEN_265 | CUT),
@@ -367,6 +386,8 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "alpha, QuickTime RLE": (".mov", write, dict(codec="qtrle", pix_fmt="argb", shape=(64, 64))),
     "interlaced": (".mp4", write, dict(options={"x264-params": "tff=1"})),
     "turned by 90°": (".mp4", _turned, dict(quarters=1)),
+    "turned by 270°": (".mp4", _turned, dict(quarters=3)),
+    "mirrored": (".mp4", _turned, dict(mirrored=True)),
     "turned by 180°": (".mp4", _turned, dict(quarters=2)),
     "pixels 2:1": (".mp4", write, dict(pixels=2, drawn=lambda p: p[:, ::2])),
     "odd size": (".webm", write, dict(codec="libvpx-vp9", shape=(241, 427))),
@@ -377,6 +398,7 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "cut by an edit list": (".mp4", _cut, dict(keyframe=2, skip=0, zero=30, shown=30)),
     "cut by an edit list, B-frames": (".mp4", _cut, dict(keyframe=2, skip=0, zero=30, shown=30, options=B_FRAMES)),
     "cut without its edit list": (".mp4", _cut, CUT | dict(zero=18, mux={"use_editlist": "0"})),
+    "an edit list of two parts": (".mp4", _two_edits, {}),
     "two copies joined": (".mp4", _joined, {}),
     "two mp4 glued": (".mp4", _joined, dict(byte_by_byte=True, shown=N // 2)),
     "two ts glued": (".ts", _joined, dict(byte_by_byte=True)),
@@ -393,10 +415,16 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "bomb: 16 GB of pictures": (".webm", _long, {}),
 }  # fmt: skip
 
+UNSEEN: dict[str, tuple] = {  # a packet is missing and the times after it are moved up: no decoder and no clock tells
+    "a keyframe cut out, H.264": (".mp4", _lost, dict(drop=30, close=True)),
+    **{f"a packet cut out, {name[15:]}": (*CASES[name][:2], CASES[name][2] | {"close": True})
+       for name in CASES if name.startswith("a packet lost, ")},
+}  # fmt: skip
+
 
 def make(name: str, folder: Path) -> Case:
     """Makes the class's file in a new folder of its own."""
-    ending, maker, arguments = CASES[name]
-    home = folder / f"{list(CASES).index(name):02d}"
+    ending, maker, arguments = (CASES | UNSEEN)[name]
+    home = folder / f"{list(CASES | UNSEEN).index(name):02d}"
     home.mkdir(parents=True)
     return maker(home / f"video{ending}", **arguments)
