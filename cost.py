@@ -35,7 +35,8 @@ from kernels import modulate, norm_rope, region_dpo
 # the processes that torchrun started, or 8; none is joined
 GROUP = common.Group(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 8)), torch.device("cpu"))
 # FLOP/s, dense: NVIDIA's data sheet of the A100 80GB; the A800 has a slower NVLink and is otherwise the same
-PEAK = {torch.bfloat16: 312e12, torch.float32: 19.5e12}
+# TF32 is what cuDNN's convolutions run float32 in, unless told otherwise
+PEAK = {torch.bfloat16: 312e12, torch.float32: 19.5e12, "TF32": 156e12}
 # assumed; Megatron-LM reports 43 … 52 % of it (Narayanan et al. 2021, arXiv 2104.04473, table 1), with larger products
 UTILISATION = 0.40
 MEMORY, RESERVE = 80, 4  # GiB of an A800-80GB; of them for CUDA, NCCL and fragmentation, which are not counted
@@ -145,10 +146,11 @@ def words(count: dict[str, int]) -> str:
     return f"{count['flop'] / 1e12:,.4g} TFLOP, {100 * count['attention'] / count['flop']:.0f} % of them attention"
 
 
-def report(title: str, rows: dict[str, str], options: dict[str, dict], chosen: str, dtype=torch.bfloat16) -> None:
+def report(title: str, rows: dict[str, str], options: dict[str, dict], chosen: str, rate=torch.bfloat16) -> None:
     """Prints a stage's cost, on the first process.
 
-    options: words -> what `measure` found with them, and `run`, the FLOP of the whole run; chosen: the user's.
+    options: words -> what `measure` found with them, and `run`, the FLOP of the whole run; chosen: the user's; rate: a
+    key of PEAK.
     """
     if not GROUP.main:
         return
@@ -164,11 +166,11 @@ def report(title: str, rows: dict[str, str], options: dict[str, dict], chosen: s
     instead = f"take {taken}" if fits else "take shorter or smaller clips, no option splits the weights"
     said = f"{chosen} fits" if chosen in fits else f"{chosen} does not fit, {instead}"
     print(f"  {said} ({sums[chosen]:.1f} of {MEMORY} GiB; CUDA, NCCL and fragmentation take up to {RESERVE} more)")
-    hours = options[taken]["run"] / (UTILISATION * PEAK[dtype]) / 3600
+    hours = options[taken]["run"] / (UTILISATION * PEAK[rate]) / 3600
     each, wall = (f"{h:,.0f}" if h >= 10 else f"{h:.1f}" if h >= 0.1 else "< 0.1" for h in (hours, hours / GROUP.size))
-    rate = f"{100 * UTILISATION:g} % of {PEAK[dtype] / 1e12:g} TFLOP/s"
+    speed = f"{100 * UTILISATION:g} % of {PEAK[rate] / 1e12:g} TFLOP/s"
     with_ = f" with {taken}" if taken != chosen else ""
-    print(f"  prediction{with_}: {each} GPU-hours, {wall} hours on {GROUP.size} x A800-80GB at {rate}")
+    print(f"  prediction{with_}: {each} GPU-hours, {wall} hours on {GROUP.size} x A800-80GB at {speed}")
 
 
 def training(cfg, stage: str, loss: Callable) -> None:
@@ -229,8 +231,10 @@ def sampling(
     report(f"{stage} --preset {preset}", rows, options, f"{batch} at once")
 
 
-def encoding(stage: str, preset: str, clips: int, frames: int, height: int, width: int, tokens: int = 100) -> None:
-    """Prints the cost of Wan's VAE and UMT5, both in bfloat16, on clips of that many pictures and text tokens."""
+def encoding(
+    stage: str, preset: str, clips: int, frames: int, height: int, width: int, dtype: str, tokens: int = 100
+) -> None:
+    """Prints the cost of Wan's VAE, in dtype, and UMT5, in bfloat16, on clips of that many pictures and text tokens."""
     if preset == "tiny":
         return print(f"{stage} --preset tiny: a matrix product a patch and a look-up a word, seconds on a CPU")
 
@@ -238,8 +242,9 @@ def encoding(stage: str, preset: str, clips: int, frames: int, height: int, widt
         nets[0].encode(torch.empty(1, 3, frames, height, width))
         return nets[1](*torch.ones(2, 1, tokens, dtype=torch.int64))
 
-    one = measure(lambda: nn.ModuleList([vae.VAE(), text.UMT5()]).bfloat16(), call)
+    build = lambda: nn.ModuleList([vae.VAE().to(getattr(torch, dtype)), text.UMT5().bfloat16()])  # noqa: E731
+    one = measure(build, call)
     rows = {"a clip": f"{frames} x {height} x {width}, {tokens} text tokens: {one['flop'] / 1e12:.4g} TFLOP"}
     rows["the run"] = f"{clips:,} clips: {clips * one['flop'] / 1e18:.3g} EFLOP"
-    both = "VAE and text encoder"
-    report(f"{stage} --preset {preset}", rows, {both: {**one, "run": clips * one["flop"]}}, both)
+    both, rate = f"VAE in {dtype}, text encoder", torch.bfloat16 if dtype == "bfloat16" else "TF32"
+    report(f"{stage} --preset {preset}", rows, {both: one | {"run": clips * one["flop"]}}, both, rate)

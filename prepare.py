@@ -40,6 +40,7 @@ import numpy as np
 import torch
 
 import common
+import cost
 import data
 import text
 import vae
@@ -80,6 +81,7 @@ class Config:
     dtype: str = "float32"  # of the VAE: float32 or bfloat16
     shard_size: int | None = None  # videos a shard
     workers: int = 2  # decoding processes, for each process
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,7 +385,7 @@ def check(cfg) -> None:
     }.items():  # fmt: skip
         if getattr(cfg, name) not in values:
             raise UserError(f"--{name}: expected {' or '.join(values)}, got {getattr(cfg, name)!r}")
-    if cfg.preset != "tiny" and not (cfg.base or (cfg.vae and cfg.text)):
+    if cfg.preset != "tiny" and not (cfg.base or (cfg.vae and cfg.text)) and not cfg.dry_run:
         raise UserError(f"--preset {cfg.preset} needs --base, the folder of Wan2.1's VAE and text encoder")
 
 
@@ -391,6 +393,9 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is decoded
     cfg = common.resolve(cfg, PRESETS)
     check(cfg)
+    if cfg.dry_run:
+        clips = cfg.clips * len(read_items(cfg)[0]) if Path(cfg.videos).is_dir() else cost.CLIPS
+        return cost.encoding("prepare", cfg.preset, clips, cfg.frames, cfg.height, cfg.width, cfg.dtype)
     group = common.start_group()
     items, rejects = read_items(cfg)
     facts = [(item.id, item.caption, item.motion, item.path.stat().st_size) for item in items]

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import cost
 import data
 import flow
 import model
@@ -75,6 +76,7 @@ class Config:
     negative: str | None = None  # prompt of the unconditional branch; 1.3b, 14b: Wan's own
     dtype: str = "float32"  # of the VAE: float32 or bfloat16
     seed: int = 0  # of the noise
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 def read_prompts(cfg) -> list[str]:
@@ -109,6 +111,15 @@ def check(cfg) -> None:
     }.items():  # fmt: skip
         if getattr(cfg, name) not in values:
             raise UserError(f"--{name}: expected one of {', '.join(values)}, got {getattr(cfg, name)!r}")
+
+
+def dry_run(cfg) -> None:
+    """Prints what the prompts' samples will cost."""
+    side, samples = vae.PATCH if cfg.preset == "tiny" else vae.VAE.side, cfg.samples * len(read_prompts(cfg))
+    shape = (cost.SHAPES[cfg.preset][0], (cfg.frames - 1) // 4 + 1, cfg.height // side, cfg.width // side)
+    cost.sampling(
+        "sample", cfg.preset, shape, samples, cfg.nfe, cfg.guidance, given=bool(cfg.continuation), pictures=True
+    )
 
 
 def load_codec(cfg, device):
@@ -182,6 +193,8 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS)
     check(cfg)
+    if cfg.dry_run:
+        return dry_run(cfg)
     group = common.start_group()
     if cfg.decode:
         return decode_shards(cfg, group)
