@@ -85,6 +85,12 @@ def test_several_clips(decoder, name, tmp_path):
         assert index == sorted(set(index)) and index[-1] > 80
 
 
+@pytest.mark.parametrize("codec", ["H.264", "HEVC", "VP9"])
+def test_a_packet_is_cut_out(decoder, codec, tmp_path):
+    """No gap in the times shows it: these decoders miss it themselves."""
+    assert isinstance(read(decoder, hostile.make(f"a packet cut out, {codec}", tmp_path), 49), str)
+
+
 def test_exact(decoder, tmp_path):
     """A video of more frames than asked for is refused where the number is to be exact."""
     for name, good in (("49 frames", True), (HEALTHY, False)):
