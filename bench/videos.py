@@ -264,6 +264,7 @@ took {slowest:.1f} s. **Frames that were accepted and wrong: {wrong}.** Plain de
 UNSEEN = """## What is not seen
 
 Not among the classes above: a packet is cut out of a stream and the times after it are moved up, so that no gap tells.
+So it may be with streams that were joined where no key frame is, and with a packet that is there twice.
 """
 DAMAGE = """## Random damage
 
