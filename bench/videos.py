@@ -286,8 +286,8 @@ SPINS = """## Decoders that hang
 SPEED = """## Speed
 
 A clip as prepare.py takes it, {frames} pictures of {h}x{w} at 16 a second, against plain decord on the run of
-frames that has to be decoded for it, at the size that covers the picture. One worker each, {rounds} rounds by turns: the
-fastest round of each, and the median (and range) of the rounds' own ratios. Plain decord's time is its loop's own;
+frames that has to be decoded for it, at the size that covers the picture. One worker each, {rounds} rounds by turns:
+the fastest round of each, and the median (and range) of the rounds' own ratios. Plain decord's time is its loop's own;
 video.Decoder's ends when the checked pictures are in the parent.
 """
 
