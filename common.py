@@ -8,6 +8,7 @@ taken for whole.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import hashlib
 import inspect
@@ -211,7 +212,8 @@ def start_group() -> Group:
     if cuda:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # the first process reads and hashes whole folders while the others wait; torchrun ends them all if one fails
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         implementation(device)
     except (RuntimeError, ValueError) as error:
