@@ -78,7 +78,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 50  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
-    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
     self_test: bool = False  # check the method's invariants on a small random model, and stop
 
 

@@ -74,6 +74,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. UserError if there is none, or it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text)
@@ -322,7 +330,8 @@ def _identity(folder: Path) -> str:
         return fingerprint(folder / MANIFEST)["sha256"]
     if not folder.is_dir():
         raise UserError(f"{folder}: expected a folder or a file, got neither")
-    return hashlib.sha256(repr(sorted((p.name, p.stat().st_size) for p in folder.iterdir())).encode()).hexdigest()
+    files = sorted((str(p.relative_to(folder)), p.stat().st_size) for p in folder.rglob("*") if p.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 NO_EFFECT = (

@@ -60,7 +60,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 250  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise, times and n_cond
-    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 def draw_cond_mask(keys: list[tuple], frames: int) -> torch.Tensor:

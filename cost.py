@@ -134,12 +134,12 @@ def measure_dit(preset: str, shape: tuple[int, ...], batch: int, call: Callable,
     return {key: two[key] + (config.num_layers - 2) * (three[key] - two[key]) for key in two}
 
 
-def latents(preset: str, folder: str, made_by: str, split: str | None, field: str = "x0"):
+def latents(preset: str, folder: str, made_by: str, split: str | None):
     """Shape of a latent and number of samples in a folder of shards; where there is none, SHAPES and None."""
     if not os.path.isdir(folder):
         return SHAPES[preset], None
     shards = data.Shards(folder, made_by, split, verify=False)
-    return shards.shape(field), len(shards)
+    return shards.shape("x0" if "x0" in shards.fields() else "chosen"), len(shards)
 
 
 def words(count: dict[str, int]) -> str:
@@ -178,7 +178,7 @@ def training(cfg, stage: str, loss: Callable) -> None:
     per_process, forwards = common.local_batch(cfg, GROUP)
     lora, unit = cfg.rank or stage != "sft", "pair" if stage == "asymdpo" else "clip"
     dtype = torch.bfloat16 if lora else torch.float32
-    source = (cfg.data, "prepare.py", cfg.split) if unit == "clip" else (cfg.pairs, "make_pairs.py", None, "chosen")
+    source = (cfg.data, "prepare.py", cfg.split) if unit == "clip" else (cfg.pairs, "make_pairs.py", None)
     shape, found = latents(cfg.preset, *source)
 
     def build(net: model.DiT, option: str) -> model.DiT:
@@ -210,25 +210,48 @@ def training(cfg, stage: str, loss: Callable) -> None:
 
 def sampling(
     stage: str, preset: str, shape: tuple[int, ...], samples: float, nfe: int, guidance: float = 1.0, batch: int = 1,
-    given: bool = False, pictures: bool = False,
+    given: bool = False, decoder: str = "",
 ) -> None:  # fmt: skip
-    """Prints the cost of `samples` samples, `batch` at once. given: with given frames; pictures: decoded, too."""
+    """Prints the cost of `samples` samples, `batch` at once.
+
+    given: with given frames; decoder: the dtype of Wan's VAE beside the network, which shows them.
+    """
 
     def call(net, x0, text, noise, t):
         return net(x0, t, text, torch.empty(len(x0), shape[1], dtype=torch.bool) if given else None)
 
     options, forwards = {}, nfe * (1 if guidance == 1 else 2)
-    rows, decoder = {"latents": f"{shape}"}, {"flop": 0}
-    if pictures and preset != "tiny":  # whose codec is a matrix product a patch
-        decoder = measure(lambda: vae.VAE().bfloat16(), lambda net: net.decode(torch.empty(1, *shape)))
-        rows["decoding"] = words(decoder)
+    rows, shown = {"latents": f"{shape}"}, {"flop": 0, "weights": 0, "activations": 0}
+    if decoder and preset != "tiny":  # whose codec is a matrix product a patch
+        shown, states = _decoder(shape, decoder), measure(lambda: text.UMT5().bfloat16(), _encode_text)
+        gib = (states["weights"] + states["activations"]) / 2**30
+        rows |= {"decoding": words(shown), "text": f"its encoder, {gib:.1f} GiB, is gone when the network comes"}
     for size in dict.fromkeys((batch, 1)):
         count = measure_dit(preset, shape, size, call)
-        run = samples * (forwards * count["flop"] / size + decoder["flop"])
-        options[f"{size} at once"] = {**count, "run": run}
+        run = samples * (forwards * count["flop"] / size + shown["flop"])
+        weights, most = count["weights"] + shown["weights"], max(count["activations"], shown["activations"])
+        options[f"{size} at once"] = {**count, "weights": weights, "activations": most, "run": run}
     rows["a forward"] = words(count)
     rows["the run"] = f"{samples:,.0f} samples of {forwards} forwards: {run / 1e18:.3g} EFLOP"
     report(f"{stage} --preset {preset}", rows, options, f"{batch} at once")
+
+
+def _encode_text(net: text.UMT5, tokens: int = 100) -> Tensor:
+    return net(*torch.ones(2, 1, tokens, dtype=torch.int64))
+
+
+def _decoder(shape: tuple[int, ...], dtype: str) -> dict[str, int]:
+    return measure(lambda: vae.VAE().to(getattr(torch, dtype)), lambda net: net.decode(torch.empty(1, *shape)))
+
+
+def decoding(stage: str, preset: str, shape: tuple[int, ...], clips: int, dtype: str) -> None:
+    """Prints the cost of showing stored latents by Wan's VAE in dtype."""
+    if preset == "tiny":
+        return print(f"{stage} --preset tiny: a matrix product a patch, seconds on a CPU")
+    one, rate = _decoder(shape, dtype), torch.bfloat16 if dtype == "bfloat16" else "TF32"
+    rows = {"a clip": words(one), "the run": f"{clips:,} clips: {clips * one['flop'] / 1e18:.3g} EFLOP"}
+    options = {f"VAE in {dtype}": one | {"run": clips * one["flop"]}}
+    report(f"{stage} --decode --preset {preset}", rows, options, f"VAE in {dtype}", rate)
 
 
 def encoding(
@@ -240,7 +263,7 @@ def encoding(
 
     def call(nets):
         nets[0].encode(torch.empty(1, 3, frames, height, width))
-        return nets[1](*torch.ones(2, 1, tokens, dtype=torch.int64))
+        return _encode_text(nets[1], tokens)
 
     build = lambda: nn.ModuleList([vae.VAE().to(getattr(torch, dtype)), text.UMT5().bfloat16()])  # noqa: E731
     one = measure(build, call)

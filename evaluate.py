@@ -53,7 +53,7 @@ class Config:
     nfe: int | None = None  # solver steps
     t_shift: float | None = None  # warp of the solver's times towards noise
     seed: int = 0  # of the noise and the bootstrap
-    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         shape, _ = cost.latents(cfg.preset, cfg.data, "prepare.py", cfg.split)
         samples = shape[1] * cfg.sweep_clips + 3 * cfg.clips
-        return cost.sampling("evaluate", cfg.preset, shape, samples, cfg.nfe, batch=64, given=True, pictures=True)
+        return cost.sampling("evaluate", cfg.preset, shape, samples, cfg.nfe, batch=64, given=True)
     group = common.Group(0, 1, torch.device("cpu"))
     inputs = {name: getattr(cfg, name) for name in ("data", "base", "sft", "continuation", "pairs", "asymdpo")}
     check_folders(cfg)

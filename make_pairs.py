@@ -60,7 +60,7 @@ class Config:
     guidance: float | None = None  # classifier-free guidance weight; 1: none
     shard_size: int | None = None  # pairs a shard, and sampled together
     seed: int = 0  # of N1, N2 and the noise
-    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 def windows(cfg, frames: int) -> tuple[int, int, int, int]:

@@ -17,7 +17,6 @@ Cost  one pass over the weights; in memory the LoRAs and one file of at most 5 G
 """
 
 import dataclasses
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -45,18 +44,6 @@ class Config:
     dtype: str = "float32"  # of what is written: float32 or bfloat16
 
 
-def lora_file(entry: str) -> Path:
-    """The file that an entry of --lora means. UserError for unfinished or damaged folders and continuation models."""
-    path = Path(entry)
-    if any((path / name).is_file() for name in ("run.json", common.MANIFEST)):  # made by this project
-        common.read_manifest(path, "sft.py or asymdpo.py")
-    if (path / "task_prompt.safetensors").is_file():
-        raise UserError(
-            f"{path}: expected a text-to-video LoRA, got a continuation model, which needs its task prompts"
-        )
-    return path / "lora.safetensors" if path.is_dir() else path
-
-
 def joined(net: model.DiT, loras: list[LoRA]) -> model.DiT:
     """net, on the meta device, with the LoRAs' sum as one LoRA: A (Σ rank, in), B (out, Σ rank).
 
@@ -79,7 +66,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {cfg.layout!r}")
     if cfg.dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
-    files = [lora_file(entry) for entry in cfg.lora.split(",") if entry.strip()]
+    files = [model.lora_file(entry) for entry in cfg.lora.split(",") if entry.strip()]
     if not files:
         raise UserError("--lora: expected folders or files, separated by commas, got none")
     run = common.Run(cfg, "merge", common.Group(0, 1, None), {"base": cfg.base} | {str(file): file for file in files})

@@ -543,6 +543,21 @@ def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, 
     common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
 
 
+def lora_file(entry: str | Path) -> Path:
+    """The file that a name on a command line means. UserError for unfinished or damaged folders, none, and Φ's."""
+    path = Path(entry)
+    if any((path / name).is_file() for name in ("run.json", common.MANIFEST)):  # made by this project
+        common.read_manifest(path, "sft.py or asymdpo.py")
+    if (path / "task_prompt.safetensors").is_file():
+        raise UserError(
+            f"{path}: expected a text-to-video LoRA, got a continuation model, which needs its task prompts"
+        )
+    file = path / "lora.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: expected a LoRA's file, or a folder with lora.safetensors, got no such file")
+    return file
+
+
 LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 

@@ -51,6 +51,7 @@ WAN = dict(frames=49, height=288, width=512, shard_size=32, negative=text.NEGATI
 PRESETS = {"tiny": dict(frames=49, height=64, width=64, shard_size=250, negative=""), "1.3b": WAN, "14b": WAN}
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
+MISSING = "no such file"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,25 +98,21 @@ class Item:
 # ---- videos and captions ---------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    """The text of a file. UserError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
-
-
 def read_table(path: Path) -> list[dict]:
     """The rows of a csv or jsonl file. UserError if it is none."""
     if path.suffix == ".csv":
         try:
             with open(path, newline="", encoding="utf-8-sig") as f:
+                table = csv.DictReader(f)
+                if not {"video", "caption"} <= set(table.fieldnames or ()):
+                    got = ", ".join(table.fieldnames or ()) or "none"
+                    raise UserError(f"{path}: expected the columns video,caption, got {got}")
                 wanted = ("video", "caption", "motion score")  # of a million rows, only what is used
-                return [{k: row[k] for k in row if k in wanted} for row in csv.DictReader(f)]
+                return [{k: row[k] for k in row if k in wanted} for row in table]
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}: expected a UTF-8 csv table, got: {error}") from None
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(common.read_text(path).splitlines(), 1):
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line) if line.strip() else None)
             continue
@@ -142,7 +139,10 @@ def read_rows(folder: Path, metadata: str) -> tuple[Path, list[dict]]:
         ):
             caption = path.with_suffix(".txt")
             rows.append(
-                {"video": str(path.relative_to(folder)), "caption": read_text(caption) if caption.is_file() else ""}
+                {
+                    "video": str(path.relative_to(folder)),
+                    "caption": common.read_text(caption) if caption.is_file() else "",
+                }
             )
     if not rows:
         raise UserError(
@@ -157,6 +157,7 @@ def read_rows(folder: Path, metadata: str) -> tuple[Path, list[dict]]:
 
 def locate(folder: Path):
     """A function from a name in the metadata to the video's path in `folder`, or to why there is none."""
+    root = folder.resolve()
 
     @functools.cache
     def everywhere() -> dict[str, list[Path]]:
@@ -166,56 +167,69 @@ def locate(folder: Path):
                 found.setdefault(name, []).append(Path(root) / name)
         return found
 
-    def find(name: str) -> Path | str:
-        if not name or "\0" in name:
+    def find(name) -> Path | str:
+        if not isinstance(name, str) or not name or "\0" in name:
             return "it names no video"
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return "its path leaves the folder"
-        if path.is_file():
-            return path
-        for flat in (Path(name).name, name.replace("/", "_")):  # unpacked part by part, or into names without folders
-            if len(paths := everywhere().get(flat, [])) > 1:
-                return f"there are {len(paths)} videos of that name"
-            if paths and paths[0].resolve().is_relative_to(folder.resolve()):
-                return paths[0]
-        return "no such file"
+        try:
+            name.encode()
+            path = (folder / name).resolve()
+            if not path.is_relative_to(root):
+                return "its path leaves the folder"
+            if path.is_file():
+                return folder / path.relative_to(root) if Path(name).is_absolute() else folder / name
+            for flat in (Path(name).name, name.replace("/", "_")):  # unpacked part by part, or to names without folders
+                if len(paths := everywhere().get(flat, [])) > 1:
+                    return f"there are {len(paths)} videos of that name"
+                if paths and paths[0].resolve().is_relative_to(root):
+                    return paths[0]
+        except (OSError, UnicodeEncodeError) as error:
+            return f"its name is none of a file: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
+        return MISSING
 
     return find
 
 
-def read_items(cfg) -> tuple[list[Item], list[dict]]:
+def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     """The usable rows in file order, and the rejected ones.
 
     UserError at the first bad row unless cfg.bad_rows is reject. Rows of --metadata without a video are only counted:
-    who has a part of a dataset has its whole table.
+    who has a part of a dataset has its whole table. talk: say so.
     """
     folder = Path(cfg.videos)
     table, rows = read_rows(folder, cfg.metadata)
     find, items, rejects, seen, gone = locate(folder), [], [], set(), 0
     for number, row in enumerate(rows, 1):
-        path = find(row["video"] if isinstance(row["video"], str) else "")
-        missing = path == "no such file"
-        reason = path if isinstance(path, str) and not missing else None
-        if not reason and (row["video"] if missing else path) in seen:
-            reason = "the video is listed twice"
+        path, missing = find(row["video"]), False
+        if path == MISSING:
+            path, missing = folder / row["video"], True
+            if cfg.metadata:
+                gone += 1
+                continue
+        reason, clip = (path, "") if isinstance(path, str) else (None, clip_id(folder, path, row["video"]))
+        if not reason and {clip, path.resolve()} & seen:
+            reason = "the video is listed twice, or its name differs from another's in the ending alone"
         if not reason and not (isinstance(row["caption"], str) and text.WordVectors.words(row["caption"])):
             reason = "its caption is empty"
         if reason and cfg.bad_rows != "reject":
             where = f"{table} row {number} ({row['video']!r})"
             raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad_rows reject")
-        seen.add(row["video"] if missing else path)
-        gone += missing
-        if reason or (missing and not cfg.metadata):
-            rejects.append({"video": row["video"], "reason": reason or path})
-        elif not missing:
-            clip = str(Path(row["video"]).with_suffix(""))
-            items.append(Item(clip, path, row["caption"].strip(), str(row.get("motion score") or "")))
-    if gone and cfg.metadata:
+        seen |= set() if reason else {clip, path.resolve()}
+        if reason or missing:
+            name = str(row["video"]).encode(errors="backslashreplace").decode()  # it may be none that can be written
+            rejects.append({"video": name, "reason": reason or MISSING})
+        else:
+            score = row.get("motion score")
+            items.append(Item(clip, path, row["caption"].strip(), "" if score is None else str(score)))
+    if gone and talk:
         print(f"prepare: {gone} of {len(rows)} rows of {table} have no video in {folder}, they are left out")
     if not items:
         raise UserError(f"{table}: expected rows whose videos are in {folder}, found none of {len(rows)}")
     return items, rejects
+
+
+def clip_id(folder: Path, path: Path, name: str) -> str:
+    """A video's id, its name in the metadata without the ending: wherever it lies, it stays in its split."""
+    return str((path.relative_to(folder) if Path(name).is_absolute() else Path(name)).with_suffix(""))
 
 
 def split_of(clip: str, train: float, align: float) -> str:
@@ -240,12 +254,13 @@ class Readers:
         return self
 
     def __exit__(self, *error) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for decoder in self._decoders:
-            decoder.close()
+        for wait in (False, True):  # what is being read ends by its decoder; then one that was just being started
+            self._pool.shutdown(wait, cancel_futures=True)
+            for decoder in self._decoders:
+                decoder.close()
 
     def each(self, function, rows: list):
-        """function(decoder, row) of every row, in order."""
+        """function(decoder, row) of every row, in order; no more than twice as many as there are decoders wait."""
 
         def call(row):
             decoder = self._free.get()
@@ -254,7 +269,13 @@ class Readers:
             finally:
                 self._free.put(decoder)
 
-        return self._pool.map(call, rows)
+        waiting = collections.deque()
+        for row in rows:
+            waiting.append(self._pool.submit(call, row))
+            if len(waiting) > 2 * len(self._decoders):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def read_clips(cfg, decoder: video.Decoder, path: Path) -> list[video.Clip | video.BadVideo]:
@@ -336,8 +357,9 @@ def shown(cfg, decoder: video.Decoder, row: dict) -> tuple[np.ndarray | None, st
     folder, name = Path(cfg.videos), str(row["video"]).replace("\0", "")
     path = folder / name
     if "reason" in row:
-        if path.resolve().is_relative_to(folder.resolve()):  # it may be rejected because it is not
-            with contextlib.suppress(video.BadVideo, OSError):
+        with contextlib.suppress(video.BadVideo, OSError, UnicodeEncodeError):
+            inside = path.resolve().is_relative_to(folder.resolve())  # it may be rejected because it is not
+            if inside and not row["reason"].startswith(video.FATAL):
                 return decoder.read(path, 1, (cfg.height, cfg.width))[0].frames, f"{name}: {row['reason']}"
         return None, f"{name}: {row['reason']}"
     for clip in read_clips(cfg, decoder, path):
@@ -367,17 +389,12 @@ def print_reasons(rejects: Path) -> None:
 
 def check(cfg) -> None:
     """UserError for options that make no sense."""
-    if cfg.frames % 4 != 1 or cfg.frames < 5:
-        near = max(5, cfg.frames // 4 * 4 + 1)
-        raise UserError(f"--frames: expected 4k+1 (a latent frame holds 4), at least 5, got {cfg.frames}; try {near}")
-    side = vae.PATCH if cfg.preset == "tiny" else 16  # px: the VAE's 8, two by two in a patch of the transformer
-    if cfg.height % side or cfg.width % side or cfg.height < side or cfg.width < side:
-        raise UserError(f"--height, --width: expected multiples of {side}, got {cfg.height} x {cfg.width}")
+    vae.check_size(cfg.preset, cfg.frames, cfg.height, cfg.width)
     if cfg.train < 0 or cfg.align < 0 or cfg.train + cfg.align > 1:
         raise UserError(f"--train, --align: expected shares that add up to at most 1, got {cfg.train} and {cfg.align}")
-    if cfg.fps < 0 or cfg.clips < 1 or cfg.workers < 1 or not cfg.deadline > 0:
+    if not 0 <= cfg.fps < 1000 or cfg.clips < 1 or cfg.workers < 1 or not 0 < cfg.deadline < 1e6:
         raise UserError(
-            "expected --fps of at least 0, --clips and --workers of at least 1 and --deadline above 0, "
+            "expected --fps from 0 to 1000, --clips and --workers of at least 1 and --deadline from 0 to 1e6, "
             f"got {cfg.fps}, {cfg.clips}, {cfg.workers} and {cfg.deadline}"
         )
     for name, values in {
@@ -397,9 +414,10 @@ def main(cfg: Config) -> None:
         clips = cfg.clips * len(read_items(cfg)[0]) if Path(cfg.videos).is_dir() else cost.CLIPS
         return cost.encoding("prepare", cfg.preset, clips, cfg.frames, cfg.height, cfg.width, cfg.dtype)
     group = common.start_group()
-    items, rejects = read_items(cfg)
+    items, rejects = read_items(cfg, group.main)
     facts = [(item.id, item.caption, item.motion, item.path.stat().st_size) for item in items]
-    run = common.Run(cfg, "prepare", group, items=hashlib.sha256(repr(facts).encode()).hexdigest())
+    inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text")}
+    run = common.Run(cfg, "prepare", group, inputs, items=hashlib.sha256(repr(facts).encode()).hexdigest())
     if run.done:
         return
     run.claim()

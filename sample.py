@@ -11,7 +11,8 @@ sides of make_pairs.py's pairs.
 
 In    a model folder; folders with a lora.safetensors to fuse into it, in order; the codec: Wan's from --base, the tiny
       preset's from beside the shards
-Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl; or <out>/<id>.mp4, <id>-chosen.mp4, …
+Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl; or <out>/<number>-<name>.mp4, with
+      -chosen and -rejected
 Cost  nfe forwards a sample, twice that with guidance
 """
 
@@ -83,7 +84,7 @@ def read_prompts(cfg) -> list[str]:
     """The prompts asked for. UserError if there are none, or one is empty."""
     if cfg.prompts and not Path(cfg.prompts).is_file():
         raise UserError(f"--prompts: expected a text file, got {cfg.prompts}: no such file")
-    prompts = Path(cfg.prompts).read_text().splitlines() if cfg.prompts else [cfg.prompt]
+    prompts = common.read_text(Path(cfg.prompts)).splitlines() if cfg.prompts else [cfg.prompt]
     if not prompts or not all(p.strip() for p in prompts):
         raise UserError("expected --prompt or --prompts with a prompt on each line, got an empty one")
     return prompts
@@ -91,21 +92,20 @@ def read_prompts(cfg) -> list[str]:
 
 def check(cfg) -> None:
     """UserError for options that make no sense."""
+    vae.check_size(cfg.preset, cfg.frames, cfg.height, cfg.width)
     if cfg.video and not cfg.continuation:
         raise UserError("--video needs --continuation: the model that goes on from given frames")
-    if cfg.samples < 1 or cfg.clips < 0:
-        raise UserError(f"--samples, --clips: expected at least 1 and at least 0, got {cfg.samples} and {cfg.clips}")
-    side = vae.PATCH if cfg.preset == "tiny" else 16  # px: the VAE's 8, two by two in a patch of the transformer
-    if (
-        cfg.frames % 4 != 1
-        or cfg.frames < 5
-        or min(cfg.height, cfg.width) < side
-        or cfg.height % side
-        or cfg.width % side
-    ):
+    if cfg.continuation and cfg.lora:
         raise UserError(
-            f"expected 4k+1 frames and sides that {side} divides, got {cfg.frames} of {cfg.height} x {cfg.width}"
+            "--lora: expected none with --continuation, whose LoRA is its own; merge.py fuses one into a base"
         )
+    frames = (cfg.frames - 1) // 4 + 1
+    if cfg.continuation and not (Path(cfg.video).is_file() and 1 <= cfg.n_cond < frames):
+        expected = f"--continuation needs --video, a file, and --n_cond from 1 to {frames - 1}"
+        raise UserError(f"{expected}; got {cfg.video!r} and {cfg.n_cond}")
+    if cfg.samples < 1 or cfg.clips < 0 or not 0 <= cfg.fps < 1000:
+        got = f"{cfg.samples}, {cfg.clips} and {cfg.fps}"
+        raise UserError(f"expected --samples of at least 1, --clips of at least 0 and --fps from 0 to 1000, got {got}")
     for name, values in {
         "solver": tuple(flow.SOLVERS), "grid": ("even", "wan", "diffusers"), "dtype": ("float32", "bfloat16")
     }.items():  # fmt: skip
@@ -114,20 +114,23 @@ def check(cfg) -> None:
 
 
 def dry_run(cfg) -> None:
-    """Prints what the prompts' samples will cost."""
+    """Prints what the samples, or the clips to decode, will cost."""
+    if cfg.decode:
+        shape, found = cost.latents(cfg.preset, cfg.decode, "prepare.py or make_pairs.py", None)
+        return cost.decoding("sample", cfg.preset, shape, min(cfg.clips or cost.CLIPS, found or cost.CLIPS), cfg.dtype)
     side, samples = vae.PATCH if cfg.preset == "tiny" else vae.VAE.side, cfg.samples * len(read_prompts(cfg))
     shape = (cost.SHAPES[cfg.preset][0], (cfg.frames - 1) // 4 + 1, cfg.height // side, cfg.width // side)
-    cost.sampling(
-        "sample", cfg.preset, shape, samples, cfg.nfe, cfg.guidance, given=bool(cfg.continuation), pictures=True
-    )
+    given = bool(cfg.continuation)
+    cost.sampling("sample", cfg.preset, shape, samples, cfg.nfe, cfg.guidance, given=given, decoder=cfg.dtype)
 
 
 def load_codec(cfg, device):
     """The codec between latents and pictures, and the device it runs on."""
     if cfg.preset != "tiny":
         return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
-    common.read_manifest(cfg.data, "prepare.py", verify=False)
-    return vae.load(cfg.data), torch.device("cpu")
+    folder = cfg.decode if (Path(cfg.decode) / "codec.safetensors").is_file() and cfg.decode else cfg.data
+    common.read_manifest(folder, "prepare.py", verify=False)
+    return vae.load(folder), torch.device("cpu")
 
 
 def encode_text(cfg, prompts: list[str], device) -> tuple[list[torch.Tensor], torch.Tensor | None]:
@@ -138,12 +141,7 @@ def encode_text(cfg, prompts: list[str], device) -> tuple[list[torch.Tensor], to
 
 def given_frames(cfg, codec, device) -> torch.Tensor:
     """Latents (C, F, H, W) of --video, of which the first n_cond frames will be given."""
-    frames = (cfg.frames - 1) // 4 + 1
-    if not cfg.video or not 1 <= cfg.n_cond < frames:
-        raise UserError(
-            f"--continuation needs --video, and --n_cond from 1 to {frames - 1}; got {cfg.video!r} and {cfg.n_cond}"
-        )
-    needed = 1 + 4 * (cfg.n_cond - 1)
+    frames, needed = (cfg.frames - 1) // 4 + 1, 1 + 4 * (cfg.n_cond - 1)
     try:
         clip = video.read_clip(cfg.video, needed, (cfg.height, cfg.width), cfg.fps or None)
     except video.BadVideo as error:
@@ -152,18 +150,18 @@ def given_frames(cfg, codec, device) -> torch.Tensor:
     return torch.nn.functional.pad(coded, (0, 0, 0, 0, 0, frames - cfg.n_cond))
 
 
+def lora_files(cfg) -> list[Path]:
+    return [model.lora_file(entry) for entry in cfg.lora.split(",") if entry.strip()]
+
+
 def load(cfg, device) -> model.DiT:
     """The network with every adapter fused in."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if cfg.continuation:
-        common.read_manifest(cfg.continuation, "continuation.py")
         return model.load_continuation(cfg.base, cfg.continuation, dtype, device)
     net = model.load_model(cfg.base, dtype, device)
-    for lora in map(Path, filter(None, cfg.lora.split(","))):
-        if not lora.is_file():
-            common.read_manifest(lora, "sft.py or asymdpo.py")
-            lora = lora / "lora.safetensors"
-        model.merge_lora(model.load_lora(net, lora))
+    for file in lora_files(cfg):
+        model.merge_lora(model.load_lora(net, file))
     return net
 
 
@@ -180,7 +178,7 @@ def decode_shards(cfg, group: common.Group) -> None:
     group.announce("sample")
     for i in tqdm(some[group.rank :: group.size], desc="sample", unit="clip", disable=not group.main):
         for field in fields:
-            name = shards.rows[i]["id"].replace("/", "_") + ("" if field == "x0" else f"-{field}")
+            name = f"{i:05d}-{Path(shards.rows[i]['id']).name}" + ("" if field == "x0" else f"-{field}")
             pixels = codec.decode(shards.get(field, [i]).float().to(device))[0]
             video.write_mp4(Path(cfg.out) / f"{name}.mp4", video.to_frames(pixels))
     group.barrier()
@@ -199,6 +197,9 @@ def main(cfg: Config) -> None:
     if cfg.decode:
         return decode_shards(cfg, group)
     prompts = read_prompts(cfg)
+    lora_files(cfg)
+    if cfg.continuation:
+        common.read_manifest(cfg.continuation, "continuation.py", verify=group.main)
 
     # ---- text first: its encoder is gone when the network comes
     states, negative = encode_text(cfg, prompts, group.device)

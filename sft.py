@@ -57,7 +57,7 @@ class Config:
     checkpointing: bool = False  # recompute activations in the backward: less memory, more time
     save_every: int = 250  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
-    dry_run: bool = False  # print what it will cost, from the preset's sizes, and stop: nothing is loaded or written
+    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 def flow_loss(net, x0, text, noise, t):

@@ -25,6 +25,18 @@ GROUP = 4  # pixel frames in a latent frame, after the first
 PATCH = 32  # px, side of LinearVAE's patches
 
 
+def check_size(preset: str, frames: int, height: int, width: int) -> None:
+    """UserError for clips that the preset's codec and transformer cannot take."""
+    if frames % GROUP != 1 or frames < 5:
+        near = max(5, frames // GROUP * GROUP + 1)
+        raise common.UserError(
+            f"--frames: expected 4k+1 (a latent frame holds 4), at least 5, got {frames}; try {near}"
+        )
+    side = PATCH if preset == "tiny" else 16  # px: Wan's 8, two by two in a patch of the transformer
+    if height % side or width % side or min(height, width) < side:
+        raise common.UserError(f"--height, --width: expected multiples of {side}, got {height} x {width}")
+
+
 class LinearVAE:
     """A linear codec: each patch of one colour channel, alone (first frame) or over 4 frames, by its first
     principal components.

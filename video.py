@@ -11,12 +11,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import common
 
+FATAL = ("took longer", "its decoder died")  # how the reasons begin of what one does not want to read again
 STARTUP = 120  # s that the decoding process may take to start
 
 
@@ -81,48 +83,61 @@ class Decoder:
     def _ask(self, request: str) -> tuple[dict, list[np.ndarray]]:
         """Sends a request, reads the answer. BadVideo if the process dies of it, or is killed for its deadline."""
         if self._process is None or self._process.poll() is not None:
-            self.close()
             self._start()
         process, late = self._process, threading.Event()
-        timer = threading.Timer(self.deadline, lambda: (late.set(), process.kill()))
-        timer.start()
         try:
-            process.stdin.write(request.encode() + b"\n")
-            process.stdin.flush()
-            answer = json.loads(process.stdout.readline())
-            good = [facts["shape"] for facts in answer.get("clips", []) if "error" not in facts]
-            arrays = [_read_array(process.stdout, shape) for shape in good]
-        except (OSError, ValueError):  # no line, or less than all: it is gone
+            with _timer(self.deadline, lambda: (late.set(), process.kill())):
+                process.stdin.write(request.encode() + b"\n")
+                process.stdin.flush()
+                answer = json.loads(process.stdout.readline())
+                good = [facts["shape"] for facts in answer.get("clips", []) if "error" not in facts]
+                arrays = [_read_array(process.stdout, shape) for shape in good]
+        except (OSError, ValueError):  # no line, or less than all: it is gone, or about to be
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
             self.close()
-            reason = f"took longer than {self.deadline:g} s" if late.is_set() else "its decoder died"
+            reason = f"{FATAL[0]} than {self.deadline:g} s" if late.is_set() else FATAL[1]
             raise BadVideo(f"{reason} (exit {process.returncode})") from None
-        finally:
-            timer.cancel()
+        if late.is_set():  # it was killed just after it had answered
+            self.close()
         return answer, arrays
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(self.program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.close()
+        # a session of its own: Ctrl-C is for this process alone, the other one ends when its input does
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = self._process = subprocess.Popen(self.program, **pipes, start_new_session=True)
         with contextlib.suppress(ImportError, AttributeError, OSError):  # on Linux; fewer turns for a clip of megabytes
             import fcntl
 
-            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
-        timer = threading.Timer(STARTUP, self._process.kill)
-        timer.start()
-        ready = self._process.stdout.readline()
-        timer.cancel()
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
+        with _timer(STARTUP, process.kill):
+            ready = process.stdout.readline()
         if ready != b"ready\n":
             self.close()
-            raise RuntimeError(f"{self.program[-1]} did not start")
+            raise common.UserError(f"{self.program[-1]} did not start: check that av and numpy can be imported")
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):  # of a request that it has not read
+        process, self._process = self._process, None  # first: two threads may close
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was not sent is not missed
                     pipe.close()
-            self._process = None
+
+
+@contextlib.contextmanager
+def _timer(seconds: float, function: Callable) -> Iterator[None]:
+    """Within it, function is called once `seconds` are over."""
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _read_array(file, shape: list[int]) -> np.ndarray:
@@ -167,7 +182,10 @@ def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, s
         ax.axis("off")
         if place < len(cells):
             pictures, words = cells[place]
-            ax.imshow(np.full((9, 16, 3), 200, np.uint8) if pictures is None else np.concatenate(pictures, axis=1))
+            if pictures is None:
+                pictures = np.full((1, 9, 16, 3), 200, np.uint8)
+            gap = [(0, 0), (0, 0), (0, pictures.shape[2] // 32), (0, 0)]
+            ax.imshow(np.concatenate(np.pad(pictures, gap, constant_values=255), axis=1))
             ax.set_title("\n".join(textwrap.wrap(words, 80)[:2]), fontsize=8, parse_math=False)
     with common.whole_file(path) as temporary:
         figure.savefig(temporary, format="png")

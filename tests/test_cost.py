@@ -91,7 +91,7 @@ def test_published_sizes():
 
 COMMANDS = {  # options -> words of its table
     "prepare": ("--preset 1.3b --videos nowhere", "100 text tokens: 37.43 TFLOP"),
-    "sample": ("--preset 14b --prompt ball --samples 4", "4 samples of 100 forwards"),
+    "sample": ("--preset 14b --prompt ball --samples 4", "1 at once fits (29.4 of 80 GiB"),  # as README's table
     "sft": ("--preset 1.3b --base nowhere", "94.37 M of them trained"),
     "continuation": ("--preset 14b --base nowhere", "does not fit, take --micro_batch 2 --checkpointing"),
     "make_pairs": ("--preset 1.3b", "33,333 samples of 100 forwards"),  # of 20,000 winners a third is the clip whole

@@ -3,7 +3,9 @@
 import csv
 import itertools
 import json
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import av
@@ -261,6 +263,35 @@ def test_several_clips_of_a_video(folder):
             assert found.index == [3 * (start + i) // 2 for i in range(49)]
             clock = found.frames[:, 4:12, 4:12].mean(axis=(1, 2, 3)) * 299 / 255
             assert np.abs(clock - found.index).max() < 4
+
+
+def test_names_that_are_no_files(chain, folder):
+    """Too long, not UTF-8, two that differ in their ending, an absolute one inside the folder: named, or read."""
+    first, second, third = (folder / f"ball-{i:05d}.mp4" for i in range(3))
+    (folder / "ball-00000.mkv").write_bytes(first.read_bytes())
+    names = [first.name, "ball-00000.mkv", "x" * 300 + ".mp4", "\udce9.mp4", str(second.resolve()), third.name]
+    lines = [json.dumps({"video": name, "caption": "a ball", "motion score": 0.0}) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    shards = run(folder, bad_rows="reject", motion="column")
+    assert [(row["id"], row["motion"]) for row in shards.rows] == [(f"ball-{i:05d}", 0.0) for i in range(3)]
+    found = rejects(folder)
+    assert "in the ending alone" in found["ball-00000.mkv"] and len(found) == 3
+    assert all("its name is none of a file" in found[name] for name in (names[2], r"\udce9.mp4"))
+
+
+def test_interrupted_readers_leave_nothing(chain, monkeypatch):
+    """Ctrl-C while several decoders work, some just starting: no process and no thread is left, and it is quick."""
+    paths, started, real = sorted((chain / "clips").glob("*.mp4")), [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(real(*args, **more)) or started[-1])
+    before = threading.active_count()
+    for wanted in (1, 30):
+        with pytest.raises(KeyboardInterrupt), prepare.Readers(4, 60.0) as readers:
+            found = readers.each(lambda decoder, path: decoder.read(path, 49), paths)
+            for _ in range(wanted):
+                next(found)
+            raise KeyboardInterrupt
+        assert started and all(process.poll() is not None for process in started)
+        assert threading.active_count() <= before
 
 
 def test_a_changed_input_is_not_resumed(chain, folder):

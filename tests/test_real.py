@@ -57,17 +57,16 @@ def test_stored_clips_come_back_as_mp4(wan):
     sample.main(
         sample.Config("1.3b", base=str(wan / "Wan2.1"), decode=str(wan / "shards"), clips=3, out=str(wan / "look"))
     )
-    names = sorted(path.name for path in (wan / "look").iterdir())
-    assert len(names) == 3
     shards = data.Shards(wan / "shards", "prepare.py")
+    some = [0, round((len(shards) - 1) / 2), len(shards) - 1]
+    names = {f"{i:05d}-{shards.rows[i]['id']}.mp4": i for i in some}
+    assert {path.name for path in (wan / "look").iterdir()} == names.keys() and len(names) == 3
     codec = vae.load_vae(wan / "Wan2.1")
-    for i, row in enumerate(shards.rows):
-        if f"{row['id']}.mp4" in names:
-            made = video.read_clip(wan / "look" / f"{row['id']}.mp4", 9, fps=16, exact=True)
-            expected = video.to_frames(codec.decode(shards.get("x0", [i]))[0])
-            # random weights make coloured noise, which H.264 drops: its light and dark stay
-            grey = np.corrcoef(made.mean(axis=3).ravel(), expected.mean(axis=3).ravel())[0, 1]
-            assert grey > 0.9
+    for name, i in names.items():
+        made = video.read_clip(wan / "look" / name, 9, fps=16, exact=True)
+        expected = video.to_frames(codec.decode(shards.get("x0", [i]))[0])
+        # random weights make coloured noise, which H.264 drops: its light and dark stay
+        assert np.corrcoef(made.mean(axis=3).ravel(), expected.mean(axis=3).ravel())[0, 1] > 0.9
 
 
 def test_every_stage_to_an_aligned_lora(wan):
@@ -117,7 +116,7 @@ def test_a_link_out_of_the_folder_is_not_followed(wan):
         (dict(base=""), "--preset 1.3b needs --base"),
         (dict(height=40), "expected multiples of 16, got 40"),
         (dict(dtype="float16"), "--dtype: expected float32 or bfloat16"),
-        (dict(base="nowhere"), "nowhere: expected weights"),
+        (dict(base="nowhere"), "nowhere: expected a folder or a file"),
         (dict(clips=0), "--clips"),
     ],
 )

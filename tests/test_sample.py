@@ -49,10 +49,22 @@ def test_given_frames_are_shown_as_they_are(chain, tmp_path, n_cond):
         (dict(prompt="a", video="x.mp4"), "needs --continuation"),
         (dict(prompt="a", frames=48), "4k"),
         (dict(prompt="a", samples=0), "--samples"),
-        (dict(prompt="a", lora="nowhere"), "does not exist"),
+        (dict(prompt="a", lora="nowhere"), "no such file"),
+        (dict(prompt="a", lora="sft", continuation="continuation"), "--lora: expected none with --continuation"),
+        (dict(prompt="a", continuation="nowhere", video="nowhere.mp4"), "needs --video, a file"),
+        (dict(prompts=__file__.replace("test_sample.py", "golden/vae.safetensors")), "expected UTF-8 text"),
     ],
 )
 def test_mistakes_are_named(chain, tmp_path, more, words):
     with pytest.raises(UserError, match=words):
         sample.main(config(chain, tmp_path, **more))
     assert not any(tmp_path.iterdir())
+
+
+def test_stored_clips_are_decoded_by_their_own_codec(chain, tmp_path):
+    """--decode DIR: the codec that DIR was made with, whatever --data says; each clip in a file of its own."""
+    sample.main(sample.Config(decode=str(chain / "shards"), data="nowhere", clips=4, out=str(tmp_path)))
+    made = sorted(tmp_path.iterdir())
+    assert len(made) == 4
+    true = video.read_clip(sorted((chain / "clips").glob("*.mp4"))[0], 49)
+    assert np.abs(video.read_clip(made[0], 49).astype(int) - true).mean() < 5
