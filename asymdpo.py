@@ -194,6 +194,7 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
     """Base with the cold start fused in, frozen, and a fresh LoRA: LoRA off is the reference."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     net = model.load_model(cfg.base, dtype, group.device)
+    model.check_preset(net, cfg.preset, cfg.base)
     if shape[0] != net.config.in_dim:
         raise UserError(f"{cfg.pairs}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
     if cfg.sft:

@@ -60,7 +60,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # writing and syncing name no file
+        with contextlib.suppress(AttributeError):  # PyAV's cannot be told
+            error.filename = error.filename or str(path)  # writing and syncing name no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -139,6 +140,9 @@ def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / MANIFEST}: expected a manifest, got damaged text; make the folder again") from None
+    stage = manifest.get("stage", "")
+    if stage and f"{stage}.py" not in made_by:
+        raise UserError(f"{folder}: expected a folder made by {made_by}, got one made by {stage}.py")
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -259,7 +263,11 @@ def parse(config: type, argv: list[str], doc: str):
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         shown = comments.get(field.name, "") + (
-            "" if field.default in (None, "", False) else f" (default {field.default})"
+            " (by preset)"
+            if field.default is None
+            else ""
+            if field.default in ("", False)
+            else f" (default {field.default})"
         )
         options = (
             {"action": "store_true"}

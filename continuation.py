@@ -96,6 +96,7 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
     """The network with just what is to be trained requiring gradients."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     net = model.load_model(cfg.base, dtype, group.device)
+    model.check_preset(net, cfg.preset, cfg.base)
     if shape[0] != net.config.in_dim:
         raise UserError(f"{cfg.data}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)

@@ -195,10 +195,8 @@ def training(cfg, stage: str, loss: Callable) -> None:
         count = measure_dit(cfg.preset, shape, size, loss, made, train=True)
         options[f"--micro_batch {size}{option}"] = {**count, "run": samples * count["flop"] / size}
     option = " --checkpointing" * cfg.checkpointing
-    one, times = (
-        options[f"--micro_batch 1{option}"],
-        f", each of {found:,} {samples / found:,.1f} times" if found else "",
-    )
+    one = options[f"--micro_batch 1{option}"]
+    times = f", each of the {found:,} taken {samples / found:,.1f} times" if found else ""
     rows = {
         "latents": f"{shape}",
         "parameters": f"{one['parameters'] / 1e9:.4g} B, {one['trained'] / 1e6:.4g} M of them trained",

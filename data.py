@@ -87,17 +87,17 @@ class Shards:
         """
         self.folder = Path(folder)
         self.manifest = common.read_manifest(folder, made_by, verify)
-        self.rows, self._where, self._open = [], [], {}
+        self.rows, self._where, self._open, splits = [], [], {}, set()
         for name in sorted(n for n in self.manifest["files"] if n.startswith("shard-") and n.endswith(".json")):
             for i, row in enumerate(json.loads((self.folder / name).read_text())["rows"]):
+                splits.add(str(row.get("split")))
                 if split in (None, row.get("split")):
                     self.rows.append(row)
                     self._where.append((self.folder / name).with_suffix(".safetensors"))
                     row["index"] = i
         if not self.rows:
-            raise UserError(
-                f"{folder}: expected samples{f' of split {split!r}' if split else ''}, got none; see its rejects.jsonl"
-            )
+            wanted, got = f" of split {split!r}" if split else "", ", ".join(sorted(splits)) or "none"
+            raise UserError(f"{folder}: expected samples{wanted}, its splits are {got}; see its rejects.jsonl")
 
     def __len__(self) -> int:
         return len(self.rows)

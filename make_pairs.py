@@ -128,6 +128,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--pairs: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.pairs}")
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     net = model.load_continuation(cfg.base, cfg.continuation, dtype, group.device)
+    model.check_preset(net, cfg.preset, cfg.base)
     negative = common.read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
 
     # ---- sample, a shard at a time; shards that an earlier run finished are kept

@@ -80,6 +80,7 @@ def main(cfg: Config) -> None:
     if cfg.layout == "lora":
         model.export_lora(joined(net, loras), run.folder / "lora.safetensors", DTYPES[cfg.dtype], lora=cfg.lora)
         run.finish(["lora.safetensors"])
+        print(f"merge: {run.folder / 'lora.safetensors'}")
         return
 
     # ---- the whole model
@@ -101,6 +102,7 @@ def main(cfg: Config) -> None:
     written = weights.write_checkpoint(run.folder / folder, shapes, merged, DTYPES[cfg.dtype])
     bar.close()
     run.finish([folder + file for file in ("config.json", *written)])
+    print(f"merge: {run.folder / folder}")
 
 
 if __name__ == "__main__":

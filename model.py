@@ -543,11 +543,11 @@ def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, 
     common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
 
 
-def lora_file(entry: str | Path) -> Path:
+def lora_file(entry: str) -> Path:
     """The file that a name on a command line means. UserError for unfinished or damaged folders, none, and Φ's."""
-    path = Path(entry)
+    path = Path(entry.strip())
     if any((path / name).is_file() for name in ("run.json", common.MANIFEST)):  # made by this project
-        common.read_manifest(path, "sft.py or asymdpo.py")
+        common.read_manifest(path, "sft.py, asymdpo.py or merge.py")
     if (path / "task_prompt.safetensors").is_file():
         raise UserError(
             f"{path}: expected a text-to-video LoRA, got a continuation model, which needs its task prompts"
@@ -670,6 +670,15 @@ def load_task_prompt(net: DiT, path: str | Path) -> DiT:
     add_task_prompt(net, frames, where)
     net.load_state_dict(tensors, strict=False)
     return net
+
+
+def check_preset(net: DiT, preset: str, base: str | Path) -> None:
+    """UserError if net is not of the preset's kind: a preset forgotten would be another method, silently."""
+    if net.config.in_dim != PRESETS[preset].in_dim:
+        raise UserError(
+            f"--preset {preset} is for models of {PRESETS[preset].in_dim} channels, {base} has {net.config.in_dim}: "
+            f"choose the preset of {', '.join(PRESETS)} that it is"
+        )
 
 
 def load_continuation(

@@ -52,6 +52,7 @@ PRESETS = {"tiny": dict(frames=49, height=64, width=64, shard_size=250, negative
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
 MISSING = "no such file"
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +134,8 @@ def read_rows(folder: Path, metadata: str) -> tuple[Path, list[dict]]:
     if table:
         rows = read_table(table)
     else:
-        table, rows = folder / "name.txt", []
-        for path in sorted(
-            p for p in folder.rglob("*") if p.suffix.lower() in (".mp4", ".mkv", ".webm", ".mov", ".avi", ".mpg")
-        ):
+        table, rows = folder, []
+        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS):
             caption = path.with_suffix(".txt")
             rows.append(
                 {
@@ -209,7 +208,7 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
         if not reason and {clip, path.resolve()} & seen:
             reason = "the video is listed twice, or its name differs from another's in the ending alone"
         if not reason and not (isinstance(row["caption"], str) and text.WordVectors.words(row["caption"])):
-            reason = "its caption is empty"
+            reason = "its caption is empty, or there is none"
         if reason and cfg.bad_rows != "reject":
             where = f"{table} row {number} ({row['video']!r})"
             raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad_rows reject")
@@ -223,7 +222,8 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     if gone and talk:
         print(f"prepare: {gone} of {len(rows)} rows of {table} have no video in {folder}, they are left out")
     if not items:
-        raise UserError(f"{table}: expected rows whose videos are in {folder}, found none of {len(rows)}")
+        first = f"; {rejects[0]['video']}: {rejects[0]['reason']}" if rejects else ""
+        raise UserError(f"{table}: expected rows whose videos are in {folder}, found none of {len(rows)}{first}")
     return items, rejects
 
 
@@ -381,10 +381,12 @@ def contact_sheets(cfg, folder: Path, shards: int, readers: Readers) -> list[str
 
 
 def print_reasons(rejects: Path) -> None:
-    """How many were rejected for what, the commonest first: reasons that differ in a number are one."""
-    kinds = collections.Counter(re.sub(r"'.*'|-?\d[\d.]*", "…", row["reason"]) for row in common.read_jsonl(rejects))
-    for reason, count in kinds.most_common(10):
-        print(f"{count:8d}  {reason}")
+    """How many were rejected for what, the commonest first: reasons that differ in a number are told by their first."""
+    kinds: dict[str, list[str]] = {}
+    for row in common.read_jsonl(rejects):
+        kinds.setdefault(re.sub(r"'.*'|-?\d[\d.]*", "…", row["reason"]), []).append(row["reason"])
+    for reasons in sorted(kinds.values(), key=len, reverse=True)[:10]:
+        print(f"{len(reasons):8d}  {reasons[0]}" + ", or with other numbers" * (len(set(reasons)) > 1))
 
 
 def check(cfg) -> None:
@@ -420,21 +422,22 @@ def main(cfg: Config) -> None:
     run = common.Run(cfg, "prepare", group, inputs, items=hashlib.sha256(repr(facts).encode()).hexdigest())
     if run.done:
         return
-    run.claim()
 
     # ---- the encoders, then a shard at a time; shards that an earlier run finished are kept
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the other half decodes
     shards = [items[i : i + cfg.shard_size] for i in range(0, len(items), cfg.shard_size)]
     with Readers(cfg.workers, cfg.deadline) as readers:
-        if group.main and cfg.preset == "tiny" and not (run.folder / "codec.safetensors").exists():
-            fit_codec(cfg, items, run.folder / "codec.safetensors", readers)
-        group.barrier()
+        if cfg.preset == "tiny":
+            run.claim()
+            if group.main and not (run.folder / "codec.safetensors").exists():
+                fit_codec(cfg, items, run.folder / "codec.safetensors", readers)
+            group.barrier()
         codec, encoder, device = load_encoders(cfg, run.folder, group.device)
         bar = run.progress(len(items), unit="video")
         for k in range(group.rank, len(shards), group.size):
             if not data.shard_is_whole(run.folder, k):
                 encode_shard(cfg, k, shards[k], codec, encoder, device, run.folder, readers)
-            bar.update(len(shards[k]) * group.size)
+            bar.update(min(len(shards[k]) * group.size, len(items) - bar.n))
         bar.close()
 
         # ---- result
@@ -449,7 +452,7 @@ def main(cfg: Config) -> None:
             print_reasons(run.folder / "rejects.jsonl")
             if not kept:
                 raise UserError(f"{cfg.videos}: expected videos to keep, every one was rejected; delete {run.folder}")
-    run.finish(files, clips=kept)
+    run.finish(files, clips=kept, fps=cfg.fps or 16)
 
 
 if __name__ == "__main__":

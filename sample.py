@@ -17,11 +17,11 @@ Cost  nfe forwards a sample, twice that with guidance
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import common
 import cost
@@ -118,7 +118,8 @@ def dry_run(cfg) -> None:
     if cfg.decode:
         shape, found = cost.latents(cfg.preset, cfg.decode, "prepare.py or make_pairs.py", None)
         return cost.decoding("sample", cfg.preset, shape, min(cfg.clips or cost.CLIPS, found or cost.CLIPS), cfg.dtype)
-    side, samples = vae.PATCH if cfg.preset == "tiny" else vae.VAE.side, cfg.samples * len(read_prompts(cfg))
+    prompts = len(read_prompts(cfg)) if cfg.prompt or cfg.prompts else 1
+    side, samples = vae.PATCH if cfg.preset == "tiny" else vae.VAE.side, cfg.samples * prompts
     shape = (cost.SHAPES[cfg.preset][0], (cfg.frames - 1) // 4 + 1, cfg.height // side, cfg.width // side)
     given = bool(cfg.continuation)
     cost.sampling("sample", cfg.preset, shape, samples, cfg.nfe, cfg.guidance, given=given, decoder=cfg.dtype)
@@ -165,7 +166,7 @@ def load(cfg, device) -> model.DiT:
     return net
 
 
-def decode_shards(cfg, group: common.Group) -> None:
+def decode_shards(cfg, group: common.Group, run: common.Run) -> None:
     """Writes an mp4 for each clip, or for each side of each pair, of --decode."""
     shards = data.Shards(cfg.decode, "prepare.py or make_pairs.py", verify=group.main)
     fields = ("x0",) if "x0" in shards.fields() else ("chosen", "rejected")
@@ -175,15 +176,28 @@ def decode_shards(cfg, group: common.Group) -> None:
         raise UserError(f"{cfg.decode}: expected latents of {codec.channels} channels for this codec, {got}")
     count = min(cfg.clips or len(shards), len(shards))
     some = [round(i * (len(shards) - 1) / max(1, count - 1)) for i in range(count)]
-    group.announce("sample")
-    for i in tqdm(some[group.rank :: group.size], desc="sample", unit="clip", disable=not group.main):
+    bar, rows = run.progress(count, unit="clip"), []
+    for place, i in enumerate(some):
         for field in fields:
-            name = f"{i:05d}-{Path(shards.rows[i]['id']).name}" + ("" if field == "x0" else f"-{field}")
-            pixels = codec.decode(shards.get(field, [i]).float().to(device))[0]
-            video.write_mp4(Path(cfg.out) / f"{name}.mp4", video.to_frames(pixels))
-    group.barrier()
-    if group.main:
-        print(f"sample: {count * len(fields)} videos in {cfg.out}")
+            row = {k: v for k, v in shards.rows[i].items() if k != "index"}
+            name = f"{i:05d}-{Path(row['id']).name}" + ("" if field == "x0" else f"-{field}") + ".mp4"
+            rows.append({**row, "video": name})
+            if place % group.size == group.rank and not (run.folder / name).exists():
+                pixels = codec.decode(shards.get(field, [i]).float().to(device))[0]
+                video.write_mp4(run.folder / name, video.to_frames(pixels), fps=round(shards.manifest.get("fps", 16)))
+        bar.update()
+    bar.close()
+    finish(run, rows)
+
+
+def finish(run: common.Run, rows: list[dict]) -> None:
+    """Writes prompts.jsonl, a row a video, and marks the folder as whole."""
+    run.group.barrier()
+    if run.group.main:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        common.write_text(run.folder / "prompts.jsonl", lines)
+        print(f"sample: {len(rows)} videos in {run.folder}")
+    run.finish(["prompts.jsonl", *(row["video"] for row in rows)])
 
 
 @torch.no_grad()
@@ -194,10 +208,14 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return dry_run(cfg)
     group = common.start_group()
+    prompts = [] if cfg.decode else read_prompts(cfg)
+    names = ("vae", "decode") if cfg.decode else ("base", "vae", "text", "continuation")
+    inputs = {name: getattr(cfg, name) for name in names} | {str(file): file for file in lora_files(cfg)}
+    run = common.Run(cfg, "sample", group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
+    if run.done:
+        return
     if cfg.decode:
-        return decode_shards(cfg, group)
-    prompts = read_prompts(cfg)
-    lora_files(cfg)
+        return decode_shards(cfg, group, run)
     if cfg.continuation:
         common.read_manifest(cfg.continuation, "continuation.py", verify=group.main)
 
@@ -214,19 +232,19 @@ def main(cfg: Config) -> None:
     size = (codec.channels, (cfg.frames - 1) // 4 + 1, cfg.height // codec.side, cfg.width // codec.side)
 
     # ---- sample
-    group.announce("sample")
-    out, jobs = Path(cfg.out), [(p, s) for p in range(len(prompts)) for s in range(cfg.samples)]
+    jobs = [(p, s) for p in range(len(prompts)) for s in range(cfg.samples)]
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
-    for p, s in tqdm(jobs[group.rank :: group.size], desc="sample", unit="video", disable=not group.main):
-        noise = flow.draw_noise(size, [("sample", cfg.seed, p, s)]).to(group.device)
-        clip = () if given is None else (given[None], (torch.arange(size[1], device=group.device) < cfg.n_cond)[None])
-        x0 = solve(call, noise, states[p : p + 1].to(group.device), cfg.nfe, cfg.t_shift, *clip, grid=cfg.grid)
-        video.write_mp4(out / f"{p}-{s}.mp4", video.to_frames(codec.decode(x0.to(codec_device))[0]))
-    group.barrier()
-    if group.main:
-        rows = [{"video": f"{p}-{s}.mp4", "caption": prompts[p], "seed": cfg.seed} for p, s in jobs]
-        common.write_text(out / "prompts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"sample: {len(rows)} videos in {out}")
+    clip = () if given is None else (given[None], (torch.arange(size[1], device=group.device) < cfg.n_cond)[None])
+    bar = run.progress(len(jobs), unit="video")
+    for p, s in jobs[group.rank :: group.size]:
+        path = run.folder / f"{p}-{s}.mp4"
+        if not path.exists():  # of an earlier run that was interrupted
+            noise = flow.draw_noise(size, [("sample", cfg.seed, p, s)]).to(group.device)
+            x0 = solve(call, noise, states[p : p + 1].to(group.device), cfg.nfe, cfg.t_shift, *clip, grid=cfg.grid)
+            video.write_mp4(path, video.to_frames(codec.decode(x0.to(codec_device))[0]))
+        bar.update(min(group.size, len(jobs) - bar.n))
+    bar.close()
+    finish(run, [{"video": f"{p}-{s}.mp4", "caption": prompts[p], "seed": cfg.seed} for p, s in jobs])
 
 
 if __name__ == "__main__":

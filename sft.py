@@ -79,6 +79,7 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
     if cfg.base:
         dtype = torch.bfloat16 if group.device.type == "cuda" and cfg.rank else torch.float32
         net = model.load_model(cfg.base, dtype, group.device)
+        model.check_preset(net, cfg.preset, cfg.base)
     else:
         net = model.init_from_scratch(model.DiT(model.PRESETS[cfg.preset]), cfg.seed).to(group.device)
     if shape[0] != net.config.in_dim:
@@ -93,7 +94,10 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg = common.resolve(cfg, PRESETS if cfg.base else FROM_SCRATCH)
+    scratch = not cfg.base and cfg.preset in FROM_SCRATCH
+    cfg = common.resolve(cfg, FROM_SCRATCH if scratch else PRESETS)
+    if not cfg.base and not cfg.dry_run and (cfg.rank or not scratch):
+        raise UserError("expected --base for a LoRA: only the tiny model is trained from scratch, with all its weights")
     if cfg.dry_run:
         return cost.training(cfg, "sft", flow_loss)
     group = common.start_group()

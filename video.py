@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import common
 
 FATAL = ("took longer", "its decoder died")  # how the reasons begin of what one does not want to read again
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 STARTUP = 120  # s that the decoding process may take to start
 
 
@@ -172,12 +174,15 @@ def read_clip(
 
 def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]]) -> None:
     """Draws a PNG of clips: words, and below them pictures (n, h, w, 3) side by side, or a grey box for None."""
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
 
     columns = 3
     rows = max(1, -(-len(cells) // columns))
     figure = Figure(figsize=(5 * columns, 1.5 * rows + 0.5), dpi=100, layout="constrained")
     figure.suptitle(title)
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    family = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
     for place, ax in enumerate(np.ravel(figure.subplots(rows, columns))):
         ax.axis("off")
         if place < len(cells):
@@ -186,9 +191,9 @@ def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, s
                 pictures = np.full((1, 9, 16, 3), 200, np.uint8)
             gap = [(0, 0), (0, 0), (0, pictures.shape[2] // 32), (0, 0)]
             ax.imshow(np.concatenate(np.pad(pictures, gap, constant_values=255), axis=1))
-            ax.set_title("\n".join(textwrap.wrap(words, 80)[:2]), fontsize=8, parse_math=False)
-    with common.whole_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+            ax.set_title("\n".join(textwrap.wrap(words, 80)[:2]), fontsize=8, family=family, parse_math=False)
+    with common.whole_file(path) as temporary, warnings.catch_warnings(category=UserWarning, action="ignore"):
+        figure.savefig(temporary, format="png")  # a script that no installed font has is drawn as boxes
 
 
 def to_pixels(frames: np.ndarray):

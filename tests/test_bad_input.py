@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,13 +45,21 @@ def rewrite(name, text):
     return harm
 
 
+def put(name, in_place_of):
+    def harm(root):
+        shutil.rmtree(root / in_place_of)
+        (root / name).rename(root / in_place_of)
+
+    return harm
+
+
 CASES = {  # what is wrong -> stage, options, harm done to the folders, words that the error must have
     "unknown preset": ("sft", dict(preset="huge"), None, "--preset: expected one of .*tiny.*got 'huge'"),
     "no steps": ("sft", dict(steps=0), None, "--steps: expected at least 1, got 0"),
     "negative rank": ("sft", dict(rank=-1), None, "--rank: expected at least 0"),
     "micro_batch does not divide": ("sft", dict(micro_batch=3), None, "batch_size 4: expected a multiple"),
     "negative micro_batch": ("asymdpo", dict(micro_batch=-1), None, "micro_batch"),
-    "unknown split": ("sft", dict(split="test"), None, "split 'test'"),
+    "unknown split": ("sft", dict(split="test"), None, "split 'test', its splits are align, eval, train"),
     "unknown layers": ("sft", dict(layers="some"), None, "layers.*attn"),
     "unknown prompts": ("continuation", dict(prompts="everywhere"), None, "prompts.*context"),
     "LoRA of rank 0": ("continuation", dict(rank=0), None, "rank"),
@@ -72,7 +81,16 @@ CASES = {  # what is wrong -> stage, options, harm done to the folders, words th
     "missing pairs": ("asymdpo", dict(pairs="/nowhere/pairs"), None, "/nowhere/pairs"),
     "base is another thing": ("continuation", dict(base=str(ROOT / "kernels")), None, "kernels: expected weights"),
     "continuation is another thing": ("pairs", dict(continuation=str(ROOT / "kernels")), None, "continuation.py"),
-    "data is a folder of pairs": ("sft", {}, lambda root: (root / "pairs").rename(root / "shards"), "split"),
+    "data is a folder of pairs": ("sft", {}, put("pairs", "shards"), "got one made by make_pairs.py"),
+    "pairs are shards of clips": (
+        "asymdpo", {}, put("shards", "pairs"), "got one made by prepare.py",
+    ),
+    "continuation is a cold start": (
+        "pairs", {}, put("sft", "continuation"), "got one made by sft.py",
+    ),
+    "cold start is a continuation": (
+        "asymdpo", {}, put("continuation", "sft"), "got one made by continuation.py",
+    ),
     "unfinished shards": ("sft", {}, remove("shards/MANIFEST.json"), "shards: .*unfinished; run prepare.py first"),
     "unfinished cold start": ("asymdpo", {}, remove("sft/MANIFEST.json"), "sft: .*unfinished; run sft.py --base first"),
     "unfinished continuation": ("pairs", {}, remove("continuation/MANIFEST.json"), "continuation: .*unfinished"),
@@ -115,8 +133,6 @@ def test_a_mistake_is_named(name, chain, tmp_path):
     """Each ends in a UserError that names the option or the file, and leaves nothing that passes for a result."""
     to_run, changes, harm, words = CASES[name]
     needed = [n for n in EVERYTHING if n != to_run]
-    if name == "data is a folder of pairs":
-        needed.remove("shards")
     root = copy(chain, tmp_path, *needed)
     if harm:
         harm(root)

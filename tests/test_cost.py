@@ -127,7 +127,7 @@ def test_dry_run_as_a_program(tmp_path):
 def test_shards_that_exist_decide(chain, capsys):
     """Latent shape and number of clips come from the folder; a finished run in --out is no obstacle."""
     sft.main(sft.Config(data=str(chain / "shards"), out=str(chain / "base"), dry_run=True))
-    assert re.search(r"latents +\(48, 13, 2, 2\)\n.*each of \d+ [\d.,]+ times", capsys.readouterr().out, re.S)
+    assert re.search(r"latents +\(48, 13, 2, 2\)\n.*each of the \d+ taken [\d.,]+ times", capsys.readouterr().out, re.S)
 
 
 def test_readmes_figures():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import contents, stop_at
 
 import sample
 import vae
@@ -25,6 +26,23 @@ def test_prompts_become_mp4_files(chain, tmp_path):
     assert clips[0].shape == (49, 64, 64, 3)
     assert not np.array_equal(clips[0], clips[1])
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+def test_an_interrupted_run_goes_on_and_no_other_folder_is_touched(chain, tmp_path, monkeypatch):
+    """Stopped after one of three videos: the rest is made, the same bytes; other files in --out are not overwritten."""
+    more = dict(prompt="a red ball falls", samples=3)
+    sample.main(config(chain, tmp_path / "straight", **more))
+    with stop_at(monkeypatch, video, "write_mp4", 1), pytest.raises(KeyboardInterrupt):
+        sample.main(config(chain, tmp_path / "cut", **more))
+    with stop_at(monkeypatch, video, "write_mp4", 2):  # just two are left to do
+        sample.main(config(chain, tmp_path / "cut", **more))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "straight")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0-0.mp4").write_bytes(b"precious")
+    for out, words in (("mine", "expected an empty folder"), ("cut", "was made with")):
+        with pytest.raises(UserError, match=words):
+            sample.main(config(chain, tmp_path / out, prompt="another"))
+    assert (tmp_path / "mine" / "0-0.mp4").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize("n_cond", [1, 4])
@@ -64,7 +82,7 @@ def test_mistakes_are_named(chain, tmp_path, more, words):
 def test_stored_clips_are_decoded_by_their_own_codec(chain, tmp_path):
     """--decode DIR: the codec that DIR was made with, whatever --data says; each clip in a file of its own."""
     sample.main(sample.Config(decode=str(chain / "shards"), data="nowhere", clips=4, out=str(tmp_path)))
-    made = sorted(tmp_path.iterdir())
+    made = sorted(tmp_path.glob("*.mp4"))
     assert len(made) == 4
     true = video.read_clip(sorted((chain / "clips").glob("*.mp4"))[0], 49)
     assert np.abs(video.read_clip(made[0], 49).astype(int) - true).mean() < 5
