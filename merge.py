@@ -17,10 +17,14 @@ Cost  one pass over the weights; in memory the LoRAs and one file of at most 5 G
 """
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 import common
@@ -42,6 +46,13 @@ class Config:
     out: str = "out/merged"  # folder to write
     layout: str = "wan"  # wan or diffusers: the whole model under their names; lora: one LoRA file
     dtype: str = "float32"  # of what is written: float32 or bfloat16
+
+
+def cold_start(file: Path) -> str:
+    """The LoRA below this one, as the header of one of asymdpo.py tells it; of others nothing."""
+    with safe_open(file, "pt") as opened:
+        told = (opened.metadata() or {}).get("dynamicsboost", "{}")
+    return json.loads(told).get("sft", "")
 
 
 def joined(net: model.DiT, loras: list[LoRA]) -> model.DiT:
@@ -74,6 +85,8 @@ def main(cfg: Config) -> None:
         return
     net, source, names = model.open_model(cfg.base)
     loras = [model.read_lora(net, file) for file in files]
+    if len(files) == 1 and (below := cold_start(files[0])):
+        print(f"merge: note: {files[0]} was trained on top of {below}; give both, that one first", file=sys.stderr)
     run.claim()
 
     # ---- one LoRA

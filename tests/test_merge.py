@@ -391,3 +391,10 @@ def test_as_a_program(root, tmp_path):
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), (
         done.stderr
     )
+
+
+def test_a_cold_start_left_out_is_told(chain, tmp_path, capsys):
+    """asymdpo.py's LoRA alone is half of what was trained: a note says what goes below it; with both there is none."""
+    for lora, note in ((chain / "asymdpo", True), (f"{chain / 'sft'},{chain / 'asymdpo'}", False)):
+        merge.main(merge.Config(base=str(chain / "base"), lora=str(lora), layout="lora", out=str(tmp_path / str(note))))
+        assert (f"trained on top of {chain / 'sft'}" in capsys.readouterr().err) == note
