@@ -7,6 +7,7 @@ must not stop a run.
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -108,7 +109,8 @@ class Decoder:
         self.close()
         # a session of its own: Ctrl-C is for this process alone, the other one ends when its input does
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        process = self._process = subprocess.Popen(self.program, **pipes, start_new_session=True)
+        alone = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # numpy reserves memory for each: decode.py limits its own
+        process = self._process = subprocess.Popen(self.program, **pipes, env=alone, start_new_session=True)
         with contextlib.suppress(ImportError, AttributeError, OSError):  # on Linux; fewer turns for a clip of megabytes
             import fcntl
 
