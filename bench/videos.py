@@ -36,13 +36,6 @@ WAYS = ((49, None, None), (49, (288, 512), 16))  # frames, size, fps
 DEADLINE = 10.0  # s a file
 DAMAGED = ("25 fps", "HEVC", "VP9", "AV1", "B-frames, MPEG-4", "MPEG-2, ts", "Motion JPEG", "alpha, FFV1")
 FRAMES = 33  # of a damaged file
-SPIN = f"""
-import re, sys; sys.path.insert(0, {str(ROOT)!r})
-import decode
-look = decode.look
-decode.look = lambda path, s: re.match("(a+)+$", "a" * 64 + "b") if path.endswith("spin.mp4") else look(path, s)
-decode.main()
-"""
 PLAIN = """
 import json, sys, time
 import decord
@@ -202,7 +195,7 @@ def spins(folder: Path, times: int, deadline: float = 0.5) -> str:
     spin = folder / "spin.mp4"
     spin.write_bytes(b"")
     with video.Decoder() as decoder:
-        decoder.program = [sys.executable, "-c", SPIN]
+        decoder.program = [sys.executable, "-c", hostile.SPIN]
         for _ in tqdm(range(times), "spins", unit="spin"):
             decoder.deadline = DEADLINE
             read += healthy.wrong(decoder.read(healthy.path, 17)[0].frames, healthy.expected(17), stretched=True) == 0

@@ -25,6 +25,15 @@ os.environ["SVT_LOG"] = "0"  # the AV1 encoder talks otherwise
 N = 90  # frames of most files
 SHAPE = (144, 256)
 SLACK = Fraction(2, 1000)  # seconds that a frame may be early, of a millisecond container's rounding
+ROOT = Path(__file__).resolve().parent.parent
+# decode.py's program, but that it spins on "spin.mp4", as decord may: for ever, and holding Python's lock
+SPIN = f"""
+import re, sys; sys.path.insert(0, {str(ROOT)!r})
+import decode
+look = decode.look
+decode.look = lambda path, s: re.match("(a+)+$", "a" * 64 + "b") if path.endswith("spin.mp4") else look(path, s)
+decode.main()
+"""
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

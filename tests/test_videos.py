@@ -119,21 +119,10 @@ def test_random_damage(decoder, tmp_path):
 
 # ---- decoders --------------------------------------------------------------------------------------------------------
 
-SPIN = """
-import re, sys; sys.path.insert(0, {root!r})
-import decode
-look = decode.look
-def spins(path, seconds):  # as decord does now and then: for ever, and holding Python's lock
-    return re.match("(a+)+$", "a" * 64 + "b") if path.endswith("spin.mp4") else look(path, seconds)
-decode.look = spins
-decode.main()
-"""
-
 
 def test_a_decoder_that_spins_is_killed(monkeypatch, tmp_path):
     """At its deadline, which the error names; the next file is read."""
-    program = [sys.executable, "-c", SPIN.format(root=str(Path(video.__file__).parent))]
-    monkeypatch.setattr(video.Decoder, "program", program)
+    monkeypatch.setattr(video.Decoder, "program", [sys.executable, "-c", hostile.SPIN])
     (tmp_path / "spin.mp4").write_bytes(b"")
     with video.Decoder() as decoder:
         for _ in range(3):
