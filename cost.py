@@ -90,9 +90,8 @@ def valueless():
         flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]  # noqa: E731
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash))  # CUDA's; meta has a slow one
         stack.enter_context(mock.patch.object(torch, "autocast"))  # there is none on meta
-        stack.enter_context(
-            mock.patch.object(torch, "rand", lambda *size, generator: torch.empty(size))
-        )  # for add_lora
+        empty = lambda *size, generator: torch.empty(size)  # noqa: E731
+        stack.enter_context(mock.patch.object(torch, "rand", empty))  # add_lora's generator is the CPU's
         stack.enter_context(torch.device("meta"))
         yield
 

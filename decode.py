@@ -230,6 +230,7 @@ def decoded(file, stream):
 
 
 def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
+    """A frame resized to (h, w): (h, w, 3) uint8."""
     return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
 
 

@@ -161,9 +161,9 @@ def locate(folder: Path):
     @functools.cache
     def everywhere() -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
-        for root, _, names in os.walk(folder):
+        for here, _, names in os.walk(folder):
             for name in names:
-                found.setdefault(name, []).append(Path(root) / name)
+                found.setdefault(name, []).append(Path(here) / name)
         return found
 
     def find(name) -> Path | str:
@@ -198,21 +198,22 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     table, rows = read_rows(folder, cfg.metadata)
     find, items, rejects, seen, gone = locate(folder), [], [], set(), 0
     for number, row in enumerate(rows, 1):
-        path, missing = find(row["video"]), False
-        if path == MISSING:
-            path, missing = folder / row["video"], True
-            if cfg.metadata:
-                gone += 1
-                continue
-        reason, clip = (path, "") if isinstance(path, str) else (None, clip_id(folder, path, row["video"]))
-        if not reason and {clip, path.resolve()} & seen:
+        path = find(row["video"])
+        missing = path == MISSING
+        if missing and cfg.metadata:
+            gone += 1
+            continue
+        reason = path if isinstance(path, str) and not missing else None
+        clip = "" if isinstance(path, str) else clip_id(folder, path, row["video"])
+        names = {str(row["video"])} if isinstance(path, str) else {clip, path.resolve()}
+        if not reason and names & seen:
             reason = "the video is listed twice, or its name differs from another's in the ending alone"
         if not reason and not (isinstance(row["caption"], str) and text.WordVectors.words(row["caption"])):
             reason = "its caption is empty, or there is none"
         if reason and cfg.bad_rows != "reject":
             where = f"{table} row {number} ({row['video']!r})"
             raise UserError(f"{where}: {reason}; mend it, or leave such rows out with --bad_rows reject")
-        seen |= set() if reason else {clip, path.resolve()}
+        seen |= set() if reason else names
         if reason or missing:
             name = str(row["video"]).encode(errors="backslashreplace").decode()  # it may be none that can be written
             rejects.append({"video": name, "reason": reason or MISSING})

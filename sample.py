@@ -129,7 +129,8 @@ def load_codec(cfg, device):
     """The codec between latents and pictures, and the device it runs on."""
     if cfg.preset != "tiny":
         return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
-    folder = cfg.decode if (Path(cfg.decode) / "codec.safetensors").is_file() and cfg.decode else cfg.data
+    its_own = cfg.decode and (Path(cfg.decode) / "codec.safetensors").is_file()
+    folder = cfg.decode if its_own else cfg.data
     common.read_manifest(folder, "prepare.py", verify=False)
     return vae.load(folder), torch.device("cpu")
 
@@ -184,7 +185,8 @@ def decode_shards(cfg, group: common.Group, run: common.Run) -> None:
             rows.append({**row, "video": name})
             if place % group.size == group.rank and not (run.folder / name).exists():
                 pixels = codec.decode(shards.get(field, [i]).float().to(device))[0]
-                video.write_mp4(run.folder / name, video.to_frames(pixels), fps=round(shards.manifest.get("fps", 16)))
+                fps = max(1, round(shards.manifest.get("fps", 16)))
+                video.write_mp4(run.folder / name, video.to_frames(pixels), fps)
         bar.update()
     bar.close()
     finish(run, rows)

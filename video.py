@@ -31,6 +31,8 @@ class BadVideo(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
+    """What was read of a video, and from where in it."""
+
     frames: np.ndarray  # (T, h, w, 3) uint8 RGB
     start: float  # s from the video's first frame
     index: list[int]  # which of the video's frames each picture is

@@ -269,14 +269,15 @@ def test_names_that_are_no_files(chain, folder):
     """Too long, not UTF-8, two that differ in their ending, an absolute one inside the folder: named, or read."""
     first, second, third = (folder / f"ball-{i:05d}.mp4" for i in range(3))
     (folder / "ball-00000.mkv").write_bytes(first.read_bytes())
-    names = [first.name, "ball-00000.mkv", "x" * 300 + ".mp4", "\udce9.mp4", str(second.resolve()), third.name]
+    names = [".", first.name, "ball-00000.mkv", "x" * 300 + ".mp4", "\udce9.mp4", str(second.resolve()), third.name]
     lines = [json.dumps({"video": name, "caption": "a ball", "motion score": 0.0}) for name in names]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     shards = run(folder, bad_rows="reject", motion="column")
     assert [(row["id"], row["motion"]) for row in shards.rows] == [(f"ball-{i:05d}", 0.0) for i in range(3)]
     found = rejects(folder)
-    assert "in the ending alone" in found["ball-00000.mkv"] and len(found) == 3
-    assert all("its name is none of a file" in found[name] for name in (names[2], r"\udce9.mp4"))
+    assert "in the ending alone" in found["ball-00000.mkv"] and len(found) == 4
+    assert found["."] == "no such file"
+    assert all("its name is none of a file" in found[name] for name in (names[3], r"\udce9.mp4"))
 
 
 def test_interrupted_readers_leave_nothing(chain, monkeypatch):
