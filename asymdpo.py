@@ -13,6 +13,12 @@
     torchrun --nproc_per_node 8 asymdpo.py --preset 1.3b --base Wan2.1-T2V-1.3B --sft out/sft --pairs out/pairs \\
         --out out/asymdpo
 
+The baselines, on pairs of make_pairs.py --pairs flow or structural with labels of label.py:
+
+    --loss flow    L = softplus(β/2 · mean over all frames of (d_i^w − d_i^l))       Flow-DPO (arXiv 2501.13918)
+    --loss dense   L = softplus(β · mean over labelled frames of (d_i^w − d_i^l)), winner and loser by segment
+                   (DenseDPO, arXiv 2506.03517)
+
 How this differs from the loss as it is printed in the paper: a reference is subtracted (the SFT model: fused
 into the base, so "LoRA off" is the reference), and errors are means over C, H, W, not sums; both for the
 reasons in README. The forward is plain text-to-video: every frame noised at one t, no given frames, no task
@@ -20,7 +26,7 @@ prompts; only the loss is masked. Winner and loser of a pair see the same noise 
 
 What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside).
 
-In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py
+In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py; for the baselines labels of label.py
 Out   lora.safetensors (on top of base + SFT), metrics.jsonl
 Cost  two forwards and backwards of the policy and two forwards of the reference a pair
 """
@@ -40,7 +46,7 @@ import data
 import flow
 import model
 from common import UserError
-from kernels.region_dpo import frame_errors, region_dpo
+from kernels.region_dpo import METRICS, frame_errors, region_dpo
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
     "tiny": dict(
@@ -49,6 +55,7 @@ PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers 
     "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
     "14b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
 }
+DECIDED = 0.2  # DenseDPO keeps a clip if more than this share of its frames has a label
 BUCKETS = 4  # t in [0, ¼), [¼, ½), [½, ¾), [¾, 1]: what is logged is split by these
 
 
@@ -58,11 +65,13 @@ class Config:
 
     preset: str = "tiny"  # tiny, 1.3b or 14b: what every option that is not given stands at
     base: str = "out/demo/base"  # model folder
-    sft: str = "out/demo/sft"  # folder of sft.py with the cold start's LoRA; empty: start from the base
+    sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
     pairs: str = "out/demo/pairs"  # folder of make_pairs.py
+    labels: str = ""  # folder of label.py, for the baselines' pairs
     out: str = "out/demo/asymdpo"  # folder to write
+    loss: str = "asym"  # asym: the method; flow, dense: the baselines Flow-DPO and DenseDPO
     beta: float | None = None  # DPO temperature
-    form: str | None = None  # outside: softplus(beta S)/K, as printed; inside: softplus(beta S/K)
+    form: str | None = None  # outside: softplus(beta S)/K, as printed; inside: softplus(beta S/K); plain: no 1/K
     region: str = "23"  # frames in the loss: 123 all, 23 from N1 (the method), 3 from N2
     reference_free: bool = False  # leave the reference out, as in the loss as printed
     sft_weight: float = 0.0  # weight of the winner's own flow matching loss, against likelihood displacement
@@ -96,13 +105,46 @@ def predict(net, chosen, rejected, text, noise, t):
     return *net(x_t, t, text).chunk(2), *ref.chunk(2), *target.chunk(2)
 
 
-def dpo_loss(cfg, prediction, n1, n2):
-    """Loss (B,) and metrics (dict of (B,)) of the pairs. n1, n2 (B,) integers: the given frames of loser and winner."""
+def prefer(prediction, label):
+    """`prediction` of (first, second) as (winner, loser), frame by frame. label (B, F): 1: the first won, -1: lost."""
+    first_won = label[:, None, :, None, None] >= 0
+    sides = [
+        (torch.where(first_won, a, b), torch.where(first_won, b, a)) for a, b in zip(prediction[::2], prediction[1::2])
+    ]
+    return [a for side in sides for a in side]
+
+
+def dense_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, labelled, beta):
+    """`region_dpo` over the frames labelled (B, F) bool, wherever they are, in the form "inside"."""
+    none = torch.zeros(len(labelled), dtype=torch.int64, device=labelled.device)
+    errors = *frame_errors(v_w, ref_w, target_w, none), *frame_errors(v_l, ref_l, target_l, none)
+    K = labelled.sum(1)
+    policy_w, reference_w, d_w, policy_l, reference_l, d_l = (torch.where(labelled, e, 0).sum(1) for e in errors)
+    S = d_w - d_l
+    averages = [e.detach() / K for e in (policy_w, policy_l, reference_w, reference_l)]
+    metrics = dict(zip(METRICS, (*averages, -beta * S.detach() / K, S.detach())))
+    return torch.nn.functional.softplus(beta * S / K), metrics
+
+
+def dpo_loss(cfg, prediction, n1, n2, label=None):
+    """Loss (B,) and metrics (dict of (B,)) of the pairs.
+
+    n1, n2 (B,) integers: the given frames of loser and winner. label (B, F): where the winner is better, for "dense".
+    """
     v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
     if cfg.reference_free:
         ref_w, ref_l = target_w, target_l  # an error of 0
-    start = {"123": torch.zeros_like(n1), "23": n1, "3": n2}[cfg.region]
-    loss, metrics = region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, cfg.beta, cfg.form)
+    sides = (v_w, v_l, ref_w, ref_l, target_w, target_l)
+    start = {"123": torch.zeros_like(n1), "23": n1, "3": n2}["123" if cfg.loss != "asym" else cfg.region]
+    if cfg.loss == "asym":
+        form = "outside" if cfg.form == "plain" else cfg.form
+        loss, metrics = region_dpo(*sides, start, cfg.beta, form)
+        if cfg.form == "plain":
+            loss = loss * (v_w.shape[2] - start)
+    elif cfg.loss == "flow":
+        loss, metrics = region_dpo(*sides, start, cfg.beta / 2, "inside")
+    else:
+        loss, metrics = dense_dpo(*sides, label != 0, cfg.beta)
     if cfg.sft_weight:
         keep = torch.arange(v_w.shape[2], device=v_w.device) >= start[:, None]
         error = torch.where(keep[:, None, :, None, None], v_w - target_w, 0)  # selected before it is squared
@@ -112,8 +154,8 @@ def dpo_loss(cfg, prediction, n1, n2):
 
 def example_loss(cfg, net, x0, text, noise, t):
     """`dpo_loss` of pairs of these sizes: what `--dry-run` counts."""
-    n1 = torch.ones(len(x0), dtype=torch.int64)
-    return dpo_loss(cfg, predict(net, x0, x0.clone(), text, noise, t), n1, n1)[0]
+    n1, label = torch.ones(len(x0), dtype=torch.int64), torch.ones(len(x0), x0.shape[2])
+    return dpo_loss(cfg, predict(net, x0, x0.clone(), text, noise, t), n1, n1, label)[0]
 
 
 def learning_rate(step: int, cfg) -> float:
@@ -125,15 +167,18 @@ def learning_rate(step: int, cfg) -> float:
 
 
 @torch.no_grad()
-def summarise(cfg, prediction, metrics, loss, t, n1, n2) -> dict[str, float]:
+def summarise(cfg, prediction, metrics, loss, t, n1, n2, label=None) -> dict[str, float]:
     """Sums, with their counts, of everything that is logged; `averages` divides them once all processes' are added.
 
-    Per region ② and ③, winner and loser: errors of policy and reference and their difference; the difference
-    per time bucket, too.
+    Per region ② and ③, winner and loser: errors of policy and reference and their difference; per time bucket the
+    difference, and the share of pairs whose winner gained on the loser. Frames without a label are left out.
     """
     v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
     frame = torch.arange(v_w.shape[2], device=v_w.device)
-    regions = {"2": (frame >= n1[:, None]) & (frame < n2[:, None]), "3": frame >= n2[:, None]}
+    counted = torch.ones_like(n1)[:, None].bool() if label is None else label != 0
+    regions = {"2": counted & (frame >= n1[:, None]) & (frame < n2[:, None]), "3": counted & (frame >= n2[:, None])}
+    buckets = [(t * BUCKETS).long().clamp(max=BUCKETS - 1) == b for b in range(BUCKETS)]
+    gap = {name: 0.0 for name in regions}  # Σ (d^w − d^l) over a region's frames
     sums = {}
 
     def add(name, values, where):
@@ -146,9 +191,12 @@ def summarise(cfg, prediction, metrics, loss, t, n1, n2) -> dict[str, float]:
             add(f"err/{side}_policy/{name}", policy, where)
             add(f"err/{side}_ref/{name}", ref, where)
             add(f"diff/{side}/{name}", difference, where)
-            for b in range(BUCKETS):
-                inside = ((t * BUCKETS).long().clamp(max=BUCKETS - 1) == b)[:, None]
-                add(f"diff/{side}/{name}/t{b}", difference, where & inside)
+            gap[name] = gap[name] + (1 if side == "w" else -1) * torch.where(where, difference, 0).sum(1)
+            for b, inside in enumerate(buckets):
+                add(f"diff/{side}/{name}/t{b}", difference, where & inside[:, None])
+    for name, where in regions.items():
+        for b, inside in enumerate(buckets):
+            add(f"acc/{name}/t{b}", (1 - gap[name].sign()) / 2, where.any(1) & inside)
     everything = torch.ones_like(loss, dtype=torch.bool)
     chosen = -cfg.beta * (metrics["err/w_policy"] - metrics["err/w_ref"])
     rejected = -cfg.beta * (metrics["err/l_policy"] - metrics["err/l_ref"])
@@ -190,6 +238,27 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 
+def read_labels(cfg, pairs: data.Shards, frames: int) -> torch.Tensor | None:
+    """A label for each pair and frame (pairs, F), 1: the first is better, -1: the second; None for pairs in order.
+
+    UserError unless pairs, labels and loss belong together.
+    """
+    if "chosen" in pairs.fields():
+        if cfg.labels or cfg.loss == "dense":
+            raise UserError(f"{cfg.pairs}: expected pairs without an order for --labels or --loss dense")
+        return None
+    if not cfg.labels or cfg.loss == "asym":
+        raise UserError(f"{cfg.pairs}: expected pairs in order, or --labels of label.py and --loss flow or dense")
+    manifest = common.read_manifest(cfg.labels, "label.py")
+    rows = common.read_jsonl(Path(cfg.labels) / "labels.jsonl")
+    if [row["id"] for row in rows] != [row["id"] for row in pairs.rows]:
+        raise UserError(f"{cfg.labels}: expected labels of {cfg.pairs}, got labels of other pairs")
+    cuts = torch.tensor(manifest["cuts"])
+    if cfg.loss == "flow" and len(cuts) > 2:
+        raise UserError(f"{cfg.labels}: expected a label a clip for --loss flow, got {len(cuts) - 1} segments")
+    return torch.tensor([row["label"] for row in rows]).repeat_interleave(cuts.diff(), dim=1)
+
+
 def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
     """Base with the cold start fused in, frozen, and a fresh LoRA: LoRA off is the reference."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
@@ -197,8 +266,8 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
     model.check_preset(net, cfg.preset, cfg.base)
     if shape[0] != net.config.in_dim:
         raise UserError(f"{cfg.pairs}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
-    if cfg.sft:
-        model.merge_lora(model.load_lora(net, Path(cfg.sft) / "lora.safetensors"))
+    for file in model.lora_files(cfg.sft):
+        model.merge_lora(model.load_lora(net, file))
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
     net.gradient_checkpointing = cfg.checkpointing
     return net
@@ -214,17 +283,27 @@ def main(cfg: Config) -> None:
         return cost.training(cfg, "asymdpo", functools.partial(example_loss, cfg))
     group = common.start_group()
     per_process, forwards = common.local_batch(cfg, group)
-    run = common.Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, "sft": cfg.sft})
+    starts = [name for name in cfg.sft.split(",") if name.strip()]
+    inputs = {"sft" + "+" * k: name for k, name in enumerate(starts)}
+    run = common.Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, **inputs})
     if run.done:
         return
-    if cfg.sft:
-        common.read_manifest(cfg.sft, "sft.py --base")
+    for name in starts:
+        common.read_manifest(name, "sft.py --base or asymdpo.py")
     pairs = data.Shards(cfg.pairs, "make_pairs.py", verify=group.main)
-    frames = pairs.shape("chosen")[1]
-    usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
+    winner, loser = ("chosen", "rejected") if "chosen" in pairs.fields() else ("first", "second")
+    frames = pairs.shape(winner)[1]
+    labels = read_labels(cfg, pairs, frames)
+    usable = [
+        i for i, row in enumerate(pairs.rows)
+        if (cfg.loss != "asym" or cfg.region != "3" or row["n2"] < frames)
+        and (labels is None or (labels[i] != 0).float().mean() > DECIDED)
+    ]  # fmt: skip
     if not usable:
-        raise UserError(f"{cfg.pairs}: expected pairs with generated frames in the winner for --region 3, got none")
-    net = build(cfg, group, pairs.shape("chosen"))
+        where = f"{cfg.labels}: expected pairs that are not tied" if cfg.labels else f"{cfg.pairs}: expected pairs with"
+        what = "" if cfg.labels else " generated frames in the winner for --region 3"
+        raise UserError(f"{where}{what}, got none")
+    net = build(cfg, group, pairs.shape(winner))
 
     # ---- what is trained, and how far it came before
     names, parameters = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
@@ -242,14 +321,16 @@ def main(cfg: Config) -> None:
         for part in torch.tensor(mine).chunk(forwards):
             part = part.tolist()
             keys = [(cfg.seed, step, pairs.rows[i]["id"]) for i in part]
-            chosen, rejected, text = pairs.get("chosen", part), pairs.get("rejected", part), pairs.text(part)
+            chosen, rejected, text = pairs.get(winner, part), pairs.get(loser, part), pairs.text(part)
             noise = flow.draw_noise(chosen.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift).to(group.device)
             n1, n2 = (torch.tensor([pairs.rows[i][n] for i in part], device=group.device) for n in ("n1", "n2"))
             prediction = predict(net, *(a.to(group.device) for a in (chosen, rejected, text, noise)), t)
-            losses, metrics = dpo_loss(cfg, prediction, n1, n2)
+            label = None if labels is None else labels[part].to(group.device)
+            prediction = prediction if label is None else prefer(prediction, label)
+            losses, metrics = dpo_loss(cfg, prediction, n1, n2, label)
             (losses.sum() / cfg.batch_size).backward()
-            for name, value in summarise(cfg, prediction, metrics, losses, t, n1, n2).items():
+            for name, value in summarise(cfg, prediction, metrics, losses, t, n1, n2, label).items():
                 sums[name] = sums.get(name, 0.0) + value
         group.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -278,8 +359,10 @@ def check(cfg) -> None:
     """UserError for options that make no sense."""
     if cfg.region not in ("123", "23", "3"):
         raise UserError(f"--region: expected 123, 23 or 3, got {cfg.region!r}")
-    if cfg.form not in ("outside", "inside") or cfg.beta <= 0:
-        raise UserError(f"expected --form outside or inside and --beta > 0, got {cfg.form!r} and {cfg.beta}")
+    if cfg.form not in ("outside", "inside", "plain") or cfg.beta <= 0:
+        raise UserError(f"expected --form outside, inside or plain and --beta > 0, got {cfg.form!r} and {cfg.beta}")
+    if cfg.loss not in ("asym", "flow", "dense"):
+        raise UserError(f"--loss: expected asym, flow or dense, got {cfg.loss!r}")
 
 
 # ---- self-test -------------------------------------------------------------------------------------------------------

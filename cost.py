@@ -138,7 +138,7 @@ def latents(preset: str, folder: str, made_by: str, split: str | None):
     if not os.path.isdir(folder):
         return SHAPES[preset], None
     shards = data.Shards(folder, made_by, split, verify=False)
-    return shards.shape("x0" if "x0" in shards.fields() else "chosen"), len(shards)
+    return shards.shape(next(name for name in ("x0", "chosen", "first") if name in shards.fields())), len(shards)
 
 
 def words(count: dict[str, int]) -> str:

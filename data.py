@@ -30,6 +30,24 @@ def shard_name(k: int) -> str:
     return f"shard-{k:05d}"
 
 
+def video_name(place: int, row: dict, field: str, segment: int | None = None) -> str:
+    """The file in which sample.py --decode shows a field of sample `place`, whole or one segment of it."""
+    return "-".join([f"{place:05d}", Path(row["id"]).name, *[field] * (field != "x0")]) + (
+        ".mp4" if segment is None else f"-s{segment}.mp4"
+    )
+
+
+def segment_cuts(frames: int, segments: int) -> list[int]:
+    """Where `segments` pieces of a clip's latent frames begin, and the end: 13 frames in 5: 0, 3, 6, 9, 11, 13."""
+    size, longer = divmod(frames, segments)
+    return [k * size + min(k, longer) for k in range(segments + 1)]
+
+
+def pixel_frames(first: int, end: int) -> slice:
+    """The pixel frames of the latent frames first … end − 1: latent 0 is pixel frame 0, latent i is 4i − 3 … 4i."""
+    return slice(max(4 * first - 3, 0), max(4 * end - 3, 0))
+
+
 def write_shard(
     folder: Path, k: int, rows: list[dict], fields: dict[str, list[Tensor]], text: list[Tensor], rejects: list[dict]
 ) -> None:

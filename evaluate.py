@@ -16,7 +16,6 @@ Cost  about 13 continuations of `--sweep_clips` clips and three samples of `--cl
 """
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ import world
 from common import UserError
 
 PRESETS = {"tiny": dict(nfe=12, t_shift=4.0)}
-METRICS = ("score", "traj", "presence", "shape", "dyn", "accel")
 SHOWN = 8  # samples kept for the report's players
 
 
@@ -57,20 +55,6 @@ class Config:
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
-
-
-def pixels(codec, x0) -> np.ndarray:
-    """Latents (B, C, F, H, W) -> pictures (B, T, h, w, 3) float32 in [0, 1]."""
-    return ((codec.decode(x0.cpu()) + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
-
-
-def score(codec, x0, captions, frames: slice = slice(None)) -> dict[str, np.ndarray]:
-    """Exact scores of the clips x0 (B, C, F, H, W), one array (B,) a metric, over the pixel frames `frames`."""
-    rows = []
-    for start in range(0, len(x0), 64):
-        clips = pixels(codec, x0[start : start + 64])
-        rows += [world.score_clip(clip, c, frames) for clip, c in zip(clips, captions[start : start + 64])]
-    return {m: np.array([row[m] for row in rows]) for m in METRICS}
 
 
 def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
@@ -129,17 +113,17 @@ def sweep(net, codec, clips, cfg, run, bar) -> tuple[list[dict], dict]:
     x0, text = clips.get("x0", index), clips.text(index)
     captions = [clips.rows[i]["caption"] for i in index]
     noise = flow.draw_noise(x0.shape[1:], [("sweep", cfg.seed, clips.rows[i]["id"]) for i in index])
-    true, frames, rows, shown = pixels(codec, x0), x0.shape[2], [], {}
+    true, frames, rows, shown = world.pixels(codec, x0), x0.shape[2], [], {}
     for n in range(frames + 1):
         cond_mask = (torch.arange(frames) < n).expand(len(index), frames)
         made = sample_all(net, noise, text, cfg, x0, cond_mask, bar) if n < frames else x0
-        row = {"n_cond": n, "score": means(score(codec, made, captions))["score"]}
+        row = {"n_cond": n, "score": means(world.score(codec, made, captions))["score"]}
         if n < frames:
             first = max(4 * n - 3, 0)
-            generated = score(codec, made, captions, slice(first, None))
+            generated = world.score(codec, made, captions, slice(first, None))
             row |= {"generated_score": means(generated)["score"], "generated": means(generated)}
         if 0 < n < frames:
-            got = pixels(codec, made[:, :, : n + 1])[:, first:]
+            got = world.pixels(codec, made[:, :, : n + 1])[:, first:]
             both = [centre_errors(g, t[first : first + 4], t[first - 1], c) for g, t, c in zip(got, true, captions)]
             error, hold = (np.array([e for pair in both for e in pair[k]]).reshape(-1, 4) for k in (0, 1))
             row |= {"next_frame": round(float(error.mean()), 4), "hold": round(float(hold.mean()), 4)}
@@ -157,7 +141,8 @@ def label_accuracy(codec, pairs) -> dict[str, float]:
     """Share of the pairs whose winner has the better exact score (a tie counts half), and the mean scores."""
     index = list(range(len(pairs)))
     captions = [row["caption"] for row in pairs.rows]
-    chosen, rejected = (score(codec, pairs.get(side, index), captions)["score"] for side in ("chosen", "rejected"))
+    both = (world.score(codec, pairs.get(side, index), captions) for side in ("chosen", "rejected"))
+    chosen, rejected = (scores["score"] for scores in both)
     agree = (chosen > rejected) + 0.5 * (chosen == rejected)
     return {
         "accuracy": float(agree.mean()),
@@ -167,18 +152,10 @@ def label_accuracy(codec, pairs) -> dict[str, float]:
     }
 
 
-def load_rows(cfg, device) -> dict[str, model.DiT]:
+def load_rows(cfg) -> dict[str, model.DiT]:
     """The models of the table, each fused into one set of weights."""
-
-    def with_lora(net, folder):
-        return model.merge_lora(model.load_lora(net, Path(folder) / "lora.safetensors"))
-
-    pretrain, sft, dpo = (model.load_model(cfg.base, device=device) for _ in range(3))
-    return {
-        "Pretrain": pretrain,
-        "SFT": with_lora(sft, cfg.sft),
-        "DynamicsBoost": with_lora(with_lora(dpo, cfg.sft), cfg.asymdpo),
-    }
+    loras = {"Pretrain": "", "SFT": cfg.sft, "DynamicsBoost": f"{cfg.sft},{cfg.asymdpo}"}
+    return {name: model.load_fused(cfg.base, model.lora_files(files)) for name, files in loras.items()}
 
 
 def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
@@ -191,10 +168,10 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
     keys = [("table", cfg.seed, clips.rows[i]["id"], n // len(clips)) for n, i in enumerate(index)]
     noise = flow.draw_noise(clips.shape("x0"), keys)
     scores, shown = {}, {}
-    for name, net in load_rows(cfg, "cpu").items():
+    for name, net in load_rows(cfg).items():
         made = sample_all(net, noise, text, cfg, progress=bar)
-        scores[name], shown[f"table_{name}"] = score(codec, made, captions), made[:SHOWN]
-    real = means(score(codec, clips.get("x0", index), captions))
+        scores[name], shown[f"table_{name}"] = world.score(codec, made, captions), made[:SHOWN]
+    real = means(world.score(codec, clips.get("x0", index), captions))
     return {**{name: means(s) for name, s in scores.items()}, "real clips": real}, scores, shown
 
 

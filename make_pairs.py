@@ -15,9 +15,19 @@
 Both continuations of a clip start from the same noise, so a pair differs by the number of given frames only. A
 pair is a function of (clip, N1, N2, seed). Everything stays in latents: nothing is decoded and encoded again.
 
-In    a model folder, a finished continuation.py folder, shards of prepare.py
-Out   shards with `chosen` and `rejected` (C, F, H, W), text states, and for each pair id, caption, n1, n2
-Cost  nfe forwards a continuation, twice that with guidance, two continuations a clip (one where N2 = F)
+The baselines' pairs are two samples of the model that is to be trained, in no order: label.py finds one.
+
+    --pairs flow          two samples of the clip's prompt, each from its own noise (Flow-DPO, arXiv 2501.13918)
+    --pairs structural    both from the clip itself, noised to one time η ~ U(0.65, 0.8), each with its own noise
+                          (StructuralDPO and DenseDPO, arXiv 2506.03517)
+
+    python make_pairs.py --pairs flow --base out/demo/base --lora out/demo/sft --data out/demo/shards --out out/samples
+
+In    a model folder, shards of prepare.py; a finished continuation.py folder
+Out   shards with `chosen` and `rejected` (C, F, H, W), of the baselines `first` and `second`; text states, and for each
+      pair id, caption, n1, n2
+Cost  nfe forwards a continuation, twice that with guidance, two continuations a clip (one where N2 = F); two samples
+      for flow; structural takes the part of the steps below η
 """
 
 import dataclasses
@@ -42,19 +52,25 @@ PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Stage 2: samples the winner and the loser of every clip."""
+    """Stage 2: samples the two sides of every clip's pair."""
 
     preset: str = "tiny"  # tiny, 1.3b or 14b: what every option that is not given stands at
+    pairs: str = "continuation"  # continuation: the method's; flow, structural: the baselines', for label.py
     base: str = "out/demo/base"  # model folder
-    continuation: str = "out/demo/continuation"  # folder of continuation.py
+    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas, fused into the base first
+    continuation: str = "out/demo/continuation"  # folder of continuation.py; flow and structural need none
+    strength: float = 1.0  # factor of the continuation's LoRA: below 1 the losers have more of the base's own faults
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = "align"  # which clips: train, align or eval
     out: str = "out/demo/pairs"  # folder to write
-    pairs: int = 0  # number of pairs, one a clip; 0: every clip of the split
+    clips: int = 0  # number of clips; 0: every clip of the split
+    per_clip: int = 1  # pairs a clip, each with lengths and noise of its own
     n1_min: int | None = None  # fewest given frames of a loser, in latent frames; not given: 1
     n1_max: int | None = None  # most given frames of a loser; not given: 60 % of the clip, rounded down
     n2_min: int | None = None  # fewest given frames of a winner; not given: 80 % of the clip, rounded up
     n2_max: int | None = None  # most given frames of a winner; not given: all of them
+    eta_min: float = 0.65  # structural: least time that a clip is noised to
+    eta_max: float = 0.8  # structural: most
     nfe: int | None = None  # solver steps
     t_shift: float | None = None  # warp of the solver's times towards noise
     guidance: float | None = None  # classifier-free guidance weight; 1: none
@@ -101,54 +117,122 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
     return result
 
 
+def denoise(net, x0, noise, text, eta, cfg):
+    """Samples from the clips x0 noised to the times eta (B,), all in as many steps as `nfe` has below `eta_max`."""
+    warped = lambda u: flow.shift_t(u, cfg.t_shift)  # noqa: E731
+    even = lambda t: flow.shift_t(t, 1 / cfg.t_shift)  # noqa: E731  its inverse
+    steps = structural_steps(cfg)
+    x = flow.add_noise(x0, noise, eta)
+    for k in range(steps):
+        t, t_next = (warped(even(eta) * (1 - i / steps)) for i in (k, k + 1))
+        x = x + flow.per_sample(t_next - t, x) * net(x, t, text)
+    return x
+
+
+def structural_steps(cfg) -> int:
+    """Solver steps of a structural sample: those that the whole grid has below eta_max."""
+    return math.ceil(cfg.nfe * flow.shift_t(torch.tensor(cfg.eta_max, dtype=torch.float64), 1 / cfg.t_shift))
+
+
+# ---- the kinds of pairs: fields of (B, C, F, H, W), and what the rows say of each pair -------------------------------
+
+
+def continuation_pairs(net, x0, text, ids, cfg, negative):
+    lengths = [draw_lengths(cfg.seed, i, windows(cfg, x0.shape[2])) for i in ids]
+    keys = [("pair", cfg.seed, i) for i in ids]
+    rejected, chosen = (continue_clips(net, x0, text, torch.tensor(n), keys, cfg, negative) for n in zip(*lengths))
+    return {"chosen": chosen, "rejected": rejected}, [{"n1": n1, "n2": n2} for n1, n2 in lengths]
+
+
+def flow_pairs(net, x0, text, ids, cfg, negative):
+    call, sides = flow.guided(net, cfg.guidance, negative), {}
+    for side in ("first", "second"):
+        noise = flow.draw_noise(x0.shape[1:], [("pair", cfg.seed, i, side) for i in ids]).to(x0.device)
+        sides[side] = flow.euler(call, noise, text, cfg.nfe, cfg.t_shift)
+    return sides, [{"n1": 0, "n2": 0} for _ in ids]
+
+
+@torch.no_grad()
+def structural_pairs(net, x0, text, ids, cfg, negative):
+    call, sides = flow.guided(net, cfg.guidance, negative), {}
+    draws = torch.stack([torch.rand((), generator=flow.generator("eta", cfg.seed, i)) for i in ids])
+    eta = (cfg.eta_min + (cfg.eta_max - cfg.eta_min) * draws).to(x0.device)
+    for side in ("first", "second"):
+        noise = flow.draw_noise(x0.shape[1:], [("pair", cfg.seed, i, side) for i in ids]).to(x0.device)
+        sides[side] = denoise(call, x0, noise, text, eta, cfg)
+    return sides, [{"n1": 0, "n2": 0, "eta": round(e, 4)} for e in eta.tolist()]
+
+
+KINDS = {"continuation": continuation_pairs, "flow": flow_pairs, "structural": structural_pairs}
+
+
+# ---- the stage -------------------------------------------------------------------------------------------------------
+
+
+def check(cfg) -> None:
+    """UserError for options that make no sense."""
+    if cfg.pairs not in KINDS:
+        raise UserError(f"--pairs: expected one of {', '.join(KINDS)}, got {cfg.pairs!r} (how many: --clips)")
+    if cfg.per_clip < 1 or cfg.clips < 0:
+        raise UserError(f"expected --clips >= 0 and --per_clip >= 1, got {cfg.clips} and {cfg.per_clip}")
+    if not 0 < cfg.eta_min <= cfg.eta_max <= 1:
+        raise UserError(f"expected 0 < eta_min <= eta_max <= 1, got {cfg.eta_min} and {cfg.eta_max}")
+
+
 def dry_run(cfg) -> None:
     """Prints what it will cost: a winner given whole is not sampled."""
     shape, found = cost.latents(cfg.preset, cfg.data, "prepare.py", cfg.split)
     low, high = windows(cfg, shape[1])[2:]
-    continuations = 2 - (high == shape[1]) / (high - low + 1)
-    count = cfg.pairs or found or cost.CLIPS
-    cost.sampling("make_pairs", cfg.preset, shape, count * continuations, cfg.nfe, cfg.guidance, cfg.shard_size, True)
+    samples = 2 - (high == shape[1]) / (high - low + 1) if cfg.pairs == "continuation" else 2
+    count, nfe = (cfg.clips or found or cost.CLIPS) * cfg.per_clip, cfg.nfe
+    if cfg.pairs == "structural":
+        nfe = structural_steps(cfg)
+    given = cfg.pairs == "continuation"
+    cost.sampling("make_pairs", cfg.preset, shape, count * samples, nfe, cfg.guidance, cfg.shard_size, given)
 
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = common.resolve(cfg, PRESETS)
+    check(cfg)
     if cfg.dry_run:
         return dry_run(cfg)
     group = common.start_group()
-    run = common.Run(cfg, "make_pairs", group, {"data": cfg.data, "base": cfg.base, "continuation": cfg.continuation})
+    continuing, loras = cfg.pairs == "continuation", model.lora_files(cfg.lora)
+    inputs = {"data": cfg.data, "base": cfg.base, "continuation": cfg.continuation if continuing else ""}
+    run = common.Run(cfg, "make_pairs", group, inputs | {str(file): file for file in loras})
     if run.done:
         return
-    common.read_manifest(cfg.continuation, "continuation.py")
+    if continuing:
+        common.read_manifest(cfg.continuation, "continuation.py")
     clips = data.Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
     frames = clips.shape("x0")[1]
     window = windows(cfg, frames)
-    count = cfg.pairs or len(clips)
+    count = cfg.clips or len(clips)
     if count > len(clips):
-        raise UserError(f"--pairs: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.pairs}")
+        raise UserError(f"--clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.clips}")
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = model.load_continuation(cfg.base, cfg.continuation, dtype, group.device)
+    if continuing:
+        net = model.load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras, cfg.strength)
+    else:
+        net = model.load_fused(cfg.base, loras, dtype, group.device)
     model.check_preset(net, cfg.preset, cfg.base)
     negative = common.read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
 
     # ---- sample, a shard at a time; shards that an earlier run finished are kept
-    starts = list(range(0, count, cfg.shard_size))
+    jobs = [(i, clips.rows[i]["id"] + f"+{k}" * (k > 0)) for k in range(cfg.per_clip) for i in range(count)]
+    starts = list(range(0, len(jobs), cfg.shard_size))
     bar = run.progress(len(starts[group.rank :: group.size]), unit="shard")
     for k in range(group.rank, len(starts), group.size):
         if not data.shard_is_whole(run.folder, k):
-            index = list(range(starts[k], min(starts[k] + cfg.shard_size, count)))
-            x0, text = clips.get("x0", index).float(), clips.text(index)
-            lengths = [draw_lengths(cfg.seed, clips.rows[i]["id"], window) for i in index]
-            keys = [("pair", cfg.seed, clips.rows[i]["id"]) for i in index]
-            x0, text = x0.to(group.device), text.to(group.device)
-            rejected, chosen = (
-                continue_clips(net, x0, text, torch.tensor(n), keys, cfg, negative).cpu() for n in zip(*lengths)
-            )
+            index, ids = zip(*jobs[starts[k] : starts[k] + cfg.shard_size])
+            x0, text = clips.get("x0", index).float().to(group.device), clips.text(index).to(group.device)
+            fields, facts = KINDS[cfg.pairs](net, x0, text, ids, cfg, negative)
             rows = [
-                {"id": clips.rows[i]["id"], "caption": clips.rows[i]["caption"], "n1": n1, "n2": n2, "seed": cfg.seed}
-                for i, (n1, n2) in zip(index, lengths)
+                {"id": name, "caption": clips.rows[i]["caption"], **fact, "seed": cfg.seed}
+                for i, name, fact in zip(index, ids, facts)
             ]
-            fields = {"chosen": list(chosen), "rejected": list(rejected)}
+            fields = {name: list(values.cpu()) for name, values in fields.items()}
             data.write_shard(run.folder, k, rows, fields, clips.states(index), [])
         bar.update()
     bar.close()
@@ -158,7 +242,7 @@ def main(cfg: Config) -> None:
     if group.main:
         files, kept, _ = data.collect(run.folder, len(starts), [])
         given = f"loser given {window[0]}..{window[1]}, winner {window[2]}..{window[3]} of {frames} frames"
-        print(f"make_pairs: {kept} pairs, {given}")
+        print(f"make_pairs: {kept} pairs, {given if continuing else 'in no order: label.py finds one'}")
     run.finish(files if group.main else [], window=window, frames=frames)
 
 

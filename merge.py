@@ -77,7 +77,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {cfg.layout!r}")
     if cfg.dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
-    files = [model.lora_file(entry) for entry in cfg.lora.split(",") if entry.strip()]
+    files = model.lora_files(cfg.lora)
     if not files:
         raise UserError("--lora: expected folders or files, separated by commas, got none")
     run = common.Run(cfg, "merge", common.Group(0, 1, None), {"base": cfg.base} | {str(file): file for file in files})

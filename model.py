@@ -558,6 +558,11 @@ def lora_file(entry: str) -> Path:
     return file
 
 
+def lora_files(names: str) -> list[Path]:
+    """`lora_file` of each name in a list separated by commas."""
+    return [lora_file(entry) for entry in names.split(",") if entry.strip()]
+
+
 LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 
@@ -681,14 +686,31 @@ def check_preset(net: DiT, preset: str, base: str | Path) -> None:
         )
 
 
+def load_fused(
+    base: str | Path, loras: list[Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiT:
+    """The base with the LoRAs of these files fused in, one after the other, frozen."""
+    net = load_model(base, dtype, device)
+    for file in loras:
+        merge_lora(load_lora(net, file))
+    return net.eval().requires_grad_(False)
+
+
 def load_continuation(
-    base: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    base: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    loras: list[Path] = (),
+    strength: float = 1.0,
 ) -> DiT:
     """The continuation model Φ, frozen: the base with the LoRA of a continuation.py folder fused in, and its
-    task prompts.
+    task prompts. `loras` are fused into the base before it; `strength` scales Φ's own LoRA.
     """
-    net = load_model(base, dtype, device)
-    merge_lora(load_lora(net, Path(folder) / "lora.safetensors"))
+    net = load_lora(load_fused(base, loras, dtype, device), Path(folder) / "lora.safetensors")
+    for layer in lora_linears(net).values():
+        layer.lora_scale *= strength
+    merge_lora(net)
     if (Path(folder) / "task_prompt.safetensors").exists():
         load_task_prompt(net, Path(folder) / "task_prompt.safetensors")
     return net.eval().requires_grad_(False)

@@ -63,6 +63,7 @@ class Config:
     n_cond: int = 4  # given latent frames: n of them are 1 + 4(n − 1) pictures
     decode: str = ""  # folder of prepare.py or make_pairs.py: show its clips, and sample nothing
     clips: int = 0  # of them, evenly chosen; 0: all
+    segments: int = 0  # and each cut into so many, in files of their own, for label.py --segments
     data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
     out: str = "out/samples"  # folder to write
     frames: int | None = None  # pictures, of the form 4k+1
@@ -152,41 +153,41 @@ def given_frames(cfg, codec, device) -> torch.Tensor:
     return torch.nn.functional.pad(coded, (0, 0, 0, 0, 0, frames - cfg.n_cond))
 
 
-def lora_files(cfg) -> list[Path]:
-    return [model.lora_file(entry) for entry in cfg.lora.split(",") if entry.strip()]
-
-
 def load(cfg, device) -> model.DiT:
     """The network with every adapter fused in."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if cfg.continuation:
         return model.load_continuation(cfg.base, cfg.continuation, dtype, device)
-    net = model.load_model(cfg.base, dtype, device)
-    for file in lora_files(cfg):
-        model.merge_lora(model.load_lora(net, file))
-    return net
+    return model.load_fused(cfg.base, model.lora_files(cfg.lora), dtype, device)
 
 
 def decode_shards(cfg, group: common.Group, run: common.Run) -> None:
     """Writes an mp4 for each clip, or for each side of each pair, of --decode."""
     shards = data.Shards(cfg.decode, "prepare.py or make_pairs.py", verify=group.main)
-    fields = ("x0",) if "x0" in shards.fields() else ("chosen", "rejected")
+    fields = next(f for f in (("x0",), ("chosen", "rejected"), ("first", "second")) if f[0] in shards.fields())
     codec, device = load_codec(cfg, group.device)
     if shards.shape(fields[0])[0] != codec.channels:
         got = f"got {shards.shape(fields[0])[0]}: choose the --preset that it was made with"
         raise UserError(f"{cfg.decode}: expected latents of {codec.channels} channels for this codec, {got}")
+    length, fps = shards.shape(fields[0])[1], max(1, round(shards.manifest.get("fps", 16)))
+    if not 0 <= cfg.segments <= length:
+        raise UserError(f"--segments: expected 0 to {length}, the latent frames, got {cfg.segments}")
+    cuts = data.segment_cuts(length, cfg.segments) if cfg.segments else []
     count = min(cfg.clips or len(shards), len(shards))
     some = [round(i * (len(shards) - 1) / max(1, count - 1)) for i in range(count)]
     bar, rows = run.progress(count, unit="clip"), []
     for place, i in enumerate(some):
         for field in fields:
             row = {k: v for k, v in shards.rows[i].items() if k != "index"}
-            name = f"{i:05d}-{Path(row['id']).name}" + ("" if field == "x0" else f"-{field}") + ".mp4"
-            rows.append({**row, "video": name})
-            if place % group.size == group.rank and not (run.folder / name).exists():
-                pixels = codec.decode(shards.get(field, [i]).float().to(device))[0]
-                fps = max(1, round(shards.manifest.get("fps", 16)))
-                video.write_mp4(run.folder / name, video.to_frames(pixels), fps)
+            parts = {data.video_name(i, row, field): slice(None)}
+            for s, (first, end) in enumerate(zip(cuts, cuts[1:])):
+                parts[data.video_name(i, row, field, s)] = data.pixel_frames(first, end)
+            rows += [{**row, "video": name} for name in parts]
+            todo = [name for name in parts if not (run.folder / name).exists()]
+            if place % group.size == group.rank and todo:
+                frames = video.to_frames(codec.decode(shards.get(field, [i]).float().to(device))[0])
+                for name in todo:
+                    video.write_mp4(run.folder / name, frames[parts[name]], fps)
         bar.update()
     bar.close()
     finish(run, rows)
@@ -212,7 +213,7 @@ def main(cfg: Config) -> None:
     group = common.start_group()
     prompts = [] if cfg.decode else read_prompts(cfg)
     names = ("vae", "decode") if cfg.decode else ("base", "vae", "text", "continuation")
-    inputs = {name: getattr(cfg, name) for name in names} | {str(file): file for file in lora_files(cfg)}
+    inputs = {name: getattr(cfg, name) for name in names} | {str(file): file for file in model.lora_files(cfg.lora)}
     run = common.Run(cfg, "sample", group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
     if run.done:
         return

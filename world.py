@@ -193,6 +193,23 @@ def score_clip(video: np.ndarray, text: str, frames: slice = slice(None)) -> dic
     return {k: float(v) for k, v in result.items()}
 
 
+METRICS = ("score", "traj", "presence", "shape", "dyn", "accel")
+
+
+def pixels(codec, x0) -> np.ndarray:
+    """Latents (B, C, F, H, W) -> pictures (B, T, h, w, 3) float32 in [0, 1]."""
+    return ((codec.decode(x0.cpu()) + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
+
+
+def score(codec, x0, captions: list[str], frames: slice = slice(None)) -> dict[str, np.ndarray]:
+    """`score_clip` of the clips x0 (B, C, F, H, W): an array (B,) for each of METRICS."""
+    rows = []
+    for i in range(0, len(x0), 4):  # few at a time: fresh memory for many costs more than the score
+        clips = pixels(codec, x0[i : i + 4])
+        rows += [score_clip(clip, text, frames) for clip, text in zip(clips, captions[i : i + 4])]
+    return {m: np.array([row[m] for row in rows]) for m in METRICS}
+
+
 # ---- the data set ----------------------------------------------------------------------------------------------------
 
 COLUMNS = "video,caption,aesthetic score,motion score,temporal consistency score,camera motion,frame,fps,seconds".split(

@@ -69,7 +69,7 @@ CASES = {  # what is wrong -> stage, options, harm done to the folders, words th
     "unknown motion": ("shards", dict(motion="flow"), None, "--motion: expected frames or column"),
     "N1 above N2": ("pairs", dict(n1_max=12), None, "n1_min <= n1_max < n2_min"),
     "N2 past the clip": ("pairs", dict(n2_max=14), None, "n2_max <= 13"),
-    "more pairs than clips": ("pairs", dict(pairs=1000), None, "--pairs: expected at most"),
+    "more pairs than clips": ("pairs", dict(clips=1000), None, "--clips: expected at most"),
     "no shard": ("pairs", dict(shard_size=0), None, "shard_size"),
     "unknown region": ("asymdpo", dict(region="2"), None, "--region: expected 123, 23 or 3, got '2'"),
     "unknown form": ("asymdpo", dict(form="around"), None, "--form outside or inside"),
@@ -92,7 +92,7 @@ CASES = {  # what is wrong -> stage, options, harm done to the folders, words th
         "asymdpo", {}, put("continuation", "sft"), "got one made by continuation.py",
     ),
     "unfinished shards": ("sft", {}, remove("shards/MANIFEST.json"), "shards: .*unfinished; run prepare.py first"),
-    "unfinished cold start": ("asymdpo", {}, remove("sft/MANIFEST.json"), "sft: .*unfinished; run sft.py --base first"),
+    "unfinished cold start": ("asymdpo", {}, remove("sft/MANIFEST.json"), "sft: .*unfinished; run sft.py"),
     "unfinished continuation": ("pairs", {}, remove("continuation/MANIFEST.json"), "continuation: .*unfinished"),
     "damaged manifest": (
         "asymdpo", {}, rewrite("pairs/MANIFEST.json", '{"files": {"sha'), "pairs/MANIFEST.json: .*damaged",

@@ -347,7 +347,7 @@ def test_given_frames_of_every_pair_are_the_real_ones(chain):
 
 def test_a_winner_given_whole_is_the_real_clip(chain, tmp_path):
     """N2 = F: bit for bit, nothing sampled."""
-    out = run_stage(chain, "pairs", out=str(tmp_path / "pairs"), n2_min=13, pairs=4)
+    out = run_stage(chain, "pairs", out=str(tmp_path / "pairs"), n2_min=13, clips=4)
     _, chosen, rejected, real = both(chain, out)
     assert torch.equal(chosen, real) and not torch.equal(rejected, real)
 
@@ -357,11 +357,11 @@ def test_a_pair_is_a_function_of_clip_lengths_and_seed(chain, tmp_path):
     again = run_stage(chain, "pairs", out=str(tmp_path / "again"))
     assert contents(again) == contents(chain / "pairs")
     _, chosen, rejected, _ = both(chain, again)
-    few, c, r, _ = both(chain, run_stage(chain, "pairs", out=str(tmp_path / "few"), shard_size=3, pairs=5))
+    few, c, r, _ = both(chain, run_stage(chain, "pairs", out=str(tmp_path / "few"), shard_size=3, clips=5))
     rows = data.Shards(again, "make_pairs.py").rows
     assert [(a["id"], a["n1"], a["n2"]) for a in rows[:5]] == [(a["id"], a["n1"], a["n2"]) for a in few.rows]
     assert torch.allclose(c, chosen[:5], atol=1e-4) and torch.allclose(r, rejected[:5], atol=1e-4)
-    other, c, r, _ = both(chain, run_stage(chain, "pairs", out=str(tmp_path / "other"), seed=1, pairs=5))
+    other, c, r, _ = both(chain, run_stage(chain, "pairs", out=str(tmp_path / "other"), seed=1, clips=5))
     assert [(a["n1"], a["n2"]) for a in other.rows] != [(a["n1"], a["n2"]) for a in rows[:5]]
 
 
@@ -406,7 +406,7 @@ def test_draw_lengths_covers_its_windows():
 def test_region_3_leaves_out_pairs_without_one(chain, tmp_path):
     """--region 3 cannot learn from a winner that is all real: such pairs are left out; with no other, it says so."""
     root = copy(chain, tmp_path, "base", "sft", "shards", "continuation")
-    run_stage(root, "pairs", n2_min=13, pairs=4)
+    run_stage(root, "pairs", n2_min=13, clips=4)
     with pytest.raises(UserError, match="region 3"):
         run_stage(root, "asymdpo", region="3")
     run_stage(chain, "asymdpo", region="3", out=str(tmp_path / "mixed"))

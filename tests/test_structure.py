@@ -14,7 +14,7 @@ from helpers import ROOT, script
 import common
 
 GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost"}
-STAGES = {"prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
+STAGES = {"label", "prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
 
 
 def imports(path) -> set[str]:
