@@ -67,6 +67,8 @@ PAIRS = {  # name -> options of make_pairs.py beside the demo's; lora and contin
     "off": dict(continuation="off"),
     "per_clip_2": dict(per_clip=2),
     "strength_half": dict(strength=0.5),
+    "strength_quarter": dict(strength=0.25),
+    "strength_zero": dict(strength=0.0),
     "on_policy": dict(lora="sft"),
     "round_2": dict(lora="sft,dpo/dynamicsboost", seed=1),
 }
@@ -90,17 +92,22 @@ class Row:
     labels: str = ""  # of LABELS
     start: str = "sft"  # folders of LoRAs below it, separated by commas
     options: dict = dataclasses.field(default_factory=dict)  # of asymdpo.py beside the demo's
+    half_of: str = ""  # this row is that one with its LoRA at half strength
 
 
 # the same inner temperature for all three losses: Flow-DPO's is halved by its definition
 FLOW, DENSE = dict(loss="flow", beta=100.0), dict(loss="dense", beta=50.0)
+FAST = dict(lr=1.5e-4)  # of 5e-5 and this, what Flow-DPO liked better on seed 12; the others did not
 ROWS = {
     "pretrain": Row("Pretrain", "", start=""),
     "sft": Row("SFT", ""),
     "sft_more": Row("SFT, trained on for as many steps as DPO", "", start="sft_more"),
     "flow_exact": Row("Flow-DPO, exact scorer", "flow", "flow_exact", options=FLOW),
+    "flow_half": Row("Flow-DPO, exact scorer, its LoRA at half strength", "", half_of="flow_exact"),
     "flow_noisy": Row("Flow-DPO, 30 % of the labels flipped", "flow", "flow_noisy", options=FLOW),
     "flow_appearance": Row("Flow-DPO, appearance scorer", "flow", "flow_appearance", options=FLOW),
+    "flow_fast": Row("Flow-DPO, exact scorer, 3 × the rate", "flow", "flow_exact", options={**FLOW, **FAST}),
+    "flow_noisy_fast": Row("Flow-DPO, flipped, 3 × the rate", "flow", "flow_noisy", options={**FLOW, **FAST}),
     "structural_exact": Row("Flow-StructuralDPO, exact scorer", "structural", "structural_exact", options=FLOW),
     "structural_noisy": Row("Flow-StructuralDPO, flipped", "structural", "structural_noisy", options=FLOW),
     "dense_exact": Row("Flow-DenseDPO, exact scorer", "structural", "dense_exact", options=DENSE),
@@ -125,7 +132,10 @@ ROWS = {
     "t_0": Row("t ~ logit-normal(0)", options=dict(t_mean=0.0)),
     "t_2": Row("t ~ logit-normal(2)", options=dict(t_mean=2.0)),
     "per_clip_2": Row("two losers a clip", "per_clip_2"),
-    "strength_half": Row("Φ's LoRA at half strength", "strength_half"),
+    "strength_half": Row("Φ's LoRA at half its strength", "strength_half"),
+    "strength_quarter": Row("Φ's LoRA at a quarter", "strength_quarter"),
+    "strength_zero": Row("no LoRA, prompts alone", "strength_zero"),
+    "strength_fast": Row("Φ's LoRA at a quarter, 3 × the rate", "strength_quarter", options=FAST),
     "on_policy": Row("Φ's LoRA on the SFT model", "on_policy"),
     "round_2": Row("a second round", "round_2", start="sft,dpo/dynamicsboost"),
 }
@@ -144,6 +154,7 @@ class Judged:
     out: str
     clips: int
     seed: int
+    strength: float
 
 
 class Seed:
@@ -190,6 +201,9 @@ class Seed:
             steps = sft.PRESETS["tiny"]["steps"] + asymdpo.PRESETS["tiny"]["steps"]
             self.make(sft, "sft_more", data=self.at("shards"), split="align", base=self.at("base"), steps=steps)
         start = row.start
+        if row.half_of:
+            self.row(row.half_of)
+            start = f"{start},dpo/{row.half_of}"
         if row.pairs:
             if "dpo/" in PAIRS[row.pairs].get("lora", "") + start:
                 self.row("dynamicsboost")
@@ -201,11 +215,16 @@ class Seed:
             self.make(asymdpo, f"dpo/{name}", **options, **{**row.options, **self.tuned})
             self.facts(row)
             start = f"{start},dpo/{name}"
-        self.judge(name, start)
+        self.judge(name, start, 0.5 if row.half_of else 1.0)
 
-    def judge(self, name: str, loras: str) -> None:
-        """Scores of the row's samples for the seed's prompts and noise, as evaluate.py's table."""
-        cfg = Judged(self.at("base"), self.at(loras), self.at("shards"), self.at(f"eval/{name}"), CLIPS, self.seed)
+    def judge(self, name: str, loras: str, strength: float) -> None:
+        """Scores of the row's samples for the seed's prompts and noise, as evaluate.py's table.
+
+        strength: of the last LoRA.
+        """
+        cfg = Judged(
+            self.at("base"), self.at(loras), self.at("shards"), self.at(f"eval/{name}"), CLIPS, self.seed, strength
+        )
         group = common.Group(0, 1, torch.device("cpu"))
         loras = model.lora_files(cfg.lora)
         run = common.Run(cfg, "tables", group, {"base": cfg.base, "data": cfg.data} | {str(f): f for f in loras})
@@ -216,8 +235,12 @@ class Seed:
         keys = [("table", cfg.seed, clips.rows[i]["id"], n // len(clips)) for n, i in enumerate(index)]
         noise, text = flow.draw_noise(clips.shape("x0"), keys), clips.text(index)
         solver = common.resolve(evaluate.Config(), evaluate.PRESETS)
+        net = model.load_fused(cfg.base, loras if strength == 1 else loras[:-1])
+        if strength != 1:
+            for layer in model.lora_linears(model.load_lora(net, loras[-1])).values():
+                layer.lora_scale *= strength
         with run.progress(cfg.clips, unit="clip") as bar:
-            made = evaluate.sample_all(model.load_fused(cfg.base, loras), noise, text, solver, progress=bar)
+            made = evaluate.sample_all(net, noise, text, solver, progress=bar)
         scores = world.score(codec, made, [clips.rows[i]["caption"] for i in index])
         common.write_tensors(run.folder / "scores.safetensors", {m: torch.from_numpy(s) for m, s in scores.items()})
         common.write_tensors(run.folder / "samples.safetensors", {"x0": made[:SHOWN]})
@@ -345,11 +368,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)), help="default 0 … 5")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help="default all")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default 2)")
-    parser.add_argument("--lr", type=float, help="another learning rate for every row: for choosing settings")
-    parser.add_argument("--steps", type=int, help="another number of steps for every row: for choosing settings")
+    parser.add_argument(
+        "--options", type=json.loads, default={}, help="asymdpo.py options of every row, for trying: JSON"
+    )
     args = parser.parse_args(argv)
-    tuned = {name: getattr(args, name) for name in ("lr", "steps") if getattr(args, name)}
-    run_all(Path(args.out), args.seeds, args.rows, args.workers, tuned)
+    run_all(Path(args.out), args.seeds, args.rows, args.workers, args.options)
 
 
 if __name__ == "__main__":

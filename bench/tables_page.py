@@ -41,13 +41,16 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 T800 = (1.376, 1.061, 0.978, 0.941, 0.920, 0.906, 0.896, 0.889, 0.883, 0.879, 0.876)  # its 80 % point, one-sided
 GROUPS = {  # heading -> rows
     "Systems": [
-        "pretrain", "sft", "sft_more", "flow_exact", "flow_noisy", "flow_appearance", "structural_exact",
-        "structural_noisy", "dense_exact", "dense_noisy", "dynamicsboost",
+        "pretrain", "sft", "sft_more", "flow_exact", "flow_half", "flow_fast", "flow_noisy", "flow_noisy_fast",
+        "flow_appearance", "structural_exact", "structural_noisy", "dense_exact", "dense_noisy", "dynamicsboost",
     ],
     "Which frames are given": ["dynamicsboost", "n1_0", "n1_0_n2_13", "n1_1_n2_13", "gt_winner", "n1_late"],
     "The loss": ["dynamicsboost", "region_123", "region_3", "outside", "plain", "reference_free", "lambda"],
     "The continuation model and the cold start": ["dynamicsboost", "context", "frame", "off", "no_cold_start"],
-    "Closing the gap": ["dynamicsboost", "t_0", "t_2", "per_clip_2", "strength_half", "on_policy", "round_2"],
+    "Closing the gap": [
+        "dynamicsboost", "t_0", "t_2", "per_clip_2", "strength_half", "strength_quarter", "strength_zero",
+        "strength_fast", "on_policy", "round_2",
+    ],
 }  # fmt: skip
 
 
@@ -94,10 +97,11 @@ def averaged(found: list[dict[str, float]]) -> dict[str, float]:
     return {k: float(np.mean([f[k] for f in found if k in f])) for f in found for k in f}
 
 
-def summary(root: Path, seeds: list[int]) -> dict:
+def summary(root: Path, seeds: list[int], names: list[str]) -> dict:
     """All figures of the page."""
     rows = {}
-    for name, row in ROWS.items():
+    for name in names:
+        row = ROWS[name]
         if not all((root / f"seed-{s}" / "eval" / name / common.MANIFEST).is_file() for s in seeds):
             raise common.UserError(f"{root}: expected row {name} of seeds {seeds}, it is not finished; run make tables")
         mean = averaged([{m: v.mean() for m, v in scores(root, s, name).items()} for s in seeds])
@@ -223,16 +227,263 @@ def main_table(found: dict, names: list[str]) -> str:
     return "\n".join([*lines, f"| {' | '.join(cells)} |"])
 
 
+def systems_claims(found: dict) -> list[str]:
+    """A paragraph for each claim that two rows can test."""
+    rows, ours = found["rows"], "dynamicsboost"
+
+    def against(name: str, metric: str = "score") -> dict:
+        """ours − name"""
+        value = rows[name]["vs_dynamicsboost"][metric]
+        return {"mean": -value["mean"], "half": value["half"]}
+
+    def compared(words: str, value: dict, want: int = 1) -> str:
+        return f"* **{words}: {verdict(value, want)}.** {signed(value)}."
+
+    lines = [
+        compared("DynamicsBoost scores higher than SFT", rows[ours]["vs_sft"]["score"]),
+        compared("… than as many more steps of SFT", against("sft_more")),
+    ]
+    for name, words in {
+        "structural_exact": "Flow-StructuralDPO with the exact scorer", "structural_noisy": "… with flipped labels",
+        "dense_exact": "Flow-DenseDPO with the exact scorer", "dense_noisy": "… with flipped labels",
+        "flow_noisy": "Flow-DPO with flipped labels", "flow_appearance": "… with the appearance scorer",
+        "flow_exact": "… with the exact scorer, which no real user has",
+    }.items():  # fmt: skip
+        lines.append(compared(f"DynamicsBoost scores higher than {words}", against(name)))
+    accuracy = [f["accuracy"] for f in rows[ours]["facts_seeds"]]
+    held = "reproduced" if min(accuracy) >= 0.9 else "not reproduced"
+    lines.append(
+        f"* **The order of a pair is right without a label: {held}.** The exact score agrees in {min(accuracy):.3f} to "
+        f"{max(accuracy):.3f} of a seed's pairs (expected: 0.90 or more)."
+    )
+    return lines
+
+
+def sweep_claim(found: dict) -> str:
+    """Does the score rise with the given frames?"""
+    score = np.array([[row["score"] for row in rows] for rows in found["sweep"]])
+    made = np.array([[row.get("generated_score", np.nan) for row in rows] for rows in found["sweep"]])
+    frames = score.shape[1] - 1
+    lines = [f"| given frames | {' | '.join(str(n) for n in range(frames + 1))} |", "|---" * (frames + 2) + "|"]
+    for words, values in (("whole clip", score), ("generated frames", made)):
+        cells = [plain(v, 2) if np.isfinite(v) else "" for v in values.mean(0)]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    steps = [interval(score[:, n + 1] - score[:, n]) for n in range(frames)]
+    falls = [n for n in range(1, frames) if steps[n]["mean"] < -steps[n]["half"]]
+    flat = [n for n in range(1, frames) if abs(steps[n]["mean"]) <= steps[n]["half"]]
+    word = (
+        "not reproduced" if falls else "reproduced, but for the steps that are not resolved" if flat else "reproduced"
+    )
+    unresolved = f" Not resolved: from {', '.join(map(str, flat))}." if flat else ""
+    first = f"From 0 to 1 given frame: {signed(steps[0])}."
+    return (
+        "\n".join(lines)
+        + f"\n\n* **Quality rises with the number of given frames, but for none: {word}.** {first}{unresolved}"
+        + (f" Falls from {', '.join(map(str, falls))}." if falls else "")
+    )
+
+
+def motion_claim(found: dict) -> str:
+    """Dynamic degree, also at an equal gain of score."""
+    rows, real = found["rows"], found["real"]["dyn"]
+    lines = ["| | score against SFT | dynamic degree against SFT | its distance to real clips |", "|---|---|---|---|"]
+    for name in ("sft", "flow_half", "flow_exact", "flow_fast", "flow_noisy", "flow_appearance", "dynamicsboost"):
+        row = rows[name]
+        gain, motion = (signed(row["vs_sft"][m]) if name != "sft" else "" for m in ("score", "dyn"))
+        lines.append(f"| {row['title']} | {gain} | {motion} | {signed(row['mean']['dyn'] - real)} |")
+    flow, ours = (rows[name]["vs_sft"] for name in ("flow_exact", "dynamicsboost"))
+    slows, keeps = verdict(flow["dyn"], -1), abs(ours["dyn"]["mean"]) <= 0.05 * rows["sft"]["mean"]["dyn"]
+    share = [d / g for d, g in zip(flow["dyn"]["seeds"], flow["score"]["seeds"])]
+    own = [d / g for d, g in zip(ours["dyn"]["seeds"], ours["score"]["seeds"])]
+    gap, share, own = (interval(np.array(v)) for v in (np.subtract(own, share), share, own))
+    return (
+        "\n".join(lines)
+        + f"\n\n* **Flow-DPO lowers the dynamic degree: {slows}.** {signed(flow['dyn'])} px/frame."
+        + f"\n* **DynamicsBoost keeps it, within 5 %: {'reproduced' if keeps else 'not reproduced'}.** "
+        + f"{signed(ours['dyn'])} px/frame."
+        + f"\n* **At an equal gain of score DynamicsBoost slows less: {verdict(gap)}.** Change of dynamic degree for"
+        + f" each point of score: Flow-DPO {signed(share, 2)}, DynamicsBoost {signed(own, 2)}; the difference"
+        + f" {signed(gap, 2)}."
+    )
+
+
+def displacement_table(found: dict) -> str:
+    """d of winner and loser by region, in thousandths, over the second half of training."""
+    lines = [
+        "| | d^w ② | d^l ② | d^w ③ | d^l ③ | score against SFT |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name in ("dynamicsboost", "lambda", "reference_free", "region_3", "gt_winner", "on_policy", "flow_exact"):
+        row = found["rows"][name]
+        cells = []
+        for key in ("diff/w/2", "diff/l/2", "diff/w/3", "diff/l/3"):
+            values = [1000 * t[key] for t in row["training_seeds"] if key in t]
+            cells.append(signed(interval(np.array(values)), 2) if len(values) == len(found["seeds"]) else "")
+        lines.append(f"| {row['title']} | {' | '.join(cells)} | {signed(row['vs_sft']['score'])} |")
+    return "\n".join(lines)
+
+
+def accuracy_map(found: dict, name: str) -> str:
+    """Share of pairs whose winner gained on the loser, by time and region."""
+    row = found["rows"][name]["training"]
+    buckets = ["0 … ¼", "¼ … ½", "½ … ¾", "¾ … 1"]
+    lines = ["| t | " + " | ".join(buckets) + " |", "|---" * 5 + "|"]
+    for region, words in (("2", "② real against generated"), ("3", "③ both generated")):
+        cells = [plain(row[f"acc/{region}/t{b}"], 3) if f"acc/{region}/t{b}" in row else "" for b in range(4)]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+FACTORS = {  # what a good loser may be made of -> how to read it
+    "next frame": lambda facts, training: facts.get("next_frame"),
+    "loser's score": lambda facts, training: facts.get("rejected_score"),
+    "loser's dynamic degree": lambda facts, training: facts.get("rejected_dyn"),
+    "reference's error, loser": lambda facts, training: training.get("err/l_ref/2"),
+    "reference's error, winner": lambda facts, training: training.get("err/w_ref/2"),
+}
+
+
+def loser_table(found: dict) -> str:
+    """Gain beside what the losers are; then their correlation over rows and seeds, each seed's mean taken out."""
+    heads = list(FACTORS)
+    lines = [f"| | score against SFT | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    names = [
+        name for name, row in found["rows"].items()
+        if row["pairs"] and not row["labels"] and not ROWS[name].options and ROWS[name].start == "sft"
+    ]  # fmt: skip
+    table = {head: [] for head in heads}
+    gains = []
+    for name in names:
+        row = found["rows"][name]
+        values = {h: [f(a, b) for a, b in zip(row["facts_seeds"], row["training_seeds"])] for h, f in FACTORS.items()}
+        shown = [plain(np.mean(v), 3) if None not in v else "" for v in values.values()]
+        lines.append(f"| {row['title']} | {signed(row['vs_sft']['score'])} | {' | '.join(shown)} |")
+        gains.append(row["vs_sft"]["score"]["seeds"])
+        for head in heads:
+            table[head].append([np.nan if v is None else v for v in values[head]])
+    cells = [correlation(np.array(table[head]), np.array(gains)) for head in heads]
+    lines.append(f"| correlation with the gain | | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def correlation(factor: np.ndarray, gain: np.ndarray) -> str:
+    """Pearson's r of (rows, seeds) arrays within each seed, as mean ± half of the interval over the seeds."""
+    there = np.isfinite(factor).all(1)
+    if there.sum() < 3:
+        return ""
+    return signed(interval(np.array([np.corrcoef(f, g)[0, 1] for f, g in zip(factor[there].T, gain[there].T)])), 2)
+
+
+def power(found: dict, pilot: dict | None) -> str:
+    """What could be resolved: said beforehand from the pilot's seeds, and what came."""
+    n = len(found["seeds"])
+    lines = ["| | between seeds, sd, beforehand | resolvable beforehand | sd as it came | interval as it came |"]
+    lines.append("|---" * 5 + "|")
+    for heading, names in GROUPS.items():
+        for other in ("sft", "dynamicsboost"):
+            used = [name for name in names if name != other and name != "pretrain"]
+            came = pooled(found, used, other)
+            before = pooled(pilot, [name for name in used if name in pilot["rows"]], other) if pilot else math.nan
+            words = f"{heading}, against {ROWS[other].title.strip('*')}"
+            cells = [
+                plain(before, 4),
+                plain(resolvable(before, n), 3),
+                plain(came, 4),
+                f"± {T975[n - 2] * came / n**0.5:.3f}",
+            ]
+            lines.append(f"| {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pooled(found: dict, names: list[str], other: str) -> float:
+    """Standard deviation between seeds of a row's difference of score, pooled over rows."""
+    found_sd = [found["rows"][name][f"vs_{other}"]["score"]["sd"] for name in names]
+    return float(np.sqrt(np.mean(np.square(found_sd)))) if found_sd else math.nan
+
+
+def page(found: dict, pilot: dict | None) -> str:
+    groups = "\n\n".join(f"### {heading}\n\n{main_table(found, names)}" for heading, names in GROUPS.items())
+    claims = "\n".join(systems_claims(found))
+    seeds = ", ".join(map(str, found["seeds"]))
+    return f"""# The paper's tables in miniature
+
+Made by `make tables`; do not edit. Seeds {seeds}; {found["clips"]} prompts each; {found["machine"]}; commit
+{found["commit"]}; {found["processor_minutes"]:.0f} minutes of one core in all, half that on two. Settings were chosen
+on seeds 11 and 12.
+
+This is a world of bouncing balls and a model of 0.4 million parameters, not Wan. The score is exact physics
+(`world.score_clip`): −traj/4 − 2·(1 − presence) − 10·shape. *traj* is the distance of the balls from the nearest
+physically valid motion, *presence* the share of frames and colours that are as the prompt says, *shape* the error of a
+ball's picture, *jerkiness* the median second difference of its path. **Dynamic degree is not "more is better"**: real
+clips have {found["real"]["dyn"]:.2f} px/frame. A difference is taken prompt by prompt within a seed and given as mean
+± half of the 95 % interval over the seeds (Student's t); **bold** where the interval does not hold 0. GPU-hours are
+*predictions*: operations of the recipe at the paper's numbers on Wan2.1-1.3B, counted, at
+{100 * cost.UTILISATION:g} % of {cost.PEAK[torch.bfloat16] / 1e12:g} TFLOP/s; a scorer's own are not in them.
+
+## What could be resolved
+
+Said beforehand from the tuning seeds (`docs/pilot.json`): the standard deviation between seeds of a row's difference,
+pooled over the rows, and the difference that {len(found["seeds"])} seeds find in four runs of five at 5 %.
+
+{power(found, pilot)}
+
+## Tables
+
+{groups}
+
+## The claims, one by one
+
+{claims}
+
+### Quality by the number of given frames
+
+{sweep_claim(found)}
+
+### Motion
+
+{motion_claim(found)}
+
+### Likelihood displacement, and the shortcut of telling real from generated
+
+Change of the error of winner and loser against the reference, in thousandths, by region, mean over the second half of
+training. Displacement: the winner's error rises (d^w > 0) and the margin grows only because the loser's rises more. The
+shortcut would show as a gain in ② (real against generated) without one in ③ (both generated).
+
+{displacement_table(found)}
+
+Share of the pairs whose winner gained on the loser, DynamicsBoost, by time (1 is noise) and region; ½ is chance:
+
+{accuracy_map(found, "dynamicsboost")}
+
+### What makes a good loser?
+
+*next frame*: px from the truth of the first latent frame that the continuation makes up, of losers given two frames or
+more; *reference's error*: flow matching error of the model before DPO on region ②: the lower on the loser, the more the
+loser is what this model makes itself. Correlations are within a seed, over the rows, mean ± interval over the seeds.
+
+{loser_table(found)}
+"""
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/tables", help="folder of bench/tables.py (default out/tables)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(6)), help="default 0 … 5")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help="default all")
+    parser.add_argument(
+        "--pilot", action="store_true", help="write docs/pilot.json instead: what the power is said from"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/tables.md and docs/tables.json")
     args = parser.parse_args(argv)
-    found = summary(Path(args.out), args.seeds)
-    print("\n\n".join(f"## {heading}\n\n{main_table(found, names)}" for heading, names in GROUPS.items()))
-    if args.write:
-        common.write_json(DOCS / "tables.json", found)
+    found = summary(Path(args.out), args.seeds, args.rows)
+    if args.pilot:
+        return common.write_json(DOCS / "pilot.json", found)
+    before = DOCS / "pilot.json"
+    text = page(found, json.loads(before.read_text()) if before.exists() else None)
+    if not args.write:
+        return print(text)
+    common.write_json(DOCS / "tables.json", found)
+    common.write_text(DOCS / "tables.md", text)
+    print(f"tables: {DOCS / 'tables.md'}")
 
 
 if __name__ == "__main__":
