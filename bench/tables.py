@@ -43,7 +43,7 @@ import vae
 import world
 
 CLIPS = 512  # prompts that every row is judged on
-FACTS = 256  # pairs that label accuracy and the losers' facts are taken from
+FACTS = 160  # pairs that label accuracy and the losers' facts are taken from
 SHOWN = 8  # samples kept of each row
 SWEEP = 96  # clips of the sweep
 
@@ -66,7 +66,6 @@ PAIRS = {  # name -> options of make_pairs.py beside the demo's; lora and contin
     "frame": dict(continuation="frame"),
     "off": dict(continuation="off"),
     "per_clip_2": dict(per_clip=2),
-    "strength_half": dict(strength=0.5),
     "strength_quarter": dict(strength=0.25),
     "strength_zero": dict(strength=0.0),
     "on_policy": dict(lora="sft"),
@@ -77,9 +76,7 @@ LABELS = {  # name -> options of label.py
     "flow_noisy": dict(pairs="flow", scorer="noisy"),
     "flow_appearance": dict(pairs="flow", scorer="appearance"),
     "structural_exact": dict(pairs="structural", scorer="exact"),
-    "structural_noisy": dict(pairs="structural", scorer="noisy"),
     "dense_exact": dict(pairs="structural", scorer="exact", segments=5),
-    "dense_noisy": dict(pairs="structural", scorer="noisy", segments=5),
 }
 
 
@@ -109,9 +106,7 @@ ROWS = {
     "flow_fast": Row("Flow-DPO, exact scorer, 3 × the rate", "flow", "flow_exact", options={**FLOW, **FAST}),
     "flow_noisy_fast": Row("Flow-DPO, flipped, 3 × the rate", "flow", "flow_noisy", options={**FLOW, **FAST}),
     "structural_exact": Row("Flow-StructuralDPO, exact scorer", "structural", "structural_exact", options=FLOW),
-    "structural_noisy": Row("Flow-StructuralDPO, flipped", "structural", "structural_noisy", options=FLOW),
     "dense_exact": Row("Flow-DenseDPO, exact scorer", "structural", "dense_exact", options=DENSE),
-    "dense_noisy": Row("Flow-DenseDPO, flipped", "structural", "dense_noisy", options=DENSE),
     "dynamicsboost": Row("**DynamicsBoost**"),
     "n1_0": Row("N1 ∈ [0, 0.6N], N2 ∈ [0.8N, N]", "n1_0"),
     "n1_0_n2_13": Row("N1 = 0, N2 = N", "n1_0_n2_13"),
@@ -130,9 +125,7 @@ ROWS = {
     "no_cold_start": Row("no SFT cold start", start=""),
     "lambda": Row("λ = 1", options=dict(sft_weight=1.0)),
     "t_0": Row("t ~ logit-normal(0)", options=dict(t_mean=0.0)),
-    "t_2": Row("t ~ logit-normal(2)", options=dict(t_mean=2.0)),
     "per_clip_2": Row("two losers a clip", "per_clip_2"),
-    "strength_half": Row("Φ's LoRA at half its strength", "strength_half"),
     "strength_quarter": Row("Φ's LoRA at a quarter", "strength_quarter"),
     "strength_zero": Row("no LoRA, prompts alone", "strength_zero"),
     "strength_fast": Row("Φ's LoRA at a quarter, 3 × the rate", "strength_quarter", options=FAST),
