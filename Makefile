@@ -1,4 +1,5 @@
 # make demo    every stage of the method, for real, on two CPU cores; ends by naming a report to open
+# make tables  every baseline and ablation on six seeds, 1 h 40 min; writes docs/tables.md and out/tables/report.html
 # make test    the tests
 # make lint    ruff
 # make clean   removes what demo made
@@ -16,7 +17,7 @@ MADE   := MANIFEST.json
 # The demo's models are so small that more threads make them slower.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo tables test lint clean
 demo: $(OUT)/report.html
 	@ln -sfn seed-$(SEED) out/demo
 	@echo "demo: open out/demo/report.html"
@@ -40,6 +41,10 @@ $(OUT)/eval/$(MADE): $(OUT)/asymdpo/$(MADE)
 		--pairs $(OUT)/pairs --data $(OUT)/shards --out $(OUT)/eval --seed $(SEED)
 $(OUT)/report.html: $(OUT)/eval/$(MADE)
 	$(PY) report.py --demo $(OUT)
+
+tables: | $(VENV)/runtime
+	$(PY) bench/tables.py --out out/tables
+	$(PY) bench/tables_page.py --out out/tables --write
 
 test: $(VENV)/development
 	$(PY) -m pytest -q tests
