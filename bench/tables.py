@@ -187,6 +187,13 @@ class Seed:
         self.make(make_pairs, f"pairs/{name}", base=self.at("base"), data=self.at("shards"), **options)
         return self.at(f"pairs/{name}")
 
+    def labels(self, name: str) -> str:
+        """Labels by a scorer."""
+        given = LABELS[name]
+        pairs = self.at(f"pairs/{given['pairs']}")
+        self.make(label, f"labels/{name}", **{**given, "pairs": pairs, "data": self.at("shards")})
+        return self.at(f"labels/{name}")
+
     def row(self, name: str) -> None:
         """Trains and judges a row."""
         row = ROWS[name]
@@ -202,9 +209,7 @@ class Seed:
                 self.row("dynamicsboost")
             options = dict(base=self.at("base"), sft=self.at(start), pairs=self.pairs(row.pairs))
             if row.labels:
-                given = {**LABELS[row.labels], "pairs": options["pairs"], "data": self.at("shards")}
-                self.make(label, f"labels/{row.labels}", **given)
-                options["labels"] = self.at(f"labels/{row.labels}")
+                options["labels"] = self.labels(row.labels)
             self.make(asymdpo, f"dpo/{name}", **options, **{**row.options, **self.tuned})
             self.facts(row)
             start = f"{start},dpo/{name}"
@@ -242,33 +247,29 @@ class Seed:
     # ---- facts about pairs and continuation models -------------------------------------------------------------------
 
     def facts(self, row: Row) -> None:
-        """Scores of both sides, how often the label agrees with the exact score, and how the losers begin."""
+        """How often the label agrees with the exact score; of continuations also both sides' scores, and how the losers
+        begin.
+        """
         path = self.root / "facts" / f"{row.labels or row.pairs}.json"
         if path.exists():
             return
-        pairs, codec = (
-            data.Shards(self.at(f"pairs/{row.pairs}"), "make_pairs.py", verify=False),
-            vae.load(self.at("shards")),
-        )
-        index = list(range(min(FACTS, len(pairs))))
-        captions = [pairs.rows[i]["caption"] for i in index]
-        sides = ("first", "second") if row.labels else ("chosen", "rejected")
         if row.labels:
-            rows = common.read_jsonl(Path(self.at(f"labels/{row.labels}")) / "labels.jsonl")
-            given = torch.tensor([r["label"] for r in rows])
             exact = LABELS[row.labels] | {"scorer": "exact"}
             twin = next(name for name, options in LABELS.items() if options == exact)
-            rows = common.read_jsonl(Path(self.at(f"labels/{twin}")) / "labels.jsonl")
-            true = torch.tensor([r["first"] for r in rows]) - torch.tensor([r["second"] for r in rows])
-            agree = (given * true.sign())[given != 0]
-            found = {"accuracy": float((1 + agree).mean() / 2), "labels": int((given != 0).sum())}
-        else:
-            scores = [world.score(codec, pairs.get(side, index), captions) for side in sides]
-            agree = np.sign(scores[0]["score"] - scores[1]["score"])
-            found = {"accuracy": float((1 + agree).mean() / 2), "labels": len(agree)}
-            found |= {f"{side}_{m}": float(s[m].mean()) for side, s in zip(sides, scores) for m in ("score", "dyn")}
-            found |= self.next_frame(pairs, codec, index)
-        common.write_json(path, found)
+            given, true = (
+                torch.tensor([r["label"] for r in common.read_jsonl(Path(self.labels(name)) / "labels.jsonl")])
+                for name in (row.labels, twin)
+            )
+            agree = (given * true)[given != 0]
+            return common.write_json(path, {"accuracy": float((1 + agree).double().mean() / 2), "labels": len(agree)})
+        pairs = data.Shards(self.at(f"pairs/{row.pairs}"), "make_pairs.py", verify=False)
+        codec, index = vae.load(self.at("shards")), list(range(min(FACTS, len(pairs))))
+        captions = [pairs.rows[i]["caption"] for i in index]
+        scores = {side: world.score(codec, pairs.get(side, index), captions) for side in ("chosen", "rejected")}
+        agree = np.sign(scores["chosen"]["score"] - scores["rejected"]["score"])
+        found = {"accuracy": float((1 + agree).mean() / 2), "labels": len(agree)}
+        found |= {f"{side}_{m}": float(s[m].mean()) for side, s in scores.items() for m in ("score", "dyn")}
+        common.write_json(path, found | self.next_frame(pairs, codec, index))
 
     def next_frame(self, pairs, codec, index: list[int]) -> dict[str, float]:
         """Distance in px of the balls from the truth in the first latent frame that the losers make up, and if the last

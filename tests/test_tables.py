@@ -1,0 +1,127 @@
+"""bench/tables.py and its page: what the rows are, the statistics, and one small run of all of it."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT, copy
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import tables
+import tables_page
+import torch
+
+import asymdpo
+import common
+import label
+import make_pairs
+import world
+
+FEW = ["pretrain", "sft", "flow_noisy", "flow_exact", "flow_half", "dense_exact", "dynamicsboost", "round_2"]
+
+
+def test_every_row_is_shown_and_its_options_exist():
+    """Each row stands in a group of the page, and is made of options that the stages take."""
+    assert {name for names in tables_page.GROUPS.values() for name in names} == set(tables.ROWS)
+    for name, row in tables.ROWS.items():
+        asymdpo.check(common.resolve(asymdpo.Config(**row.options), asymdpo.PRESETS))
+        assert not row.pairs or row.pairs in tables.PAIRS, name
+        assert not row.labels or tables.LABELS[row.labels]["pairs"] == tables.PAIRS[row.pairs].get("pairs"), name
+    for options in tables.PAIRS.values():
+        make_pairs.windows(make_pairs.Config(**options), 13)
+    for options in tables.LABELS.values():
+        label.check(label.Config(**options))
+
+
+def student(p: float, degrees: int) -> float:
+    """The point below which Student's t has probability p, by adding up its density."""
+    t = np.linspace(-2000, 2000, 8_000_001) if degrees < 3 else np.linspace(-100, 100, 2_000_001)
+    density = (1 + t * t / degrees) ** (-(degrees + 1) / 2)
+    below = np.cumsum(density) / density.sum()
+    return float(t[np.searchsorted(below, p)])
+
+
+@pytest.mark.parametrize("degrees", [2, 5, 11])
+def test_students_t(degrees):
+    assert tables_page.T975[degrees - 1] == pytest.approx(student(0.975, degrees), rel=2e-3)
+    assert tables_page.T800[degrees - 1] == pytest.approx(student(0.8, degrees), rel=4e-3)
+
+
+def test_interval_and_verdict():
+    """Five differences with mean 2 and sd √2.5: half of the interval is 2.776·√2.5/√5; by hand."""
+    found = tables_page.interval(np.array([0.0, 1.0, 2.0, 3.0, 4.0]))
+    assert found["mean"] == 2 and found["sd"] == pytest.approx(math.sqrt(2.5))
+    assert found["half"] == pytest.approx(2.776 / math.sqrt(2))
+    assert tables_page.verdict(found) == "reproduced" and tables_page.verdict(found, -1) == "not reproduced"
+    assert tables_page.verdict({"mean": 1.9, "half": 1.96}) == "not resolved"
+    assert tables_page.signed(found) == "**+2.000 ± 1.963**" and tables_page.signed({"mean": -1.0, "half": 1.5}, 1) == (
+        "−1.0 ± 1.5"
+    )
+    assert tables_page.resolvable(1.0, 5) == pytest.approx((2.776 + 0.941) / math.sqrt(5))
+
+
+def test_correlation_is_within_a_seed():
+    """Seeds that differ as a whole do not make a correlation."""
+    factor = np.array([[1.0, 101.0], [2.0, 102.0], [3.0, 103.0]])
+    gain = np.array([[3.0, 53.0], [2.0, 52.0], [1.0, 51.0]])
+    assert tables_page.correlation(factor, gain) == "**−1.00 ± 0.00**"
+
+
+@pytest.fixture(scope="module")
+def small(chain, tmp_path_factory):
+    """Two seeds that share the chain's folders, few rows, 2 steps, 8 prompts."""
+    root, patch = tmp_path_factory.mktemp("tables"), pytest.MonkeyPatch()
+    for name, value in {"CLIPS": 8, "FACTS": 6, "SWEEP": 4}.items():
+        patch.setattr(tables, name, value)
+    threads = torch.get_num_threads()
+    for seed in (0, 1):
+        copy(chain, root / f"seed-{seed}", "clips", "shards", "base", "sft", "continuation")
+        tables.run_seed(str(root), seed, FEW, {"steps": 2})
+    torch.set_num_threads(threads)
+    yield root
+    patch.undo()
+
+
+def test_rows_are_judged_on_the_same_prompts_and_noise(small):
+    """Half of a LoRA lies between none and all of it; the labels of `noisy` are those of `exact`, some turned round."""
+    x0 = {name: common.read_tensors(small / f"seed-0/eval/{name}/samples.safetensors")["x0"] for name in FEW}
+    whole, half = (x0[name] - x0["sft"] for name in ("flow_exact", "flow_half"))
+    assert 0 < half.abs().max() < whole.abs().max()
+    assert torch.corrcoef(torch.stack([whole.flatten(), half.flatten()]))[0, 1] > 0.9
+    facts = json.loads((small / "seed-0/facts/flow_noisy.json").read_text())
+    assert facts["accuracy"] < 1 and json.loads((small / "seed-0/facts/flow_exact.json").read_text())["accuracy"] == 1
+
+
+def test_a_second_run_makes_nothing(small, monkeypatch):
+    monkeypatch.setattr(make_pairs.common.Run, "progress", None)
+    tables.run_seed(str(small), 0, FEW, {"steps": 2})
+    assert tables.finished(small, [0, 1], FEW) == 2 * len(FEW)
+
+
+def test_page(small, monkeypatch):
+    """The figures of the page are those of the score files; an unfinished row is named."""
+    found = tables_page.summary(small, [0, 1], FEW)
+    rows = found["rows"]
+    ours, sft = (common.read_tensors(small / f"seed-1/eval/{n}/scores.safetensors")["score"] for n in FEW[6:0:-5])
+    assert rows["dynamicsboost"]["vs_sft"]["score"]["seeds"][1] == pytest.approx((ours - sft).mean().item(), abs=1e-4)
+    assert rows["pretrain"]["vs_sft"]["score"]["mean"] != 0 and rows["sft"]["vs_sft"]["score"]["mean"] == 0
+    assert set(rows["dynamicsboost"]["mean"]) == set(world.METRICS)
+    table = tables_page.main_table(found, FEW)
+    assert all(tables.ROWS[name].title in table for name in FEW) and table.count("\n") == len(FEW) + 2
+    assert "| 0 | 1 |" in tables_page.sweep_claim(found)
+    with pytest.raises(common.UserError, match="expected row region_3 of seeds"):
+        tables_page.summary(small, [0, 1], [*FEW, "region_3"])
+
+
+def test_hours():
+    """What a recipe costs: flow's samples need no continuation model, structural's take fewer steps, `gt-winner` one
+    continuation a clip in place of 5/3.
+    """
+    found = tables_page.hours()
+    assert found["pretrain"] == 0 < found["sft"] < found["structural_exact"] < found["flow_exact"]
+    sampled = {name: found[name] - found["n1_1_n2_13"] for name in ("gt_winner", "dynamicsboost", "per_clip_2")}
+    assert sampled["gt_winner"] == pytest.approx(0) and sampled["dynamicsboost"] > 0
+    assert sampled["per_clip_2"] == pytest.approx((2 * 5 / 3 - 1) / (5 / 3 - 1) * sampled["dynamicsboost"])
