@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from helpers import ROOT, script
 import common
 
 GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost"}
+GROUND |= {"generate", "benchmarks", "metrics"}  # the last two are modes of evaluate.py
 STAGES = {"label", "prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
 
 
@@ -90,7 +90,7 @@ def test_shared_blocks_are_identical():
 # ---- help and docstrings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES | {"world"}))
+@pytest.mark.parametrize("stage", sorted(STAGES | {"world", "benchmarks", "metrics"}))
 def test_help(stage, capsys):
     """--help works, starts with what the stage does, and every option has a sentence."""
     module = importlib.import_module(stage)
@@ -98,7 +98,7 @@ def test_help(stage, capsys):
         common.parse(module.Config, ["--help"], module.__doc__)
     printed = capsys.readouterr().out
     assert caught.value.code == 0 and module.__doc__.strip().splitlines()[0] in printed
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(module.Config), re.M))
+    comments = common.field_comments(module.Config)
     for field in dataclasses.fields(module.Config):
         assert len(comments.get(field.name, "")) > 1, f"{stage}: --{field.name} has no help"
         assert f"--{field.name}" in printed
