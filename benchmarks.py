@@ -46,9 +46,7 @@ LONGEST = 240  # bytes of a file name: file systems take 255, its temporary name
 class Config(generate.Options):
     """Samples the videos of a benchmark's prompts."""
 
-    vbench: str = (
-        ""  # folder of VBench's prompts_per_dimension, or text files with a prompt a line, separated by commas
-    )
+    vbench: str = ""  # folder of VBench's prompts_per_dimension, or text files of prompts, separated by commas
     phygenbench: str = ""  # PhyGenBench's prompts.json, or a csv
     videogen_eval: str = ""  # VideoAlign's videogen_eval.csv
     samples: int = 5  # samples a prompt
@@ -124,6 +122,7 @@ def check_names(prompts: list[str]) -> None:
 
 
 def vbench(cfg, out: Path) -> tuple[list[str], str, str]:
+    """VBench's: the lists' own dimensions, or all six of its custom input. UserError for a prompt that is no name."""
     lists = read_lists(cfg.vbench)
     prompts = list(dict.fromkeys(prompt for part in lists.values() for prompt in part))  # one may stand in two
     check_names(prompts)
@@ -136,19 +135,18 @@ def vbench(cfg, out: Path) -> tuple[list[str], str, str]:
 
 
 def phygenbench(cfg, out: Path) -> tuple[list[str], str, str]:
+    """PhyGenBench's: the three stages with closed models, on sample 0."""
     # README.md of OpenGVLab/PhyGenBench: the file names and the order of the scripts, which read
     # /PhyGenBench/PhyVideos/kelingall and, in multi/multiimage_clip.py, a path from /
     videos, root = shlex.quote(str(out / "videos" / "sample-0")), "/PhyGenBench"
     command = f"mkdir -p {root}/PhyVideos && ln -sfn {videos} {root}/PhyVideos/kelingall && cd / && for stage in "
     command += "single/vqascore multi/multiimage_clip multi/GPT4o video/GPT4o; do "
-    return (
-        read_column(Path(cfg.phygenbench)),
-        "sample-{sample}/output_video_{number}.mp4",
-        (command + f"python {root}/PhyGenEval/$stage.py || break; done"),
-    )
+    command += f"python {root}/PhyGenEval/$stage.py || break; done"
+    return read_column(Path(cfg.phygenbench)), "sample-{sample}/output_video_{number}.mp4", command
 
 
 def videogen_eval(cfg, out: Path) -> tuple[list[str], str, str]:
+    """VideoGen-Eval's: VideoReward, with its weights in VideoAlign/checkpoints, into videoreward.json."""
     # VideoVLMRewardInference and its reward() in inference.py of KwaiVGI/VideoAlign, from the repository's root
     program = (
         "import json, pathlib, sys, torch, inference; torch.set_grad_enabled(False); out = pathlib.Path(sys.argv[1]); "

@@ -281,7 +281,8 @@ def parse(config: type, argv: list[str], doc: str):
             else {"type": kind, "metavar": kind.__name__, "default": field.default}
         )
         parser.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **options)
-    spelled = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in argv]  # --self-test is --self_test
+    # --self-test is --self_test; what stands after "=" is a value
+    spelled = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
     return config(**vars(parser.parse_args(spelled)))
 
 

@@ -84,10 +84,9 @@ def write(run: common.Run, rows: list[dict]) -> None:
         table.writeheader()
         table.writerows(rows)
     if broken := [row for row in rows if "error" in row]:
-        said = (
-            f"{len(broken)} of {len(rows)} videos cannot be measured, first {broken[0]['video']}: {broken[0]['error']}"
-        )
-        raise UserError(f"{said}; mend or remove them and take another --out; {run.folder}/metrics.csv has the others")
+        first = f"{broken[0]['video']}: {broken[0]['error']}"
+        said = f"{len(broken)} of {len(rows)} videos cannot be measured, first {first}; mend or remove them and take "
+        raise UserError(f"{said}another --out; {run.folder / 'metrics.csv'} has the others")
     columns = {name: [row[name] for row in rows if name in row] for name in COLUMNS}
     moments = {n: (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0.0, len(v)) for n, v in columns.items() if v}
     common.write_json(run.folder / "summary.json", {n: dict(mean=m, sd=s, count=k) for n, (m, s, k) in moments.items()})

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -34,10 +35,6 @@ def lists(folder, **prompts: str) -> str:
     return ",".join(str(folder / f"{name}.txt") for name in prompts)
 
 
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-
-
 # ---- folders for benchmarks ------------------------------------------------------------------------------------------
 
 
@@ -51,11 +48,15 @@ def test_vbench(chain, tmp_path, monkeypatch):
     assert set(os.listdir(tmp_path / "out/videos")) == names
     with av.open(str(tmp_path / f"out/videos/{B}-1.mp4")) as file:
         assert file.streams.video[0].average_rate == 16 and file.streams.video[0].frames == 49
-    assert rows(tmp_path / "out")[3] == {"video": f"videos/{B}-1.mp4", "prompt": B, "sample": 1, "seed": 0}
+    assert common.read_jsonl(tmp_path / "out/prompts.jsonl")[3] == {
+        "video": f"videos/{B}-1.mp4",
+        "prompt": B,
+        "sample": 1,
+        "seed": 0,
+    }
     command = (tmp_path / "out/COMMAND.txt").read_text()
     words = ["--dimension", "background_consistency motion_smoothness dynamic_degree", "--videos_path"]
-    parsed = subprocess.run([*"sh -c".split(), f"printf '%s\\n' {command}"], capture_output=True, text=True)
-    assert parsed.stdout.splitlines()[2:6] == [*words, str(tmp_path / "out/videos")] and command.count("\n") == 1
+    assert shlex.split(command)[2:6] == [*words, str(tmp_path / "out/videos")] and command.count("\n") == 1
     again = config(chain, tmp_path / "cut", vbench=given)
     with stop_at(monkeypatch, video, "write_mp4", 3), pytest.raises(KeyboardInterrupt):
         benchmarks.main(again)
@@ -90,14 +91,14 @@ def test_phygenbench_and_videogen_eval(chain, tmp_path):
     """
     (tmp_path / "prompts.json").write_text(json.dumps([dict(caption=p, physical_laws="x") for p in (A, B)]))
     benchmarks.main(config(chain, tmp_path / "p", phygenbench=str(tmp_path / "prompts.json")))
-    assert [row["video"] for row in rows(tmp_path / "p")] == [
+    assert [row["video"] for row in common.read_jsonl(tmp_path / "p/prompts.jsonl")] == [
         f"videos/sample-{sample}/output_video_{number}.mp4" for number in (1, 2) for sample in (0, 1)
     ]
     assert (tmp_path / "p/videos/sample-1/output_video_2.mp4").is_file()
     with open(tmp_path / "v.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["prompt", "prompt_zh"], [f"{A},\n{B}", "球"], [C, ""]])
     benchmarks.main(config(chain, tmp_path / "it's v", videogen_eval=str(tmp_path / "v.csv"), samples=1))
-    made = rows(tmp_path / "it's v")
+    made = common.read_jsonl(tmp_path / "it's v/prompts.jsonl")
     assert [(row["video"], row["prompt"]) for row in made] == [("videos/1-0.mp4", f"{A},\n{B}"), ("videos/2-0.mp4", C)]
 
     (tmp_path / "VideoAlign").mkdir()
@@ -105,9 +106,7 @@ def test_phygenbench_and_videogen_eval(chain, tmp_path):
         "class VideoVLMRewardInference:\n    def __init__(self, path, device, dtype): pass\n"
         "    def reward(self, videos, prompts): return [{'MQ': len(open(videos[0], 'rb').read()), 'of': prompts[0]}]\n"
     )
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").symlink_to(sys.executable)
-    path = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", PYTHONPATH=os.pathsep.join(sys.path))
+    path = environment(PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     subprocess.run((tmp_path / "it's v/COMMAND.txt").read_text(), shell=True, cwd=tmp_path, env=path, check=True)
     scores = json.loads((tmp_path / "it's v/videoreward.json").read_text())
     sizes = [(tmp_path / "it's v" / row["video"]).stat().st_size for row in made]
@@ -116,16 +115,14 @@ def test_phygenbench_and_videogen_eval(chain, tmp_path):
 
 def test_two_processes(chain, tmp_path):
     """torchrun deals the videos out: the same folder, byte for byte; and measures them: the same table."""
-    given, two = (
-        lists(tmp_path, scene=f"{A}\n{C}"),
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-    )
+    given = lists(tmp_path, scene=f"{A}\n{C}")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "evaluate.py"))
     cfg, videos = config(chain, tmp_path / "one", vbench=given), str(tmp_path / "one/videos")
     benchmarks.main(cfg)
     metrics.main(metrics.Config(videos, str(tmp_path / "table one")))
     options = [f"--{name}={getattr(cfg, name)}" for name in ("vbench", "base", "data", "nfe", "samples")]
     for more in ([*options, f"--out={tmp_path}/two"], [f"--videos={videos}", f"--out={tmp_path}/table two"]):
-        done = script(*two, str(ROOT / "evaluate.py"), *more)
+        done = script(*torchrun, *more)
         assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "one/videos") == contents(tmp_path / "two/videos")
     assert contents(tmp_path / "table one") == contents(tmp_path / "table two")
@@ -195,13 +192,19 @@ def moving(shifts: list[float]) -> np.ndarray:
     return (127 + 12 * np.array(made)).clip(0, 255).astype(np.uint8)
 
 
-def test_optical_flow():
-    """A pattern that moves by 2 px a frame: flow 2, no change; to and fro: a change of 4; unsteady: between them."""
-    pytest.importorskip("cv2", reason="needs OpenCV: pip install -r requirements-dev.txt")
+def test_optical_flow(monkeypatch):
+    """A pattern that moves by 2 px a frame: flow 2, no change; to and fro: a change of 4; unsteady: between them. The
+    change is a point's own: where the flow is x/10, the point goes on to 1.1 x and has changed by x/100.
+    """
+    cv2 = pytest.importorskip("cv2", reason="needs OpenCV: pip install -r requirements-dev.txt")
     steady, unsteady, turning = (metrics.flow(moving(s)) for s in ([2] * 7, [1, 3, 2, 1, 3, 1, 3], [2, -2] * 4))
     assert steady["flow"] == pytest.approx(2, rel=0.1) and turning["flow"] == pytest.approx(2, rel=0.1)
     assert 3 * steady["flow_change"] < unsteady["flow_change"] < turning["flow_change"] == pytest.approx(4, rel=0.15)
     assert metrics.flow(moving([0, 0]))["flow_change"] < 1e-3 and "flow_change" not in metrics.flow(moving([1]))
+    field = np.dstack([np.tile(np.arange(96) / 10, (96, 1)), np.zeros((96, 96))]).astype(np.float32)
+    monkeypatch.setattr(cv2, "calcOpticalFlowFarneback", lambda *_: field)
+    stays = np.arange(96)[np.arange(96) * 1.1 <= 95]
+    assert metrics.flow(moving([0, 0])) == pytest.approx({"flow": 4.75, "flow_change": stays.mean() / 100}, rel=1e-2)
 
 
 def test_a_folder_of_videos(tmp_path, monkeypatch, capsys):

@@ -110,8 +110,11 @@ def test_command_line(tmp_path):
     """Types, flags, dashes for underscores, and None where an option is not given; what is not an option is refused."""
     import asymdpo
 
-    cfg = common.parse(asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--steps", "7"], "")
+    cfg = common.parse(
+        asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--out=a-b", "--steps", "7"], ""
+    )
     assert (cfg.beta, cfg.reference_free, cfg.region, cfg.steps, cfg.lr) == (500.0, True, "3", 7, None)
+    assert cfg.out == "a-b"
     assert (
         common.resolve(cfg, asymdpo.PRESETS).lr == asymdpo.PRESETS["tiny"]["lr"]
         and common.resolve(cfg, asymdpo.PRESETS).steps == 7
