@@ -155,10 +155,8 @@ def test_modes_do_not_mix(chain, tmp_path, monkeypatch):
     """The options of one mode are unknown to another, two benchmarks at once are refused, and so are names that a
     file system takes for one.
     """
-    assert (
-        evaluate.mode(["--videogen-eval=x"]) is benchmarks and evaluate.mode(["--out", "x", "--videos", "y"]) is metrics
-    )
-    assert evaluate.mode(["--sft", "--vbench"]) is benchmarks and evaluate.mode(["--sft", "x"]) is evaluate
+    assert evaluate.mode(["--videogen-eval=x"]) is evaluate.mode(["--sft", "--vbench"]) is benchmarks
+    assert evaluate.mode(["--out", "x", "--videos", "y"]) is metrics and evaluate.mode(["--sft", "x"]) is evaluate
     with pytest.raises(SystemExit):
         common.parse(benchmarks.Config, ["--vbench", "x", "--sft", "out/sft"], "")
     with pytest.raises(UserError, match="expected one of --vbench, .*, got vbench, phygenbench"):
@@ -225,6 +223,13 @@ def test_a_folder_of_videos(tmp_path, monkeypatch, capsys):
     a, b = (float(row["flicker"]) for row in table)
     assert summary["flicker"] == {"mean": (a + b) / 2, "sd": pytest.approx(abs(a - b) / 2**0.5), "count": 2}
     assert "flow" not in summary and capsys.readouterr().out.count("OpenCV") == 1
+
+    with stop_at(monkeypatch, metrics, "row_of", 1):  # one and the other: what was measured is kept
+        with pytest.raises(KeyboardInterrupt):
+            metrics.main(metrics.Config(str(tmp_path / "v"), str(tmp_path / "cut")))
+    with stop_at(monkeypatch, metrics, "row_of", 1):
+        metrics.main(metrics.Config(str(tmp_path / "v"), str(tmp_path / "cut")))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "out")
 
     (tmp_path / "v/broken.mp4").write_bytes((tmp_path / "v/still.mp4").read_bytes()[:-300])
     with pytest.raises(UserError, match="1 of 3 videos cannot be measured, first broken.mp4: ") as caught:
