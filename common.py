@@ -251,11 +251,17 @@ def local_batch(cfg, group: Group) -> tuple[int, int]:
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
+def field_comments(config: type) -> dict[str, str]:
+    """The trailing comments of a dataclass's fields and of those that it inherits."""
+    sources = "".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", sources, re.M))
+
+
 def parse(config: type, argv: list[str], doc: str):
     """Command line -> config (a frozen dataclass). A field's trailing comment is its help; None means: not given."""
     import argparse
 
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(config), re.M))
+    comments = field_comments(config)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -275,7 +281,8 @@ def parse(config: type, argv: list[str], doc: str):
             else {"type": kind, "metavar": kind.__name__, "default": field.default}
         )
         parser.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **options)
-    spelled = ["--" + a[2:].replace("-", "_") if a.startswith("--") else a for a in argv]  # --self-test is --self_test
+    # --self-test is --self_test; what stands after "=" is a value
+    spelled = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
     return config(**vars(parser.parse_args(spelled)))
 
 

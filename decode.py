@@ -131,12 +131,13 @@ def look(path: str, seconds: float) -> Source:
     return Source(file, stream, first, times[lost:], np.sort(keys), lost)
 
 
-def plan(times: np.ndarray, frames: int, fps: float | None, clips: int, exact: bool) -> list[np.ndarray]:
+def plan(times: np.ndarray, frames: int | None, fps: float | None, clips: int, exact: bool) -> list[np.ndarray]:
     """Which frame each picture of each clip shows: with fps, the one on the screen at that time."""
     index = np.arange(len(times))
     if fps:
         count = math.floor((times[-1] - times[0] + SLACK) * fps) + 1
         index = np.searchsorted(times, times[0] + np.arange(count) / fps + SLACK, side="right") - 1
+    frames = frames or len(index)
     wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
     if len(index) < frames:
         raise Refused(f"too short: expected {wanted}, got {len(index)}")
@@ -293,7 +294,7 @@ def fit(source: Source, size: list[int] | None) -> tuple[tuple[int, int], tuple[
 def read(request: dict, log) -> tuple[dict, list[np.ndarray]]:
     """The answer to a request, and the pictures of its clips that are accepted, in one list."""
     path, frames, fps = request["path"], request["frames"], request["fps"]
-    everything = request["clips"] > 1 or request["exact"]
+    everything = not frames or request["clips"] > 1 or request["exact"]
     source = look(path, math.inf if everything else frames / (fps or 1e-3))
     with source.file:
         chosen = plan(source.times, frames, fps, request["clips"], request["exact"])
@@ -308,8 +309,10 @@ def read(request: dict, log) -> tuple[dict, list[np.ndarray]]:
     answer, kept = [], []
     for index, clip in zip(chosen, clips):
         start = round(float(source.times[index[0]] - source.times[0]), 3)
-        facts = {"start": start, "index": index.tolist(), "reader": by, "shape": (len(clip), *clip[0].shape)}
-        if frames > STILL and (still := stands_still(clip)) > STILL:
+        rate = round(1 / float(np.median(np.diff(source.times))), 3) if len(source.times) > 1 else 0.0
+        facts = {"start": start, "index": index.tolist(), "reader": by, "rate": rate}
+        facts["shape"] = (len(clip), *clip[0].shape)
+        if (frames or 0) > STILL and (still := stands_still(clip)) > STILL:
             facts["error"] = f"the picture stands still for {still} frames"
         elif (hole := missing(source, index)) is not None:
             facts["error"] = f"the frame at {hole:.2f} s is missing"

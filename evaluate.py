@@ -3,6 +3,8 @@ of models.
 
     python evaluate.py --base out/demo/base --sft out/demo/sft --asymdpo out/demo/asymdpo \\
         --continuation out/demo/continuation --pairs out/demo/pairs --data out/demo/shards --out out/demo/eval
+    python evaluate.py --vbench FOLDER … | --phygenbench FILE … | --videogen-eval FILE …    benchmarks.py: its options
+    python evaluate.py --videos FOLDER --out out/metrics                                    metrics.py: any mp4 files
 
     sweep       Φ continues the same clips from 0, 1, … F given frames: does quality rise with them? Whole clip, and
                 generated frames only: part of the first is just that more of the clip is real.
@@ -16,14 +18,17 @@ Cost  about 13 continuations of `--sweep_clips` clips and three samples of `--cl
 """
 
 import dataclasses
+import sys
 
 import numpy as np
 import torch
 
+import benchmarks
 import common
 import cost
 import data
 import flow
+import metrics
 import model
 import vae
 import world
@@ -245,5 +250,13 @@ def main(cfg: Config) -> None:
     run.finish(["summary.json", "samples.safetensors"])
 
 
+def mode(argv: list[str]):
+    """The module whose main, Config and __doc__ a command line asks for: a mode refuses the options of another."""
+    words = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    modes = dict.fromkeys(benchmarks.BENCHMARKS, benchmarks) | {"videos": metrics}
+    return next((modes[word] for word in words if word in modes), sys.modules[__name__])
+
+
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    chosen = mode(sys.argv[1:])
+    common.run(chosen.main, chosen.Config, chosen.__doc__)

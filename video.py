@@ -37,6 +37,7 @@ class Clip:
     start: float  # s from the video's first frame
     index: list[int]  # which of the video's frames each picture is
     reader: str  # decord or PyAV
+    rate: float  # the video's frames a second, the median
 
 
 class Decoder:
@@ -58,13 +59,14 @@ class Decoder:
     def read(
         self,
         path: str | Path,
-        frames: int,
+        frames: int | None,
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         clips: int = 1,
         exact: bool = False,
     ) -> list[Clip | BadVideo]:
-        """Up to `clips` clips of `frames` pictures each, spread evenly over the video and without overlap.
+        """Up to `clips` clips of `frames` pictures each, spread evenly over the video and without overlap. frames None:
+        one clip, the whole video, and its picture may stand still.
 
         size (h, w) px: the picture, upright and with square pixels, is resized to cover it and cut at the centre; None
         keeps the file's. fps: each picture is the frame on the screen at its time, counted from the first; None takes

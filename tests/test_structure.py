@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from helpers import ROOT, script
 import common
 
 GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost"}
+GROUND |= {"generate", "benchmarks", "metrics"}  # the last two are modes of evaluate.py
 STAGES = {"label", "prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
 
 
@@ -90,7 +90,7 @@ def test_shared_blocks_are_identical():
 # ---- help and docstrings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES | {"world"}))
+@pytest.mark.parametrize("stage", sorted(STAGES | {"world", "benchmarks", "metrics"}))
 def test_help(stage, capsys):
     """--help works, starts with what the stage does, and every option has a sentence."""
     module = importlib.import_module(stage)
@@ -98,7 +98,7 @@ def test_help(stage, capsys):
         common.parse(module.Config, ["--help"], module.__doc__)
     printed = capsys.readouterr().out
     assert caught.value.code == 0 and module.__doc__.strip().splitlines()[0] in printed
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(module.Config), re.M))
+    comments = common.field_comments(module.Config)
     for field in dataclasses.fields(module.Config):
         assert len(comments.get(field.name, "")) > 1, f"{stage}: --{field.name} has no help"
         assert f"--{field.name}" in printed
@@ -110,8 +110,11 @@ def test_command_line(tmp_path):
     """Types, flags, dashes for underscores, and None where an option is not given; what is not an option is refused."""
     import asymdpo
 
-    cfg = common.parse(asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--steps", "7"], "")
+    cfg = common.parse(
+        asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--out=a-b", "--steps", "7"], ""
+    )
     assert (cfg.beta, cfg.reference_free, cfg.region, cfg.steps, cfg.lr) == (500.0, True, "3", 7, None)
+    assert cfg.out == "a-b"
     assert (
         common.resolve(cfg, asymdpo.PRESETS).lr == asymdpo.PRESETS["tiny"]["lr"]
         and common.resolve(cfg, asymdpo.PRESETS).steps == 7
