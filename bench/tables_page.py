@@ -114,12 +114,21 @@ def summary(root: Path, seeds: list[int], names: list[str]) -> dict:
             rows[name] |= {"training": averaged(logs), "training_seeds": logs}
     sweeps = [json.loads((root / f"seed-{s}/facts/sweep.json").read_text()) for s in seeds]
     spent = [json.loads(line)["processor_seconds"] for s in seeds for line in log_lines(root / f"seed-{s}" / "log.txt")]
-    return {
+    return rounded({
         "commit": common.commit(), "machine": f"{os.cpu_count()} cores, PyTorch {torch.__version__}",
         "python": platform.python_version(), "seeds": seeds, "clips": tables.CLIPS,
         "processor_minutes": round(sum(spent) / 60, 1), "rows": rows, "real": real_clips(root, seeds),
         "sweep": sweeps, "hours": hours(),
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def rounded(value):
+    """Every number in it to five significant digits."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def log_lines(path: Path) -> list[str]:
@@ -168,6 +177,7 @@ def hours(preset: str = "1.3b", clips: int = 20_000) -> dict[str, float]:
     per_hour, found = cost.UTILISATION * cost.PEAK[torch.bfloat16] * 3600, {}
     for name, row in ROWS.items():
         flop = start * (row.start != "") + (dpo - start) * (name == "sft_more")
+        row = ROWS.get(row.half_of, row)
         if row.pairs:
             options = {k: v for k, v in PAIRS[row.pairs].items() if k not in ("lora", "continuation", "seed")}
             cfg = common.resolve(make_pairs.Config(preset=preset, **options), make_pairs.PRESETS)
