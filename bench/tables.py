@@ -124,7 +124,6 @@ ROWS = {
     "off": Row("Φ of 500 steps, no prompts", "off"),
     "no_cold_start": Row("no SFT cold start", start=""),
     "lambda": Row("λ = 1", options=dict(sft_weight=1.0)),
-    "t_0": Row("t ~ logit-normal(0)", options=dict(t_mean=0.0)),
     "per_clip_2": Row("two losers a clip", "per_clip_2"),
     "strength_quarter": Row("Φ's LoRA at a quarter", "strength_quarter"),
     "strength_zero": Row("no LoRA, prompts alone", "strength_zero"),

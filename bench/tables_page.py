@@ -48,7 +48,7 @@ GROUPS = {  # heading -> rows
     "The loss": ["dynamicsboost", "region_123", "region_3", "outside", "plain", "reference_free", "lambda"],
     "The continuation model and the cold start": ["dynamicsboost", "context", "frame", "off", "no_cold_start"],
     "Closing the gap": [
-        "dynamicsboost", "t_0", "per_clip_2", "strength_quarter", "strength_zero",
+        "dynamicsboost", "per_clip_2", "strength_quarter", "strength_zero",
         "strength_fast", "on_policy", "round_2",
     ],
 }  # fmt: skip
