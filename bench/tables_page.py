@@ -353,16 +353,21 @@ FACTORS = {  # what a good loser may be made of -> how to read it
 }
 
 
-def loser_table(found: dict) -> str:
-    """Gain beside what the losers are; then their correlation over rows and seeds, each seed's mean taken out."""
+def loser_tables(found: dict) -> tuple[str, str]:
+    """Gain beside what the losers are: of one window of N1 and N2, with correlations; of several."""
+    alone = [
+        name for name, row in ROWS.items()
+        if row.pairs and not row.labels and not row.options and row.start == "sft" and name in found["rows"]
+    ]  # fmt: skip
+    moved = [name for name in alone if any(key[:3] in ("n1_", "n2_") for key in PAIRS[ROWS[name].pairs])]
+    same = [name for name in alone if name not in moved]
+    return loser_table(found, same, True), loser_table(found, ["dynamicsboost", *moved], False)
+
+
+def loser_table(found: dict, names: list[str], correlated: bool) -> str:
     heads = list(FACTORS)
     lines = [f"| | score against SFT | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
-    names = [
-        name for name, row in found["rows"].items()
-        if row["pairs"] and not row["labels"] and not ROWS[name].options and ROWS[name].start == "sft"
-    ]  # fmt: skip
-    table = {head: [] for head in heads}
-    gains = []
+    table, gains = {head: [] for head in heads}, []
     for name in names:
         row = found["rows"][name]
         values = {h: [f(a, b) for a, b in zip(row["facts_seeds"], row["training_seeds"])] for h, f in FACTORS.items()}
@@ -371,8 +376,9 @@ def loser_table(found: dict) -> str:
         gains.append(row["vs_sft"]["score"]["seeds"])
         for head in heads:
             table[head].append([np.nan if v is None else v for v in values[head]])
-    cells = [correlation(np.array(table[head]), np.array(gains)) for head in heads]
-    lines.append(f"| correlation with the gain | | {' | '.join(cells)} |")
+    if correlated:
+        cells = [correlation(np.array(table[head]), np.array(gains)) for head in heads]
+        lines.append(f"| correlation with the gain | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -412,6 +418,7 @@ def pooled(found: dict, names: list[str], other: str) -> float:
 
 
 def page(found: dict, pilot: dict | None) -> str:
+    same, moved = loser_tables(found)
     groups = "\n\n".join(f"### {heading}\n\n{main_table(found, names)}" for heading, names in GROUPS.items())
     claims = "\n".join(systems_claims(found))
     seeds = ", ".join(map(str, found["seeds"]))
@@ -469,9 +476,14 @@ Share of the pairs whose winner gained on the loser, DynamicsBoost, by time (1 i
 
 *next frame*: px from the truth of the first latent frame that the continuation makes up, of losers given two frames or
 more; *reference's error*: flow matching error of the model before DPO on region ②: the lower on the loser, the more the
-loser is what this model makes itself. Correlations are within a seed, over the rows, mean ± interval over the seeds.
+loser is what this model makes itself. First rows whose N1 and N2 are drawn alike; correlations are within a seed, over
+the rows, mean ± half of the interval over the seeds.
 
-{loser_table(found)}
+{same}
+
+Then rows that differ in N1 and N2:
+
+{moved}
 """
 
 
