@@ -131,7 +131,8 @@ def denoise(net, x0, noise, text, eta, cfg):
 
 def structural_steps(cfg) -> int:
     """Solver steps of a structural sample: those that the whole grid has below eta_max."""
-    return math.ceil(cfg.nfe * flow.shift_t(torch.tensor(cfg.eta_max, dtype=torch.float64), 1 / cfg.t_shift))
+    share = float(flow.shift_t(torch.tensor(cfg.eta_max, dtype=torch.float64), 1 / cfg.t_shift))
+    return math.ceil(cfg.nfe * share - 1e-9)  # a level of the grid is no step more for its last bit
 
 
 # ---- the kinds of pairs: fields of (B, C, F, H, W), and what the rows say of each pair -------------------------------
