@@ -24,7 +24,7 @@ into the base, so "LoRA off" is the reference), and errors are means over C, H, 
 reasons in README. The forward is plain text-to-video: every frame noised at one t, no given frames, no task
 prompts; only the loss is masked. Winner and loser of a pair see the same noise and t.
 
-What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside).
+What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (else).
 
 In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py; for the baselines labels of label.py
 Out   lora.safetensors (on top of base + SFT), metrics.jsonl
@@ -116,10 +116,12 @@ def prefer(prediction, label):
 
 def dense_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, labelled, beta):
     """`region_dpo` over the frames labelled (B, F) bool, wherever they are, in the form "inside"."""
-    none = torch.zeros(len(labelled), dtype=torch.int64, device=labelled.device)
-    errors = *frame_errors(v_w, ref_w, target_w, none), *frame_errors(v_l, ref_l, target_l, none)
-    K = labelled.sum(1)
-    policy_w, reference_w, d_w, policy_l, reference_l, d_l = (torch.where(labelled, e, 0).sum(1) for e in errors)
+    none, K = torch.zeros(len(labelled), dtype=torch.int64, device=labelled.device), labelled.sum(1)
+    # selected before anything is computed: a NaN in a tied frame must reach no gradient
+    w, l = ([torch.where(labelled[:, None, :, None, None], a, 0) for a in side]  # noqa: E741
+            for side in ((v_w, ref_w, target_w), (v_l, ref_l, target_l)))  # fmt: skip
+    errors = *frame_errors(*w, none), *frame_errors(*l, none)
+    policy_w, reference_w, d_w, policy_l, reference_l, d_l = (e.sum(1) for e in errors)
     S = d_w - d_l
     averages = [e.detach() / K for e in (policy_w, policy_l, reference_w, reference_l)]
     metrics = dict(zip(METRICS, (*averages, -beta * S.detach() / K, S.detach())))
@@ -146,7 +148,7 @@ def dpo_loss(cfg, prediction, n1, n2, label=None):
     else:
         loss, metrics = dense_dpo(*sides, label != 0, cfg.beta)
     if cfg.sft_weight:
-        keep = torch.arange(v_w.shape[2], device=v_w.device) >= start[:, None]
+        keep = torch.arange(v_w.shape[2], device=v_w.device) >= start[:, None] if label is None else label != 0
         error = torch.where(keep[:, None, :, None, None], v_w - target_w, 0)  # selected before it is squared
         loss = loss + cfg.sft_weight * error.square().mean(dim=(1, 3, 4)).sum(1) / keep.sum(1)
     return loss, metrics
@@ -198,8 +200,9 @@ def summarise(cfg, prediction, metrics, loss, t, n1, n2, label=None) -> dict[str
         for b, inside in enumerate(buckets):
             add(f"acc/{name}/t{b}", (1 - gap[name].sign()) / 2, where.any(1) & inside)
     everything = torch.ones_like(loss, dtype=torch.bool)
-    chosen = -cfg.beta * (metrics["err/w_policy"] - metrics["err/w_ref"])
-    rejected = -cfg.beta * (metrics["err/l_policy"] - metrics["err/l_ref"])
+    beta = cfg.beta / 2 if cfg.loss == "flow" else cfg.beta
+    chosen = -beta * (metrics["err/w_policy"] - metrics["err/w_ref"])
+    rejected = -beta * (metrics["err/l_policy"] - metrics["err/l_ref"])
     scaled = cfg.beta * metrics["S"]
     for name, values in {
         "loss": loss, "S": metrics["S"], "S_abs": metrics["S"].abs(), "softplus": torch.nn.functional.softplus(scaled),
@@ -219,7 +222,7 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
     """A sentence for whoever watches the run, at the step that calls for one."""
     if step == 0:
         expected = "anything: there is no reference" if cfg.reference_free else "exactly 0"
-        at_ln2 = "ln 2 = 0.6931" if cfg.form == "inside" else "ln 2 / K"
+        at_ln2 = "ln 2 / K" if cfg.loss == "asym" and cfg.form == "outside" else "ln 2 = 0.6931"
         return f"step 0: S = {row['S']:g} (expected {expected}), loss {row['loss']:.4f} (expected {at_ln2})"
     moved = cfg.beta * row["S_abs"]
     if step == max(50, 2 * cfg.warmup) and not cfg.reference_free and moved < 1e-3:
@@ -227,10 +230,10 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
             f"stuck: |beta S| is {moved:.1e} after {step} steps, so the loss stays where it began: the policy has "
             "hardly left the reference; raise --lr or --beta, or check that the LoRA gets gradients (grad_norm)"
         )
-    if row["saturated"] > 0.5 and step % 50 == 0:
+    if cfg.loss == "asym" and row["saturated"] > 0.5 and step % 50 == 0:
         return (
             f"saturated: |beta S| > 10 for {row['saturated']:.0%} of the pairs, they no longer teach; "
-            "lower --beta or use --form inside"
+            "lower --beta" + (" or use --form inside" if cfg.form != "inside" else "")
         )
     return None
 
@@ -238,10 +241,11 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
 # ---- the stage -------------------------------------------------------------------------------------------------------
 
 
-def read_labels(cfg, pairs: data.Shards, frames: int) -> torch.Tensor | None:
+def read_labels(cfg, pairs: data.Shards, made_of: str) -> torch.Tensor | None:
     """A label for each pair and frame (pairs, F), 1: the first is better, -1: the second; None for pairs in order.
 
-    UserError unless pairs, labels and loss belong together.
+    made_of: what tells these pairs from others, as a run notes it of its inputs. UserError unless pairs, labels and
+    loss belong together.
     """
     if "chosen" in pairs.fields():
         if cfg.labels or cfg.loss == "dense":
@@ -251,7 +255,7 @@ def read_labels(cfg, pairs: data.Shards, frames: int) -> torch.Tensor | None:
         raise UserError(f"{cfg.pairs}: expected pairs in order, or --labels of label.py and --loss flow or dense")
     manifest = common.read_manifest(cfg.labels, "label.py")
     rows = common.read_jsonl(Path(cfg.labels) / "labels.jsonl")
-    if [row["id"] for row in rows] != [row["id"] for row in pairs.rows]:
+    if manifest["inputs"]["pairs"] != made_of:  # the ids alone are the clips'
         raise UserError(f"{cfg.labels}: expected labels of {cfg.pairs}, got labels of other pairs")
     cuts = torch.tensor(manifest["cuts"])
     if cfg.loss == "flow" and len(cuts) > 2:
@@ -283,7 +287,7 @@ def main(cfg: Config) -> None:
         return cost.training(cfg, "asymdpo", functools.partial(example_loss, cfg))
     group = common.start_group()
     per_process, forwards = common.local_batch(cfg, group)
-    starts = [name for name in cfg.sft.split(",") if name.strip()]
+    starts = [name.strip() for name in cfg.sft.split(",") if name.strip()]
     inputs = {"sft" + "+" * k: name for k, name in enumerate(starts)}
     run = common.Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, **inputs})
     if run.done:
@@ -293,7 +297,7 @@ def main(cfg: Config) -> None:
     pairs = data.Shards(cfg.pairs, "make_pairs.py", verify=group.main)
     winner, loser = ("chosen", "rejected") if "chosen" in pairs.fields() else ("first", "second")
     frames = pairs.shape(winner)[1]
-    labels = read_labels(cfg, pairs, frames)
+    labels = read_labels(cfg, pairs, run.facts["inputs"]["pairs"])
     usable = [
         i for i, row in enumerate(pairs.rows)
         if (cfg.loss != "asym" or cfg.region != "3" or row["n2"] < frames)
@@ -359,10 +363,12 @@ def check(cfg) -> None:
     """UserError for options that make no sense."""
     if cfg.region not in ("123", "23", "3"):
         raise UserError(f"--region: expected 123, 23 or 3, got {cfg.region!r}")
-    if cfg.form not in ("outside", "inside", "plain") or cfg.beta <= 0:
+    if cfg.form not in ("outside", "inside", "plain") or not 0 < cfg.beta < math.inf:
         raise UserError(f"expected --form outside, inside or plain and --beta > 0, got {cfg.form!r} and {cfg.beta}")
     if cfg.loss not in ("asym", "flow", "dense"):
         raise UserError(f"--loss: expected asym, flow or dense, got {cfg.loss!r}")
+    if cfg.loss != "asym" and cfg.region != Config.region:
+        raise UserError(f"--region: expected none with --loss {cfg.loss}, which has no regions, got {cfg.region!r}")
 
 
 # ---- self-test -------------------------------------------------------------------------------------------------------

@@ -207,6 +207,8 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     clips, pairs = data.Shards(cfg.data, "prepare.py", cfg.split), data.Shards(cfg.pairs, "make_pairs.py")
+    if "chosen" not in pairs.fields():
+        raise UserError(f"{cfg.pairs}: expected pairs in order, got samples of make_pairs.py --pairs, which have none")
     if cfg.sweep_clips > len(clips):
         raise UserError(
             f"--sweep_clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.sweep_clips}"

@@ -12,8 +12,8 @@ DynamicsBoost needs none of this: of its pairs the winner is the one that was gi
                  score under `reward_Overall`, `reward_ALL`, `Overall`, `ALL` or `score`, or the `--column` you name
 
 For `file`, sample.py --decode writes the pairs as videos to be scored, under the names that are looked for here; with
---segments 5, given to both, each segment as a video of its own. A label is the sign of the difference of two scores;
-0, a tie, where they differ by `--tie` or less.
+--segments 5, given to both, each segment as a video of its own, beside the whole one. A label is the sign of the
+difference of two scores; 0, a tie, where they differ by `--tie` or less.
 
 In    pairs of make_pairs.py --pairs flow or structural
 Out   labels.jsonl: for each pair its id, the scores of `first` and `second` and the label of each segment, 1 where
@@ -23,8 +23,10 @@ Cost  decoding and scoring two clips a pair; of a file, reading it
 
 import csv
 import dataclasses
+import io
 import json
 import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +41,7 @@ import world
 from common import UserError
 
 SCORERS = ("exact", "noisy", "appearance", "file")
+SIDES = ("first", "second")
 # VideoAlign, eval_videogen_rewardbench.py: out_single.csv has `path` and reward_VQ, reward_MQ, reward_TA and their sum;
 # inference.py, VideoVLMRewardInference.reward: VQ, MQ, TA, Overall
 NAMES, SCORES = ("path", "video"), ("reward_Overall", "reward_ALL", "Overall", "ALL", "score")
@@ -64,7 +67,7 @@ def physics_scores(codec, pairs: data.Shards, cuts: list[int], scorer: str, bar)
     """Scores (pairs, 2, segments) by the exact physics, or by what single frames show."""
     scores = torch.zeros(len(pairs), 2, len(cuts) - 1, dtype=torch.float64)
     for i, row in enumerate(pairs.rows):
-        for side, field in enumerate(("first", "second")):
+        for side, field in enumerate(SIDES):
             clip = world.pixels(codec, pairs.get(field, [i]))[0]
             for k, (first, end) in enumerate(zip(cuts, cuts[1:])):
                 found = world.score_clip(clip, row["caption"], data.pixel_frames(first, end))
@@ -82,10 +85,13 @@ def file_scores(path: Path, column: str, pairs: data.Shards, segments: int) -> T
     parts = range(segments) if segments > 1 else [None]
     expected = [
         data.video_name(i, row, field, k)
-        for i, row in enumerate(pairs.rows) for field in ("first", "second") for k in parts
+        for i, row in enumerate(pairs.rows) for field in SIDES for k in parts
     ]  # fmt: skip
-    table = csv.DictReader(common.read_text(path).splitlines())
-    there = table.fieldnames or []
+    try:
+        table = csv.DictReader(io.StringIO(common.read_text(path).removeprefix("\ufeff")))
+        there, lines = table.fieldnames or [], list(table)
+    except csv.Error as error:
+        raise UserError(f"{path}: expected a csv table, got: {error}") from None
     name = next((n for n in NAMES if n in there), None)
     column = next((n for n in ([column] if column else SCORES) if n in there), None)
     if not name or not column:
@@ -93,12 +99,15 @@ def file_scores(path: Path, column: str, pairs: data.Shards, segments: int) -> T
             f"{path}: expected a column {' or '.join(NAMES)} and one of {', '.join(SCORES)}, or --column; "
             f"its columns are {', '.join(there) or 'none'}"
         )
-    rows = [(Path(row[name] or "").name, row[column]) for row in table]
+    rows = [(Path(row[name] or "").name, row[column]) for row in lines]
     count = Counter(video for video, _ in rows)
+    # what sample.py writes beside them: the whole clips; for labels of whole clips, the pieces
+    beside = [None, *(parts if segments > 1 else range(pairs.shape("first")[1]))]
+    known = {data.video_name(i, row, f, k) for i, row in enumerate(pairs.rows) for f in SIDES for k in beside}
     wrong = {
         "a score of each video of the pairs": [video for video in expected if video not in count],
         "one score a video": [video for video, n in count.items() if n > 1],
-        "videos of these pairs only": sorted(set(count) - set(expected)),
+        "videos of these pairs only": sorted(set(count) - known),
     }
     for (wanted, videos), found in zip(wrong.items(), ("without one", "twice or more", "unknown")):
         if videos:
@@ -127,8 +136,10 @@ def check(cfg) -> None:
         raise UserError(f"--scorer: expected one of {', '.join(SCORERS)}, got {cfg.scorer!r}")
     if (cfg.scorer == "file") != bool(cfg.scores):
         raise UserError(f"expected --scores with --scorer file, and only there, got {cfg.scores!r} and {cfg.scorer!r}")
-    if not 0 <= cfg.flip <= 1 or cfg.tie < 0:
+    if not 0 <= cfg.flip <= 1 or not cfg.tie >= 0:
         raise UserError(f"expected --flip from 0 to 1 and --tie of at least 0, got {cfg.flip} and {cfg.tie}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"expected one process, got {os.environ['WORLD_SIZE']}: start label.py without torchrun")
 
 
 def main(cfg: Config) -> None:
@@ -153,6 +164,9 @@ def main(cfg: Config) -> None:
         common.read_manifest(cfg.data, "prepare.py", verify=False)
         if not all(world.read_caption(row["caption"])[0] for row in pairs.rows):
             raise UserError(f"{cfg.pairs}: expected clips of world.py for --scorer {cfg.scorer}; else --scorer file")
+        codec, channels = vae.load(cfg.data), pairs.shape("first")[0]
+        if channels != codec.channels:
+            raise UserError(f"{cfg.data}: expected the codec of the pairs, {channels} channels, got {codec.channels}")
 
     # ---- score, label
     if from_file:
@@ -160,7 +174,7 @@ def main(cfg: Config) -> None:
         run.claim()
     else:
         with run.progress(len(pairs), unit="pair") as bar:
-            scores = physics_scores(vae.load(cfg.data), pairs, cuts, cfg.scorer, bar)
+            scores = physics_scores(codec, pairs, cuts, cfg.scorer, bar)
     difference = scores[:, 0] - scores[:, 1]
     label = (difference.sign() * (difference.abs() > cfg.tie)).long()
     if cfg.scorer == "noisy":

@@ -131,7 +131,8 @@ def denoise(net, x0, noise, text, eta, cfg):
 
 def structural_steps(cfg) -> int:
     """Solver steps of a structural sample: those that the whole grid has below eta_max."""
-    return math.ceil(cfg.nfe * flow.shift_t(torch.tensor(cfg.eta_max, dtype=torch.float64), 1 / cfg.t_shift))
+    share = float(flow.shift_t(torch.tensor(cfg.eta_max, dtype=torch.float64), 1 / cfg.t_shift))
+    return math.ceil(cfg.nfe * share - 1e-9)  # a level of the grid is no step more for its last bit
 
 
 # ---- the kinds of pairs: fields of (B, C, F, H, W), and what the rows say of each pair -------------------------------
@@ -175,6 +176,8 @@ def check(cfg) -> None:
         raise UserError(f"--pairs: expected one of {', '.join(KINDS)}, got {cfg.pairs!r} (how many: --clips)")
     if cfg.per_clip < 1 or cfg.clips < 0:
         raise UserError(f"expected --clips >= 0 and --per_clip >= 1, got {cfg.clips} and {cfg.per_clip}")
+    if not 0 <= cfg.strength < math.inf:
+        raise UserError(f"--strength: expected at least 0, got {cfg.strength}")
     if not 0 < cfg.eta_min <= cfg.eta_max <= 1:
         raise UserError(f"expected 0 < eta_min <= eta_max <= 1, got {cfg.eta_min} and {cfg.eta_max}")
 
@@ -182,12 +185,13 @@ def check(cfg) -> None:
 def dry_run(cfg) -> None:
     """Prints what it will cost: a winner given whole is not sampled."""
     shape, found = cost.latents(cfg.preset, cfg.data, "prepare.py", cfg.split)
-    low, high = windows(cfg, shape[1])[2:]
-    samples = 2 - (high == shape[1]) / (high - low + 1) if cfg.pairs == "continuation" else 2
+    given, samples = cfg.pairs == "continuation", 2
+    if given:
+        low, high = windows(cfg, shape[1])[2:]
+        samples -= (high == shape[1]) / (high - low + 1)
     count, nfe = (cfg.clips or found or cost.CLIPS) * cfg.per_clip, cfg.nfe
     if cfg.pairs == "structural":
         nfe = structural_steps(cfg)
-    given = cfg.pairs == "continuation"
     cost.sampling("make_pairs", cfg.preset, shape, count * samples, nfe, cfg.guidance, cfg.shard_size, given)
 
 
@@ -207,7 +211,7 @@ def main(cfg: Config) -> None:
         common.read_manifest(cfg.continuation, "continuation.py")
     clips = data.Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
     frames = clips.shape("x0")[1]
-    window = windows(cfg, frames)
+    window = windows(cfg, frames) if continuing else None
     count = cfg.clips or len(clips)
     if count > len(clips):
         raise UserError(f"--clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.clips}")
@@ -241,8 +245,10 @@ def main(cfg: Config) -> None:
     group.barrier()
     if group.main:
         files, kept, _ = data.collect(run.folder, len(starts), [])
-        given = f"loser given {window[0]}..{window[1]}, winner {window[2]}..{window[3]} of {frames} frames"
-        print(f"make_pairs: {kept} pairs, {given if continuing else 'in no order: label.py finds one'}")
+        given = "in no order: label.py finds one"
+        if continuing:
+            given = f"loser given {window[0]}..{window[1]}, winner {window[2]}..{window[3]} of {frames} frames"
+        print(f"make_pairs: {kept} pairs, {given}")
     run.finish(files if group.main else [], window=window, frames=frames)
 
 

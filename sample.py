@@ -12,7 +12,7 @@ sides of make_pairs.py's pairs.
 In    a model folder; folders with a lora.safetensors to fuse into it, in order; the codec: Wan's from --base, the tiny
       preset's from beside the shards
 Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl; or <out>/<number>-<name>.mp4, with
-      -chosen and -rejected
+      -chosen and -rejected or -first and -second, and -s<segment>
 Cost  nfe forwards a sample, twice that with guidance
 """
 
@@ -71,6 +71,8 @@ def check(cfg) -> None:
     if cfg.continuation and not (Path(cfg.video).is_file() and 1 <= cfg.n_cond < frames):
         expected = f"--continuation needs --video, a file, and --n_cond from 1 to {frames - 1}"
         raise UserError(f"{expected}; got {cfg.video!r} and {cfg.n_cond}")
+    if cfg.segments and not cfg.decode:
+        raise UserError(f"--segments: expected none without --decode, got {cfg.segments}")
     if cfg.clips < 0 or not 0 <= cfg.fps < 1000:
         raise UserError(f"expected --clips of at least 0 and --fps from 0 to 1000, got {cfg.clips} and {cfg.fps}")
 

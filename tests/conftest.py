@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers, from whichever folder
 
 import pytest
 import torch
-from helpers import STAGES, run_stage
+from helpers import STAGES, labelled, make_samples, run_stage
 
 
 def pytest_configure(config):
@@ -41,3 +41,15 @@ def chain(tmp_path_factory) -> Path:
     for name in STAGES:
         run_stage(root, name)
     return root
+
+
+@pytest.fixture(scope="session")
+def made(chain, tmp_path_factory) -> dict[str, Path]:
+    """The baselines' folders: pairs of both kinds and their labels by exact physics. Read only."""
+    root = tmp_path_factory.mktemp("baselines")
+    at = {name: root / name for name in ("flow", "structural", "by_clip", "by_segment")}
+    for kind in ("flow", "structural"):
+        make_samples(chain, at[kind], pairs=kind)
+    labelled(chain, at["flow"], at["by_clip"])
+    labelled(chain, at["structural"], at["by_segment"], segments=5)
+    return at

@@ -16,8 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import asymdpo
+import common
 import continuation
+import data
 import evaluate
+import label
 import make_pairs
 import model
 import prepare
@@ -66,6 +69,18 @@ def run_stage(root: Path, name: str, **changes) -> Path:
     main, cfg = stage(root, name, **changes)
     main(cfg)
     return Path(cfg.out)
+
+
+def make_samples(chain: Path, out: Path, **options) -> data.Shards:
+    """The pairs that make_pairs.py makes of eight clips and the cold start: options say which."""
+    run_stage(chain, "pairs", **{"lora": str(chain / "sft"), "clips": 8, "out": str(out), **options})
+    return data.Shards(out, "make_pairs.py")
+
+
+def labelled(chain: Path, pairs: Path, out: Path, **options) -> list[dict]:
+    """What label.py says of the pairs."""
+    label.main(label.Config(pairs=str(pairs), out=str(out), **{"data": str(chain / "shards"), **options}))
+    return common.read_jsonl(out / "labels.jsonl")
 
 
 def copy(chain: Path, to: Path, *names: str) -> Path:
