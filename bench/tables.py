@@ -49,9 +49,9 @@ SWEEP = 96  # clips of the sweep
 
 CONTINUATIONS = {  # name -> options of continuation.py beside the demo's
     "continuation": {},
-    "context": dict(steps=500),
-    "frame": dict(steps=500, prompts="frame"),
-    "off": dict(steps=500, prompts="off"),
+    "context": dict(steps=300),
+    "frame": dict(steps=300, prompts="frame"),
+    "off": dict(steps=300, prompts="off"),
 }
 PAIRS = {  # name -> options of make_pairs.py beside the demo's; lora and continuation name folders of the seed
     "flow": dict(pairs="flow", lora="sft"),
@@ -119,15 +119,14 @@ ROWS = {
     # K is 9 on average: at β/9 the mean coefficient of S is that of the other forms
     "plain": Row("no 1/K", options=dict(form="plain", beta=50.0 / 9)),
     "reference_free": Row("no reference", options=dict(reference_free=True)),
-    "context": Row("Φ of 500 steps, prompts in the context", "context"),
-    "frame": Row("Φ of 500 steps, prompts on the tokens", "frame"),
-    "off": Row("Φ of 500 steps, no prompts", "off"),
+    "context": Row("Φ of 300 steps, prompts in the context", "context"),
+    "frame": Row("Φ of 300 steps, prompts on the tokens", "frame"),
+    "off": Row("Φ of 300 steps, no prompts", "off"),
     "no_cold_start": Row("no SFT cold start", start=""),
     "lambda": Row("λ = 1", options=dict(sft_weight=1.0)),
     "per_clip_2": Row("two losers a clip", "per_clip_2"),
     "strength_quarter": Row("Φ's LoRA at a quarter", "strength_quarter"),
     "strength_zero": Row("no LoRA, prompts alone", "strength_zero"),
-    "strength_fast": Row("Φ's LoRA at a quarter, 3 × the rate", "strength_quarter", options=FAST),
     "on_policy": Row("Φ's LoRA on the SFT model", "on_policy"),
     "round_2": Row("a second round", "round_2", start="sft,dpo/dynamicsboost"),
 }

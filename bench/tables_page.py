@@ -49,7 +49,7 @@ GROUPS = {  # heading -> rows
     "The continuation model and the cold start": ["dynamicsboost", "context", "frame", "off", "no_cold_start"],
     "Closing the gap": [
         "dynamicsboost", "per_clip_2", "strength_quarter", "strength_zero",
-        "strength_fast", "on_policy", "round_2",
+        "on_policy", "round_2",
     ],
 }  # fmt: skip
 
