@@ -13,7 +13,7 @@ from helpers import ROOT, script
 
 import common
 
-GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost"}
+GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost", "page"}
 STAGES = {"label", "prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
 
 
