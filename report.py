@@ -11,29 +11,24 @@ Out   in the same folder: report.html; summary.json, eval's with the seconds of 
 Cost  seconds
 """
 
-import base64
 import dataclasses
 import html
-import io
 import itertools
 import json
 import os
 import platform
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import common
 import data
 import vae
-import video
 import world
+from page import BUCKETS, CONTROLS, INK, R2, R3, Clips, cell, heat, listed, num, plot, shell
 
 PRESETS = {"tiny": {}}
 STAGES = {  # folder -> the command that makes it, in the order they run
@@ -72,7 +67,6 @@ real clips show what is left when nothing jerks.</dd></dl>"""
 WEIGHTS = {"traj": -1 / 4, "presence": 2, "shape": -10}  # what world.score_clip's score is made of
 SWEEP_SHOWN = (1, 3, 6, 9)  # given frames of the continuations shown
 PAIRS_SHOWN = 8  # with the players' 32 and the sweep's 5 videos, two on the page at a time: phones allow 40 to be open
-BUCKETS = ("0 – ¼", "¼ – ½", "½ – ¾", "¾ – 1")  # of asymdpo.py's metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +79,6 @@ class Config:
 
 
 # ---- words and numbers -----------------------------------------------------------------------------------------------
-
-
-def num(x: float, digits: int = 2, sign: bool = False) -> str:
-    """A number for reading: fixed digits, a true minus."""
-    return f"{x:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def percent(share: float, sign: bool = False) -> str:
@@ -201,56 +190,7 @@ def average(values: list[float | None]) -> float | None:
     return float(np.mean(there)) if there else None
 
 
-def listed(said: Iterable[tuple[str, str]]) -> str:
-    marks = {"good": "✓", "bad": "✗", "open": "·"}
-    return (
-        "<ul class=said>"
-        + "".join(
-            f"<li class={m}><b aria-hidden=true>{marks[m]}</b><span>{html.escape(t)}</span></li>" for m, t in said
-        )
-        + "</ul>"
-    )
-
-
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-# Stand-ins that become the page's own colours, so that one SVG is right in light and in dark.
-INK, R2, R3, SOFT = "#010203", "#010205", "#010206", "#010207"
-PAGE_COLOURS = {INK: "currentColor", R2: "var(--r2)", R3: "var(--r3)", SOFT: "var(--line)"}
-STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif", "font.size": 10,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": SOFT, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": SOFT, "grid.linewidth": 0.5,
-    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8,
-}  # fmt: skip
-
-
-def plot(title: str, draw: Callable, xlabel: str, ylabel: str) -> str:
-    """Inline SVG of what `draw(axes)` draws: transparent, in the page's font and colours, with no address in it."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.7, 3.1), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.tick_params(length=0)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend()
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()[out.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"', "", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # matplotlib's ids repeat from plot to plot
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", svg)
-    for stand_in, colour in PAGE_COLOURS.items():
-        svg = svg.replace(stand_in, colour)
-    svg = re.sub(
-        r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{html.escape(title)}">',
-        svg,
-        count=1,
-    )
-    return f"<figure class=plot><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 
 def smooth(values: list[float | None]) -> np.ndarray:
@@ -273,36 +213,7 @@ def curve(axes, rows: list[dict], key: str, colour=R2, style="-", label=None, ra
     axes.plot(steps[thin], smooth(values)[thin], style, color=colour, label=label)
 
 
-# ---- videos ----------------------------------------------------------------------------------------------------------
-
-
-class Clips:
-    """Turns latents into what the page shows: a small mp4 as a data URI, and the exact score."""
-
-    def __init__(self, codec):
-        self.codec = codec
-
-    def show(self, x0: torch.Tensor, captions: list[str]) -> list[tuple[str, float]]:
-        """x0 (B, C, F, H, W) -> (data URI, score) of each clip."""
-        shown = []
-        with tempfile.TemporaryDirectory() as folder:
-            for pixels, caption in zip(self.codec.decode(x0.float()), captions, strict=True):
-                video.write_mp4(Path(folder) / "clip.mp4", video.to_frames(pixels), world.FPS, crf=16)
-                coded = base64.b64encode((Path(folder) / "clip.mp4").read_bytes()).decode()
-                score = world.score_clip(((pixels + 1) / 2).permute(1, 2, 3, 0).numpy(), caption)["score"]
-                shown.append((f"data:video/mp4;base64,{coded}", score))
-        return shown
-
-
-def cell(label: str, clip: tuple[str, float], more: str = "") -> str:
-    uri, score = clip
-    return (f'<figure class=cell{more}><video muted playsinline preload=auto data-src="{uri}"></video>'
-            f"<figcaption>{html.escape(label)}<small>{num(score)}</small></figcaption></figure>")  # fmt: skip
-
-
-CONTROLS = """<div class=controls><button type=button class=play aria-label="play or pause all videos">Pause</button>
-<input type=range min=0 value=0 step=1 class=scrub aria-label="moment of all videos">
-<output class=when></output></div>"""
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def timeline(n1: int, n2: int, frames: int, playhead: bool = True) -> str:
@@ -580,10 +491,8 @@ def time_section(rows: list[dict]) -> str:
         if value is None:
             return "<td class=heat>–<small>no step</small></td>"
         error = f"± {num(1000 * np.std(values[b, region], ddof=1) / steps**0.5)}, " if steps > 1 else ""
-        strength = round(45 * abs(value) / (biggest or 1))
-        colour = f"background:color-mix(in srgb, var(--{'good' if value < 0 else 'bad'}) {strength}%, transparent)"
         counted = f"{error}{steps} {'step' if steps == 1 else 'steps'}"
-        return f'<td class=heat style="{colour}">{small(value)}<small>{counted}</small></td>'
+        return heat(small(value), counted, abs(value) / (biggest or 1), good=value < 0)
 
     body = "".join(
         f"<tr><th scope=row>{name}</th>{entry(b, '2')}{entry(b, '3')}</tr>" for b, name in enumerate(BUCKETS)
@@ -643,12 +552,6 @@ by</th><th scope=col>time</th>
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-CSS = (Path(__file__).parent / "report.css").read_text()
-
-ERRORS = "addEventListener('error', e => { if (e.message) document.body.dataset.error = e.message; });"
-
-SCRIPT = (Path(__file__).parent / "report.js").read_text()
-
 HATCH = """<svg width=0 height=0 style="position:absolute" aria-hidden=true><defs>
 <pattern id=hatch width=6 height=6 patternUnits=userSpaceOnUse patternTransform="rotate(45)">
 <rect width=3.2 height=6 fill="var(--bg)" opacity=".8"/></pattern></defs></svg>"""
@@ -665,19 +568,13 @@ NAMES = {  # section -> its name in the list at the top
 }
 
 
-def page(sections: list[str], seed: int, frames: int) -> str:
-    links = "".join(f'<a href="#{name}">{words}</a>' for name, words in NAMES.items())
-    return f"""<!doctype html>
-<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<link rel=icon href="data:,">
-<title>DynamicsBoost: the demo’s report, seed {seed}</title><style>{CSS}</style></head>
-<body data-frames={frames} data-fps={world.FPS}><script>{ERRORS}</script>{HATCH}
-<header><h1>DynamicsBoost on bouncing balls</h1>
-<p class=lead>What came out of the demo with seed {seed}: a text-to-video model that learns better motion from
-continuations of real clips.</p><nav>{links}</nav>
-<p id=broken hidden>This browser could not load some of the videos (H.264 in mp4); the rest is complete.</p></header>
-<main>{"".join(sections)}</main><script>{SCRIPT}</script></body></html>
-"""
+def page(sections: list[str], seed: int) -> str:
+    lead = (
+        f"What came out of the demo with seed {seed}: a text-to-video model that learns better motion from\n"
+        "continuations of real clips."
+    )
+    title = f"DynamicsBoost: the demo’s report, seed {seed}"
+    return shell(title, "DynamicsBoost on bouncing balls", lead, NAMES, "".join(sections), hidden=HATCH)
 
 
 def main(cfg: Config) -> None:
@@ -719,7 +616,7 @@ def main(cfg: Config) -> None:
     if cfg.figure:
         figure(Path(cfg.figure), clips.codec, samples, [row["caption"] for row in rows], summary)
     common.write_json(demo / "summary.json", summary)
-    common.write_text(demo / "report.html", page(sections, summary["seed"], world.FRAMES))
+    common.write_text(demo / "report.html", page(sections, summary["seed"]))
     print(f"report: {demo / 'report.html'}, {(demo / 'report.html').stat().st_size / 2**20:.1f} MiB")
 
 

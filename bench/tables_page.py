@@ -99,11 +99,12 @@ def averaged(found: list[dict[str, float]]) -> dict[str, float]:
 
 def summary(root: Path, seeds: list[int], names: list[str]) -> dict:
     """All figures of the page."""
+    for name in dict.fromkeys([*names, "sft", "dynamicsboost"]):
+        if not all((root / f"seed-{s}" / "eval" / name / common.MANIFEST).is_file() for s in seeds):
+            raise common.UserError(f"{root}: expected row {name} of seeds {seeds}, it is not finished; run make tables")
     rows = {}
     for name in names:
         row = ROWS[name]
-        if not all((root / f"seed-{s}" / "eval" / name / common.MANIFEST).is_file() for s in seeds):
-            raise common.UserError(f"{root}: expected row {name} of seeds {seeds}, it is not finished; run make tables")
         mean = averaged([{m: v.mean() for m, v in scores(root, s, name).items()} for s in seeds])
         rows[name] = {"title": row.title, "mean": mean, "pairs": row.pairs, "labels": row.labels}
         rows[name] |= {f"vs_{other}": compare(root, seeds, name, other) for other in ("sft", "dynamicsboost")}
@@ -113,12 +114,14 @@ def summary(root: Path, seeds: list[int], names: list[str]) -> dict:
             logs = [training(root / f"seed-{s}" / "dpo" / name) for s in seeds]
             rows[name] |= {"training": averaged(logs), "training_seeds": logs}
     sweeps = [json.loads((root / f"seed-{s}/facts/sweep.json").read_text()) for s in seeds]
-    spent = [json.loads(line)["processor_seconds"] for s in seeds for line in log_lines(root / f"seed-{s}" / "log.txt")]
+    # the seed that was not interrupted, or least: what a killed run spent is not in its log
+    spent = max(sum(processor_seconds(root / f"seed-{s}" / "log.txt")) for s in seeds) * len(seeds)
     return rounded({
         "commit": common.commit(), "machine": f"{os.cpu_count()} cores, PyTorch {torch.__version__}",
         "python": platform.python_version(), "seeds": seeds, "clips": tables.CLIPS,
-        "processor_minutes": round(sum(spent) / 60, 1), "rows": rows, "real": real_clips(root, seeds),
-        "sweep": sweeps, "hours": hours(),
+        "processor_minutes": round(spent / 60, 1), "rows": rows, "real": real_clips(root, seeds),
+        "sweep": sweeps, "sweep_steps": sweep_steps(sweeps), "hours": hours(),
+        "groups": {heading: [name for name in some if name in rows] for heading, some in GROUPS.items()},
     })  # fmt: skip
 
 
@@ -131,8 +134,27 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def log_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.startswith('{"processor_seconds"')]
+def sweep_steps(sweeps: list[list[dict]]) -> dict:
+    """By given frames: mean and interval over the seeds, and of the step from n to n + 1, which is paired; None where
+    there is none. Then what becomes of the claim that quality rises with the given frames, but for none.
+    """
+    found = {}
+    for key in ("score", "generated_score"):
+        values = np.array([[row.get(key, np.nan) for row in rows] for rows in sweeps]).T
+        for name, some in ((key, values), (f"{key}_steps", np.diff(values, axis=0))):
+            found[name] = [interval(v) if np.isfinite(v).all() else None for v in some]
+    steps = dict(enumerate(found["score_steps"]))
+    del steps[0]
+    falls = [n for n, step in steps.items() if step["mean"] < -step["half"]]
+    flat = [n for n, step in steps.items() if not abs(step["mean"]) > step["half"]]
+    word = "reproduced, but for the steps that are not resolved" if flat else "reproduced"
+    return found | {"falls": falls, "flat": flat, "verdict": "not reproduced" if falls else word}
+
+
+def processor_seconds(log: Path) -> list[float]:
+    """What each finished run of bench/tables.py spent on a seed."""
+    lines = (line for line in log.read_text().splitlines() if line.startswith('{"processor_seconds"'))
+    return [json.loads(line)["processor_seconds"] for line in lines]
 
 
 def real_clips(root: Path, seeds: list[int]) -> dict[str, float]:
@@ -210,7 +232,7 @@ def plain(value: float, digits: int) -> str:
 
 def verdict(value: dict, want: int = 1) -> str:
     """In words: a difference of the sign `want` is reproduced, of the other not; one that holds 0 is not resolved."""
-    if abs(value["mean"]) <= value["half"]:
+    if not abs(value["mean"]) > value["half"]:
         return "not resolved"
     return "reproduced" if value["mean"] * want > 0 else "not reproduced"
 
@@ -272,24 +294,18 @@ def systems_claims(found: dict) -> list[str]:
 
 def sweep_claim(found: dict) -> str:
     """Does the score rise with the given frames?"""
-    score = np.array([[row["score"] for row in rows] for rows in found["sweep"]])
-    made = np.array([[row.get("generated_score", np.nan) for row in rows] for rows in found["sweep"]])
-    frames = score.shape[1] - 1
+    steps = found["sweep_steps"]
+    frames = len(steps["score_steps"])
     lines = [f"| given frames | {' | '.join(str(n) for n in range(frames + 1))} |", "|---" * (frames + 2) + "|"]
-    for words, values in (("whole clip", score), ("generated frames", made)):
-        cells = [plain(v, 2) if np.isfinite(v) else "" for v in values.mean(0)]
-        lines.append(f"| {words} | {' | '.join(cells)} |")
-    steps = [interval(score[:, n + 1] - score[:, n]) for n in range(frames)]
-    falls = [n for n in range(1, frames) if steps[n]["mean"] < -steps[n]["half"]]
-    flat = [n for n in range(1, frames) if abs(steps[n]["mean"]) <= steps[n]["half"]]
-    word = (
-        "not reproduced" if falls else "reproduced, but for the steps that are not resolved" if flat else "reproduced"
-    )
+    for words, key in (("whole clip", "score"), ("generated frames", "generated_score")):
+        lines.append(f"| {words} | {' | '.join(plain(v['mean'], 2) if v else '' for v in steps[key])} |")
+    flat, falls = steps["flat"], steps["falls"]
     unresolved = f" Not resolved: from {', '.join(map(str, flat))}." if flat else ""
-    first = f"From 0 to 1 given frame: {signed(steps[0])}."
+    first = f"From 0 to 1 given frame: {signed(steps['score_steps'][0])}."
     return (
         "\n".join(lines)
-        + f"\n\n* **Quality rises with the number of given frames, but for none: {word}.** {first}{unresolved}"
+        + f"\n\n* **Quality rises with the number of given frames, but for none: {steps['verdict']}.** {first}"
+        + unresolved
         + (f" Falls from {', '.join(map(str, falls))}." if falls else "")
     )
 

@@ -12,6 +12,7 @@ import pytest
 
 import common
 import data
+import page
 import report
 import vae
 
@@ -71,7 +72,7 @@ def test_page_says_what_went_in(demo):
 
 def test_captions_are_escaped(demo, summary):
     caption = "<script>alert('a')</script> & a red ball falls"
-    clips, pairs = report.Clips(vae.load(demo / "shards")), data.Shards(demo / "pairs", "make_pairs.py")
+    clips, pairs = page.Clips(vae.load(demo / "shards")), data.Shards(demo / "pairs", "make_pairs.py")
     samples = common.read_tensors(demo / "eval" / "samples.safetensors")
     for row in pairs.rows:
         row["caption"] = caption

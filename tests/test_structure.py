@@ -12,7 +12,7 @@ from helpers import ROOT, script
 
 import common
 
-GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost"}
+GROUND = {"model", "flow", "vae", "text", "data", "common", "world", "video", "weights", "decode", "cost", "page"}
 GROUND |= {"generate", "benchmarks", "metrics"}  # the last two are modes of evaluate.py
 STAGES = {"label", "prepare", "sft", "continuation", "make_pairs", "asymdpo", "merge", "sample", "evaluate", "report"}
 
