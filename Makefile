@@ -45,6 +45,7 @@ $(OUT)/report.html: $(OUT)/eval/$(MADE)
 tables: | $(VENV)/runtime
 	$(PY) bench/tables.py --out out/tables
 	$(PY) bench/tables_page.py --out out/tables --write
+	$(PY) report.py --tables out/tables
 
 test: $(VENV)/development
 	$(PY) -m pytest -q tests

@@ -3,7 +3,7 @@
 const body = document.body, videos = [...document.querySelectorAll('video')];
 const FPS = +body.dataset.fps, FRAMES = +body.dataset.frames, REST = 8;  // REST: pictures that the end stays
 const all = s => document.querySelectorAll(s);
-const pairs = JSON.parse(document.getElementById('pair-data').textContent);
+const pairs = JSON.parse(document.getElementById('pair-data')?.textContent ?? '[]');  // of the demo's page
 const seen = new Set(), blobs = new Map();
 let now = 0, playing = !matchMedia('(prefers-reduced-motion: reduce)').matches, before = null;
 
@@ -108,6 +108,6 @@ all('.scrub').forEach(s => {
 all('.play').forEach(b => b.addEventListener('click', () => play(!playing)));
 all('[data-pair]').forEach(b => b.addEventListener('click', () => choose(+b.dataset.pair)));
 addEventListener('hashchange', goTo);
-choose(0);
+if (pairs.length) choose(0);
 play(playing);
 goTo();

@@ -139,9 +139,9 @@ def shell(
     script: str = "",
     hidden: str = "",
 ) -> str:
-    """The whole file. names: section -> its name in the list at the top; style, script: beside what all pages have;
+    """The whole file. names: section -> its name in the list at the top; style, script: beside those of all pages;
     hidden: what the body refers to.
-    """  # fmt: skip
+    """
     links = "".join(f'<a href="#{name}">{words}</a>' for name, words in names.items())
     return f"""<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">

@@ -6,6 +6,8 @@ Videos, plots, styles and scripts are all inside the page: it opens from disk, w
 judge a result are made from the numbers, so they turn with them. An address that ends in #t=0.5 opens the page with
 every video halfway; &pair=3 chooses a pair, &pairs (or another section's name) goes there.
 
+    python report.py --tables out/tables      the page of `make tables`: report_tables.py
+
 In    a demo folder whose stages are finished: clips, shards, base, sft, continuation, pairs, asymdpo, eval
 Out   in the same folder: report.html; summary.json, eval's with the seconds of every stage; --figure, a picture
 Cost  seconds
@@ -26,6 +28,7 @@ from matplotlib.figure import Figure
 
 import common
 import data
+import report_tables
 import vae
 import world
 from page import BUCKETS, CONTROLS, INK, R2, R3, Clips, cell, heat, listed, num, plot, shell
@@ -71,10 +74,12 @@ PAIRS_SHOWN = 8  # with the players' 32 and the sweep's 5 videos, two on the pag
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Writes report.html and summary.json of a finished demo."""
+    """Writes report.html and summary.json of a finished demo; or the tables' report.html."""
 
     preset: str = "tiny"  # tiny: the only one that has a demo
     demo: str = "out/demo"  # folder of the demo
+    tables: str = ""  # folder of bench/tables.py, e.g. out/tables: write its page instead, <tables>/report.html
+    json: str = "docs/tables.json"  # the tables' figures, of bench/tables_page.py
     figure: str = ""  # also write the main results as a picture to this file (.png or .svg)
 
 
@@ -578,8 +583,11 @@ def page(sections: list[str], seed: int) -> str:
 
 
 def main(cfg: Config) -> None:
-    # ---- what there is, checked before anything is read
     cfg = common.resolve(cfg, PRESETS)
+    if cfg.tables:
+        return report_tables.write(Path(cfg.tables), Path(cfg.json))
+
+    # ---- what there is, checked before anything is read
     demo = Path(cfg.demo)
     if not demo.is_dir():
         raise common.UserError(

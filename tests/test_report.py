@@ -1,20 +1,26 @@
 """The report: complete, self-contained, judged from its numbers; and it works when a browser opens it."""
 
 import copy
+import importlib
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
+import torch
 
 import common
 import data
 import page
 import report
+import report_tables
 import vae
+import world
 
 VIDEOS = 4 * 8 + 5 + 2  # players, continuations, the chosen pair
 
@@ -204,3 +210,86 @@ def test_address_opens_a_moment_and_a_pair(demo, tmp_path):
         assert 'aria-pressed="true">2<' in dom
         heads.append(float(re.search(r'class="playhead"[^>]* x1="([\d.]+)"', dom).group(1)))
     assert heads[0] < heads[1] < heads[2]
+
+
+# ---- the tables' page ------------------------------------------------------------------------------------------------
+
+ROWS = {"sft": 0.0, "flow_exact": -0.1, "dynamicsboost": 0.1, "gt_winner": 0.1}  # row -> gain of score
+
+
+def tables_tree(chain: Path, root: Path) -> None:
+    """Two seeds of bench/tables.py that differ by numbers alone: random samples, made up scores."""
+    clips = data.Shards(chain / "shards", "prepare.py", "eval")
+    for seed in (0, 1):
+        folder, rng = helpers.copy(chain, root / f"seed-{seed}", "shards"), np.random.default_rng(seed)
+        for name, gain in ROWS.items():
+            judged, prompts = folder / "eval" / name, rng.normal(size=16)
+            gains = gain * (1 + (seed if name == "gt_winner" else 0.01 * seed) * np.array([-1.5, 0.5] * 8))
+            scores = {m: torch.from_numpy(prompts * 0 - 2 + gains) for m in world.METRICS}
+            common.write_tensors(judged / "scores.safetensors", scores)
+            common.write_tensors(judged / "samples.safetensors", {"x0": torch.randn(8, *clips.shape("x0"))})
+            common.write_manifest(judged, ["scores.safetensors", "samples.safetensors"])
+            logged = {"diff/w/2": 0.01, "acc/2/t3": 0.75 + 0.01 * seed, "acc/3/t0": 0.4}
+            common.write_text(folder / "dpo" / name / "metrics.jsonl", json.dumps({"step": 1, **logged}) + "\n")
+            common.write_json(folder / "facts" / f"{name}.json", {"accuracy": 0.9876, "labels": 4})
+        sweep = [{"n_cond": n, "score": n / 8 - 2 - seed * (n == 1), "generated_score": n / 8 - 3} for n in range(4)]
+        common.write_json(folder / "facts" / "sweep.json", sweep)
+        common.write_text(folder / "log.txt", '{"processor_seconds": 90.0, "rows": []}\n')
+
+
+@pytest.fixture(scope="module")
+def tables(chain, tmp_path_factory) -> Path:
+    """A folder of two seeds with the figures that bench/tables_page.py finds in it, and its page."""
+    root, path = tmp_path_factory.mktemp("tables"), list(sys.path)
+    tables_tree(chain, root)
+    sys.path.insert(0, str(helpers.ROOT / "bench"))
+    bench = importlib.import_module("tables_page")
+    sys.path[:] = path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "hours", lambda: dict.fromkeys(bench.ROWS, 321.0))
+        found = bench.summary(root, [0, 1], list(ROWS))
+    found["groups"]["The loss"].append("region_3")  # a row that is not there
+    common.write_json(root / "tables.json", found)
+    report.main(report.Config(tables=str(root), json=str(root / "tables.json")))
+    return root
+
+
+def test_tables_page_has_every_row_and_number(tables):
+    text, found = (tables / "report.html").read_text(), json.loads((tables / "tables.json").read_text())
+    assert not re.search(r"https?://|@import|region_3|nan", re.sub(r"base64,[\w+/=]*", "", text))
+    for name, row in found["rows"].items():
+        assert report_tables.marked(row["title"]) in text
+        for other in ("sft", "dynamicsboost"):
+            assert name == other or report_tables.signed(row[f"vs_{other}"]["score"]) in text
+    section = re.search(r"<section id=group-0>.*?</section>", text, re.S).group()
+    assert "Against SFT: 1 higher, 1 lower, 0 not resolved" in section and section.count('class="strip') == 4
+    assert "<td>0.988</td><td>321</td>" in section and "<td><b>−0.100 ± 0.0" in section
+    assert "Against SFT: 1 higher, 0 lower, 1 not resolved" in text and ">0.755<small>" in text
+    sweep = re.search(r"<section id=sweep>.*?</section>", text, re.S).group()
+    assert "the steps from 1 given" in sweep and "except from none" in sweep and "<b>+0.125 ± 0.000</b>" in sweep
+    for row in data.Shards(tables / "seed-0/shards", "prepare.py", "eval").rows[:8]:
+        assert f"“{row['caption']}”" in text
+
+
+def test_tables_page_works_in_a_browser(tables, tmp_path):
+    dom = opened(tables, tmp_path, "#group=2&prompt=2&t=0.5")
+    assert body(dom)["videos"] == "4 of 4" and body(dom)["picture"] == "24" and "error" not in body(dom)
+    assert re.findall(r'aria-pressed="true">([^<]*)<', dom) == ["Which frames are given", "2"]
+    assert re.findall(r'<figure class="cell"( hidden="")?', dom) == ["", "", "", ' hidden=""']
+
+
+@pytest.mark.parametrize(
+    "broken", ["tables.json", "seed-0", "seed-0/eval/gt_winner/samples.safetensors", "a list", "no mean"]
+)
+def test_what_the_tables_page_lacks_is_one_line(tables, tmp_path, broken):
+    root = tmp_path / "tables"
+    shutil.copytree(tables, root)
+    given = root / broken
+    if "json" in broken or "seed" in broken:
+        shutil.rmtree(given) if given.is_dir() else given.unlink()
+    else:
+        given = root / "tables.json"
+        given.write_text("[1, 2]" if broken == "a list" else re.sub('"mean": {', '"means": {', given.read_text()))
+    with pytest.raises(common.UserError) as caught:
+        report.main(report.Config(tables=str(root), json=str(root / "tables.json")))
+    assert str(given) in str(caught.value) and "\n" not in str(caught.value)
