@@ -479,8 +479,8 @@ clips have {found["real"]["dyn"]:.2f} px/frame. A difference is taken prompt by 
 ## What could be resolved
 
 Said beforehand from the tuning seeds (`docs/pilot.json`): the standard deviation between seeds of a row's difference,
-pooled over the rows that they had, and the difference that {len(found["seeds"])} seeds find in four runs of five at 5 %.
-Nothing corrects for the number of rows: of twenty intervals one misses by chance.
+pooled over the rows that they had, and the difference that {len(found["seeds"])} seeds find in four runs of five at
+5 %. Nothing corrects for the number of rows: of twenty intervals one misses by chance.
 
 {power(found, pilot)}
 
