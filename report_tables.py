@@ -156,7 +156,7 @@ def numbers(found: dict, names: list[str]) -> str:
     """The table of docs/tables.md, the real clips last."""
     heads = [("score\u00a0↑", ""), *((f"against {words}", "score") for words in REFERENCES.values())]
     heads += [(words, unit) for words, unit, _ in COLUMNS.values()]
-    heads += [("label accuracy", ""), ("GPU\u2011h", "Wan-1.3B")]
+    heads += [("label accuracy", ""), ("GPU\u2011h", "Wan-1.3B, predicted")]
     head = "".join(f"<th scope=col>{words}<small>{unit}</small></th>" for words, unit in heads)
 
     def line(title, mean, against, last, kind=""):

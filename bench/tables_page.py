@@ -250,7 +250,7 @@ def verdict(value: dict, want: int = 1) -> str:
 def main_table(found: dict, names: list[str]) -> str:
     lines = [
         "| | score | against SFT | against DynamicsBoost | traj, px ↓ | presence ↑ | shape ↓ |"
-        " dynamic degree, px/frame | jerkiness, px/frame² ↓ | label accuracy | GPU-h, Wan-1.3B |",
+        " dynamic degree, px/frame | jerkiness, px/frame² ↓ | label accuracy | GPU-h, Wan-1.3B, predicted |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in names:
@@ -430,9 +430,11 @@ def loser_table(found: dict, names: list[str], correlated: bool) -> str:
 
 
 def correlation(factor: np.ndarray, gain: np.ndarray) -> str:
-    """Pearson's r of (rows, seeds) arrays within each seed, as mean ± half of the interval over the seeds."""
+    """Pearson's r of (rows, seeds) arrays within each seed, as mean ± half of the interval over the seeds; nothing of
+    fewer than three rows, or of rows that are all alike.
+    """
     there = np.isfinite(factor).all(1)
-    if there.sum() < 3:
+    if there.sum() < 3 or not np.ptp(factor[there], axis=0).all():
         return ""
     return signed(interval(np.array([np.corrcoef(f, g)[0, 1] for f, g in zip(factor[there].T, gain[there].T)])), 2)
 
@@ -487,9 +489,9 @@ def page(found: dict, pilot: dict | None) -> str:
 
 ## What could be resolved
 
-Said beforehand from two of the tuning seeds (`docs/pilot.json`), of the few rows that they have: the standard deviation
-between seeds of a row's difference, pooled over these rows, and the difference that {len(found["seeds"])} seeds find in
-four runs of five at 5 %. From few rows of two seeds that is a rough number.
+Said beforehand from few tuning seeds and rows (`docs/pilot.json`), so roughly: the standard deviation between seeds of
+a row's difference, pooled over the rows, and the difference that {len(found["seeds"])} seeds find in four runs of five
+at 5 %.
 
 {power(found, pilot)}
 

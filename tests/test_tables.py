@@ -105,6 +105,7 @@ def test_correlation_is_within_a_seed():
     factor = np.array([[1.0, 101.0], [2.0, 102.0], [3.0, 103.0]])
     gain = np.array([[3.0, 53.0], [2.0, 52.0], [1.0, 51.0]])
     assert tables_page.correlation(factor, gain) == "**−1.00 ± 0.00**"
+    assert tables_page.correlation(factor[:2], gain[:2]) == tables_page.correlation(np.ones((3, 2)), gain) == ""
 
 
 @pytest.fixture(scope="module")
