@@ -231,10 +231,11 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
             f"stuck: |beta S| is {moved:.1e} after {step} steps, so the loss stays where it began: the policy has "
             "hardly left the reference; raise --lr or --beta, or check that the LoRA gets gradients (grad_norm)"
         )
-    if cfg.loss == "asym" and row["saturated"] > 0.5 and step % 50 == 0:
+    # of the others the sigmoid's argument is |beta S| divided by the number of frames
+    if cfg.loss == "asym" and cfg.form != "inside" and row["saturated"] > 0.5 and step % 50 == 0:
         return (
             f"saturated: |beta S| > 10 for {row['saturated']:.0%} of the pairs, they no longer teach; "
-            "lower --beta" + (" or use --form inside" if cfg.form != "inside" else "")
+            "lower --beta or use --form inside"
         )
     return None
 

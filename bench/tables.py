@@ -116,8 +116,8 @@ ROWS = {
     "region_123": Row("loss on ①②③", options=dict(region="123")),
     "region_3": Row("loss on ③", options=dict(region="3")),
     "outside": Row("1/K outside, as printed", options=dict(form="outside")),
-    # K is 9 on average: at β/9 the mean coefficient of S is that of the other forms
-    "plain": Row("no 1/K", options=dict(form="plain", beta=50.0 / 9)),
+    # K is 9 on average: at β/9 the mean coefficient of S is about that of the other forms
+    "plain": Row("no 1/K, β/9", options=dict(form="plain", beta=50.0 / 9)),
     "reference_free": Row("no reference", options=dict(reference_free=True)),
     "context": Row("Φ of 300 steps, prompts in the context", "context"),
     "frame": Row("Φ of 300 steps, prompts on the tokens", "frame"),
