@@ -33,6 +33,8 @@ LEGEND = """<ul class=legend><li><i class="mark full"></i>mean; its interval doe
 
 def read(path: Path) -> dict:
     """The figures of bench/tables_page.py. UserError for a file that is not there or holds something else."""
+    if not path.is_file():
+        raise common.UserError(f"{path}: expected the figures of bench/tables_page.py, got no file; run make tables")
     try:
         found = json.loads(common.read_text(path))
     except json.JSONDecodeError:

@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -386,5 +387,9 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except common.UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: disk full writing {error.filename}: free some space, the same command goes on from here")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
