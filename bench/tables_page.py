@@ -353,15 +353,19 @@ def kept(value: dict, within: float) -> str:
 
 
 def slowing_claim(flow: dict, ours: dict) -> str:
-    """Change of dynamic degree for each point of score. A seed without a gain has no such number."""
+    """Change of dynamic degree for each point of score. A seed without a gain has no such number, and only where
+    Flow-DPO is seen to slow can another slow less.
+    """
     words = "* **At an equal gain of score DynamicsBoost slows less:"
     if min(flow["score"]["seeds"] + ours["score"]["seeds"]) <= 0:
         return f"{words} not resolved.** Not every seed has a gain of both to divide by."
     share, own = (np.divide(v["dyn"]["seeds"], v["score"]["seeds"]) for v in (flow, ours))
     gap, share, own = interval(own - share), interval(share), interval(own)
+    slows = verdict(share, -1) == "reproduced"
     return (
-        f"{words} {verdict(gap)}.** Change of dynamic degree for each point of score: Flow-DPO {signed(share, 2)}, "
-        f"DynamicsBoost {signed(own, 2)}; the difference {signed(gap, 2)}."
+        f"{words} {verdict(gap) if slows else 'not resolved'}.** Change of dynamic degree for each point of score: "
+        f"Flow-DPO {signed(share, 2)}, DynamicsBoost {signed(own, 2)}; the difference {signed(gap, 2)}."
+        + ("" if slows else " That Flow-DPO slows at all is not seen here.")
     )
 
 

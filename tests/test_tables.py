@@ -96,6 +96,10 @@ def test_equal_gain_needs_a_gain():
     ours = {"score": difference(0.1, 0.05, 0.2), "dyn": difference(-0.1, -0.05, -0.2)}
     text = tables_page.slowing_claim(flow, ours)
     assert "less: reproduced" in text and "**−4.00 ± 0.99**" in text and "**+3.00 ± 0.99**" in text
+    still = {"score": flow["score"], "dyn": difference(-0.01, 0.0, 0.01)}
+    faster = {"score": ours["score"], "dyn": difference(0.1, 0.05, 0.2)}
+    text = tables_page.slowing_claim(still, faster)
+    assert "less: not resolved" in text and "**+1.00 ± 0.25**" in text and "slows at all is not seen" in text
     ours["score"] = difference(0.1, 0.05, -0.2)
     assert "less: not resolved" in tables_page.slowing_claim(flow, ours)
 
