@@ -2,7 +2,7 @@
 # make tables  every baseline and ablation on six seeds, 1 h 40 min; writes docs/tables.md and out/tables/report.html
 # make test    the tests
 # make lint    ruff
-# make clean   removes what demo made
+# make clean   removes what demo and tables made in out/
 #
 # make demo SEED=1 draws everything anew; out/demo always points at the newest demo. Each stage is a target of its own, e.g.
 # make out/seed-0/pairs/MANIFEST.json. Interrupted, the same command goes on; finished, it does nothing.

@@ -71,7 +71,7 @@ class Config:
     out: str = "out/demo/asymdpo"  # folder to write
     loss: str = "asym"  # asym: the method; flow, dense: the baselines Flow-DPO and DenseDPO
     beta: float | None = None  # DPO temperature
-    form: str | None = None  # outside: softplus(beta S)/K, as printed; inside: softplus(beta S/K); plain: no 1/K
+    form: str | None = None  # asym: outside, as printed: softplus(beta S)/K; inside: softplus(beta S/K); plain: no 1/K
     region: str = "23"  # frames in the loss: 123 all, 23 from N1 (the method), 3 from N2
     reference_free: bool = False  # leave the reference out, as in the loss as printed
     sft_weight: float = 0.0  # weight of the winner's own flow matching loss, against likelihood displacement
@@ -223,6 +223,7 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
     if step == 0:
         expected = "anything: there is no reference" if cfg.reference_free else "exactly 0"
         at_ln2 = "ln 2 / K" if cfg.loss == "asym" and cfg.form == "outside" else "ln 2 = 0.6931"
+        at_ln2 += f" and {cfg.sft_weight:g} times the winner's own loss" if cfg.sft_weight else ""
         return f"step 0: S = {row['S']:g} (expected {expected}), loss {row['loss']:.4f} (expected {at_ln2})"
     moved = cfg.beta * row["S_abs"]
     if step == max(50, 2 * cfg.warmup) and not cfg.reference_free and moved < 1e-3:
@@ -230,10 +231,11 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
             f"stuck: |beta S| is {moved:.1e} after {step} steps, so the loss stays where it began: the policy has "
             "hardly left the reference; raise --lr or --beta, or check that the LoRA gets gradients (grad_norm)"
         )
-    if cfg.loss == "asym" and row["saturated"] > 0.5 and step % 50 == 0:
+    # of the others the sigmoid's argument is |beta S| divided by the number of frames
+    if cfg.loss == "asym" and cfg.form != "inside" and row["saturated"] > 0.5 and step % 50 == 0:
         return (
             f"saturated: |beta S| > 10 for {row['saturated']:.0%} of the pairs, they no longer teach; "
-            "lower --beta" + (" or use --form inside" if cfg.form != "inside" else "")
+            "lower --beta or use --form inside"
         )
     return None
 

@@ -5,8 +5,8 @@ DynamicsBoost needs none of this: of its pairs the winner is the one that was gi
     python label.py --pairs out/samples --scorer exact --data out/demo/shards --out out/labels          # tiny world
     python label.py --pairs out/samples --scorer file --scores out_single.csv --out out/labels          # real clips
 
-    exact        the physics score of world.py: an upper bound, no real user has it
-    noisy        exact, with `--flip` of the labels turned round, as human and model labels are reported to be
+    exact        the physics score of world.py, which the models are judged by, too: no real user has it
+    noisy        exact, with `--flip` of the labels turned round: a scorer that is often wrong
     appearance   what single frames show, presence and shape: blind to motion
     file         a csv with a row a video, as VideoAlign's inference writes it: its name under `path` or `video`, its
                  score under `reward_Overall`, `reward_ALL`, `Overall`, `ALL` or `score`, or the `--column` you name

@@ -178,6 +178,9 @@ def check(cfg) -> None:
         raise UserError(f"expected --clips >= 0 and --per_clip >= 1, got {cfg.clips} and {cfg.per_clip}")
     if not 0 <= cfg.strength < math.inf:
         raise UserError(f"--strength: expected at least 0, got {cfg.strength}")
+    lengths = any(getattr(cfg, name) is not None for name in ("n1_min", "n1_max", "n2_min", "n2_max"))
+    if cfg.pairs != "continuation" and (lengths or cfg.strength != 1):
+        raise UserError(f"--n1_min … --n2_max, --strength: expected none with --pairs {cfg.pairs}")
     if not 0 < cfg.eta_min <= cfg.eta_max <= 1:
         raise UserError(f"expected 0 < eta_min <= eta_max <= 1, got {cfg.eta_min} and {cfg.eta_max}")
 

@@ -101,6 +101,8 @@ def main(cfg: Config) -> None:
     if not names:
         got = "none" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
         raise UserError(f"--videos {folder}: expected a folder with mp4 files, got {got}")
+    if folder.resolve() in Path(cfg.out).resolve().parents:  # what it writes would make it another folder
+        raise UserError(f"--out: expected a folder outside of --videos {folder}, got {cfg.out}")
     if cfg.dry_run:
         return print(f"evaluate --videos: {len(names)} videos, seconds each on a CPU; no GPU is used")
     group = common.start_group()

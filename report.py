@@ -585,6 +585,8 @@ def page(sections: list[str], seed: int) -> str:
 def main(cfg: Config) -> None:
     cfg = common.resolve(cfg, PRESETS)
     if cfg.tables:
+        if cfg.figure:
+            raise common.UserError(f"--figure: expected none with --tables, got {cfg.figure!r}: it is of the demo")
         return report_tables.write(Path(cfg.tables), Path(cfg.json))
 
     # ---- what there is, checked before anything is read

@@ -33,6 +33,8 @@ LEGEND = """<ul class=legend><li><i class="mark full"></i>mean; its interval doe
 
 def read(path: Path) -> dict:
     """The figures of bench/tables_page.py. UserError for a file that is not there or holds something else."""
+    if not path.is_file():
+        raise common.UserError(f"{path}: expected the figures of bench/tables_page.py, got no file; run make tables")
     try:
         found = json.loads(common.read_text(path))
     except json.JSONDecodeError:
@@ -156,7 +158,7 @@ def numbers(found: dict, names: list[str]) -> str:
     """The table of docs/tables.md, the real clips last."""
     heads = [("score\u00a0↑", ""), *((f"against {words}", "score") for words in REFERENCES.values())]
     heads += [(words, unit) for words, unit, _ in COLUMNS.values()]
-    heads += [("label accuracy", ""), ("GPU\u2011h", "Wan-1.3B")]
+    heads += [("label accuracy", ""), ("GPU\u2011h", "Wan-1.3B, predicted")]
     head = "".join(f"<th scope=col>{words}<small>{unit}</small></th>" for words, unit in heads)
 
     def line(title, mean, against, last, kind=""):

@@ -13,6 +13,7 @@ Out: `<out>/<id>.mp4` (H.264), `<out>/metadata.csv` with OpenVid-1M's columns, `
 Units: px of the 64-px picture, px/frame, px/frame². y points down.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -235,8 +236,12 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     run.claim()
-    with ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        jobs = pool.map(write_clip, *zip(*[(cfg.out, cfg.seed, i) for i in range(cfg.clips)]), chunksize=16)
+    with contextlib.ExitStack() as stack:
+        each = map
+        if cfg.workers != 1:  # one is this process: a pool's would stay behind where this one is killed
+            pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"))
+            each = functools.partial(stack.enter_context(pool).map, chunksize=16)
+        jobs = each(write_clip, *zip(*[(cfg.out, cfg.seed, i) for i in range(cfg.clips)]))
         with run.progress(cfg.clips, unit="clip") as bar:
             rows = [(row, bar.update())[0] for row in jobs]
     table = io.StringIO()

@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -116,8 +117,8 @@ ROWS = {
     "region_123": Row("loss on ①②③", options=dict(region="123")),
     "region_3": Row("loss on ③", options=dict(region="3")),
     "outside": Row("1/K outside, as printed", options=dict(form="outside")),
-    # K is 9 on average: at β/9 the mean coefficient of S is that of the other forms
-    "plain": Row("no 1/K", options=dict(form="plain", beta=50.0 / 9)),
+    # K is 9 on average: at β/9 the mean coefficient of S is about that of the other forms
+    "plain": Row("no 1/K, β/9", options=dict(form="plain", beta=50.0 / 9)),
     "reference_free": Row("no reference", options=dict(reference_free=True)),
     "context": Row("Φ of 300 steps, prompts in the context", "context"),
     "frame": Row("Φ of 300 steps, prompts on the tokens", "frame"),
@@ -160,8 +161,10 @@ class Seed:
         return ",".join(str(self.root / name) for name in names.split(",") if name)
 
     def make(self, stage, name: str, **options) -> None:
-        """Runs a stage of the project into the folder `name`."""
-        if not (self.root / name / common.MANIFEST).is_file():
+        """Runs a stage of the project into the folder `name`. Of the finished ones asymdpo.py looks again, to
+        refuse one that was made with other --options.
+        """
+        if stage is asymdpo or not (self.root / name / common.MANIFEST).is_file():
             stage.main(stage.Config(out=self.at(name), **{"seed": self.seed, **options}))
 
     def ground(self) -> None:
@@ -345,13 +348,18 @@ def run_all(root: Path, seeds: list[int], rows: list[str], workers: int, tuned: 
     )
     context = multiprocessing.get_context("spawn")
     with bar, concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        jobs = [pool.submit(run_seed, str(root), seed, rows, tuned) for seed in seeds]
-        waiting = set(jobs)
-        while waiting:
-            done, waiting = concurrent.futures.wait(waiting, timeout=2, return_when=concurrent.futures.FIRST_EXCEPTION)
-            for job in done:
-                job.result()
-            bar.update(finished(root, seeds, rows) - bar.n)
+        waiting = {pool.submit(run_seed, str(root), seed, rows, tuned) for seed in seeds}
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 2, concurrent.futures.FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+                bar.update(finished(root, seeds, rows) - bar.n)
+        except BaseException:  # Ctrl-C, or a seed that failed: else the pool would first run all seeds that wait
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def main(argv: list[str]) -> None:
@@ -364,6 +372,10 @@ def main(argv: list[str]) -> None:
         "--options", type=json.loads, default={}, help="asymdpo.py options of every row, for trying: JSON"
     )
     args = parser.parse_args(argv)
+    try:
+        asymdpo.check(common.resolve(asymdpo.Config(**args.options), asymdpo.PRESETS))
+    except TypeError as error:
+        parser.error(f"--options: expected a JSON object of asymdpo.py's options, got {args.options!r}: {error}")
     run_all(Path(args.out), args.seeds, args.rows, args.workers, args.options)
 
 
@@ -375,5 +387,9 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except common.UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(f"error: disk full writing {error.filename}: free some space, the same command goes on from here")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")

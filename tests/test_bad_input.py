@@ -73,6 +73,7 @@ CASES = {  # what is wrong -> stage, options, harm done to the folders, words th
     "unknown kind of pairs": ("pairs", dict(pairs="two"), None, "--pairs: expected one of continuation, flow, struct"),
     "no pair a clip": ("pairs", dict(per_clip=0), None, "--per_clip >= 1"),
     "strength that is no number": ("pairs", dict(strength=float("nan")), None, "--strength: expected at least 0"),
+    "lengths of two samples": ("pairs", dict(pairs="flow", n2_min=13), None, "expected none with --pairs flow"),
     "eta_min above eta_max": ("pairs", dict(pairs="structural", eta_min=0.9), None, "eta_min <= eta_max"),
     "no LoRA to fuse": ("pairs", dict(pairs="flow", lora="/nowhere"), None, "/nowhere: expected a LoRA"),
     "no shard": ("pairs", dict(shard_size=0), None, "shard_size"),

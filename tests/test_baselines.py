@@ -124,6 +124,16 @@ def test_a_run_begins_at_ln2_and_prefers_the_winner(loss, of, labels, chain, mad
     assert any(k.startswith("acc/2/t") for k in metrics(chain / "asymdpo")[1])  # of continuations, that is told apart
 
 
+def test_what_is_said_of_a_run():
+    """Saturation where |βS| is the sigmoid's argument, and not where it is divided; what step 0 must read."""
+    row, options = {"saturated": 0.75, "S_abs": 1.0, "S": 0.0, "loss": 0.7}, dict(beta=50.0, warmup=20)
+    for more, said in (dict(form="outside"), 1), (dict(form="inside"), 0), (dict(loss="flow", form="outside"), 0):
+        sentence = asymdpo.explain(asymdpo.Config(**options, **more), 100, row)
+        assert bool(sentence) == said and (not said or "75% of the pairs" in sentence)
+    first = asymdpo.explain(asymdpo.Config(**options, form="inside", sft_weight=0.5), 0, row)
+    assert "(expected ln 2 = 0.6931 and 0.5 times the winner's own loss)" in first
+
+
 @pytest.mark.parametrize("loss", ["flow", "dense"])
 def test_what_a_run_will_cost(loss, tmp_path, capsys):
     """Counted with not one file there; the loss itself is small beside the network."""

@@ -241,3 +241,5 @@ def test_a_folder_of_videos(tmp_path, monkeypatch, capsys):
     for name, got in (("empty", "none"), ("nowhere", "no such folder"), ("v/still.mp4", "a file")):
         with pytest.raises(UserError, match=f"expected a folder with mp4 files, got {got}"):
             metrics.main(metrics.Config(str(tmp_path / name), str(tmp_path / "third")))
+    with pytest.raises(UserError, match="--out: expected a folder outside of --videos"):
+        metrics.main(metrics.Config(str(tmp_path / "v"), str(tmp_path / "v/out")))

@@ -18,6 +18,7 @@ import asymdpo
 import common
 import label
 import make_pairs
+import sft
 import world
 
 FEW = ["pretrain", "sft", "flow_noisy", "flow_exact", "flow_half", "dense_exact", "dynamicsboost", "round_2"]
@@ -63,11 +64,52 @@ def test_interval_and_verdict():
     assert tables_page.resolvable(1.0, 5) == pytest.approx((2.776 + 0.941) / math.sqrt(5))
 
 
+def difference(*seeds: float) -> dict:
+    return tables_page.interval(np.array(seeds))
+
+
+def test_near_enough_is_said_of_the_whole_interval():
+    """±1.96 wide: within 5 of 0 or past it, else not resolved, whichever side the mean is on."""
+    for mean, words in ((2.9, "reproduced"), (4, "not resolved"), (-6, "not resolved"), (-8, "not reproduced")):
+        assert tables_page.kept({"mean": mean, "half": 1.96}, 5.0) == words
+
+
+@pytest.mark.parametrize(
+    "steps, words",
+    [
+        ((9.0, 1.0, 1.0), "reproduced"),
+        ((-9.0, 1.0, 1.0), "reproduced"),  # the claim leaves the step from none out
+        ((9.0, 1.0, 0.0), "reproduced, but for the steps that are not resolved"),
+        ((9.0, 0.0, 0.0), "not resolved"),
+        ((9.0, 1.0, -1.0), "not reproduced"),
+    ],
+)
+def test_verdict_of_the_sweep(steps, words):
+    """Three seeds that differ by a little: a step of 0 cannot be told from none."""
+    sweeps = [[{"score": float(s)} for s in np.cumsum([0, *np.add(steps, noise)])] for noise in (-0.1, 0, 0.1)]
+    assert tables_page.sweep_steps(sweeps)["verdict"] == words
+
+
+def test_equal_gain_needs_a_gain():
+    """Change of dynamic degree by point of score, seed by seed: −4, −4.4 and −3.6 against −1."""
+    flow = {"score": difference(0.1, 0.1, 0.1), "dyn": difference(-0.4, -0.44, -0.36)}
+    ours = {"score": difference(0.1, 0.05, 0.2), "dyn": difference(-0.1, -0.05, -0.2)}
+    text = tables_page.slowing_claim(flow, ours)
+    assert "less: reproduced" in text and "**−4.00 ± 0.99**" in text and "**+3.00 ± 0.99**" in text
+    still = {"score": flow["score"], "dyn": difference(-0.01, 0.0, 0.01)}
+    faster = {"score": ours["score"], "dyn": difference(0.1, 0.05, 0.2)}
+    text = tables_page.slowing_claim(still, faster)
+    assert "less: not resolved" in text and "**+1.00 ± 0.25**" in text and "slows at all is not seen" in text
+    ours["score"] = difference(0.1, 0.05, -0.2)
+    assert "less: not resolved" in tables_page.slowing_claim(flow, ours)
+
+
 def test_correlation_is_within_a_seed():
     """Seeds that differ as a whole do not make a correlation."""
     factor = np.array([[1.0, 101.0], [2.0, 102.0], [3.0, 103.0]])
     gain = np.array([[3.0, 53.0], [2.0, 52.0], [1.0, 51.0]])
     assert tables_page.correlation(factor, gain) == "**−1.00 ± 0.00**"
+    assert tables_page.correlation(factor[:2], gain[:2]) == tables_page.correlation(np.ones((3, 2)), gain) == ""
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +158,58 @@ def test_page(small, monkeypatch):
         tables_page.summary(small, [0, 1], [*FEW, "region_3"])
 
 
+def test_whole_page():
+    """Every row of the page, from made up differences: DynamicsBoost 0.2 above SFT, every other row 0.1 below it."""
+    rows, metrics = {}, dict.fromkeys(world.METRICS, 1.0)
+    for k, (name, row) in enumerate(tables.ROWS.items()):
+        gain = {"sft": 0.0, "dynamicsboost": 0.2}.get(name, -0.1)
+        vs = {f"vs_{o}": {m: difference(g - 1e-3, g, g + 1e-3) for m in metrics} for o, g in
+              (("sft", gain), ("dynamicsboost", gain - 0.2))}  # fmt: skip
+        logs = [{"err/l_ref/2": k + s, "diff/w/2": 0.001, "acc/2/t1": 0.75} for s in range(3)]
+        facts = {"accuracy": 1.0, "rejected_score": -k}
+        rows[name] = {"title": row.title, "mean": metrics, **vs, "facts": facts, "facts_seeds": [facts] * 3}
+        rows[name] |= {"training": logs[0], "training_seeds": logs}
+    sweep = tables_page.sweep_steps([[{"score": n + s, "generated_score": n} for n in range(4)] for s in range(3)])
+    found = dict(
+        rows=rows, seeds=[0, 1, 2], clips=8, machine="two cores", commit="abc", processor_minutes=1.0, real=metrics,
+        hours=dict.fromkeys(rows, 10.0), sweep_steps=sweep,
+    )  # fmt: skip
+    few = {"rows": {name: rows[name] for name in ("sft", "dynamicsboost", "region_3")}}
+    text = tables_page.page(found, few)
+    assert "nan" not in text and all(row.title in text for row in tables.ROWS.values())
+    assert text.count("higher than") == 13 and text.count(": reproduced.** **+0.300 ± 0.002**") == 13
+    assert "without a label: reproduced" in text and "[not" not in text and "not resolved.** Not every seed" in text
+    assert "| The loss, against DynamicsBoost | 1 | 0.0010 | 0.003 |" in text
+    assert "| Closing the gap, against DynamicsBoost | 0 |  |  |" in text and "nan" not in tables_page.page(found, None)
+
+
+def test_rows_alone(small, capsys):
+    """Without all rows their table is printed, of one seed without intervals; nothing is written."""
+    tables_page.main(["--out", str(small), "--seeds", "1", "--rows", "flow_exact", "dynamicsboost"])
+    printed = capsys.readouterr().out
+    assert "| Flow-DPO, exact scorer |" in printed and "±" not in printed and "nan" not in printed
+    for more in (["--rows", "sft", "--write"], ["--seeds", *map(str, range(13))]):
+        with pytest.raises(SystemExit):
+            tables_page.main(["--out", str(small), *more])
+
+
+def test_other_options_are_refused(small):
+    """A row that was trained with other --options is not shown as one of these."""
+    with pytest.raises(common.UserError, match="dynamicsboost was made with config steps = 2, now 3"):
+        tables.run_seed(str(small), 0, ["dynamicsboost"], {"steps": 3})
+    for options in ('{"stepz": 3}', "[1]"):
+        with pytest.raises(SystemExit):
+            tables.main(["--out", str(small), "--options", options])
+
+
 def test_hours():
     """What a recipe costs: flow's samples need no continuation model, structural's take fewer steps, `gt-winner` one
     continuation a clip in place of 5/3.
     """
     found = tables_page.hours()
     assert found["pretrain"] == 0 < found["sft"] < found["structural_exact"] < found["flow_exact"]
+    cold = asymdpo.PRESETS["1.3b"]["steps"] / sft.PRESETS["1.3b"]["steps"] + 1
+    assert found["sft_more"] == pytest.approx(cold * found["sft"])
     sampled = {name: found[name] - found["n1_1_n2_13"] for name in ("gt_winner", "dynamicsboost", "per_clip_2")}
     assert sampled["gt_winner"] == pytest.approx(0) and sampled["dynamicsboost"] > 0
     assert sampled["per_clip_2"] == pytest.approx((2 * 5 / 3 - 1) / (5 / 3 - 1) * sampled["dynamicsboost"])
