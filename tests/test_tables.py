@@ -177,7 +177,7 @@ def test_whole_page():
     few = {"rows": {name: rows[name] for name in ("sft", "dynamicsboost", "region_3")}}
     text = tables_page.page(found, few)
     assert "nan" not in text and all(row.title in text for row in tables.ROWS.values())
-    assert text.count("higher than") == 13 and text.count(": reproduced.** **+0.300 ± 0.002**") == 13
+    assert text.count("higher than") == 20 and text.count(": reproduced.** **+0.300 ± 0.002**") == 17
     assert "without a label: reproduced" in text and "[not" not in text and "not resolved.** Not every seed" in text
     assert "| The loss, against DynamicsBoost | 1 | 0.0010 | 0.003 |" in text
     assert "| Closing the gap, against DynamicsBoost | 0 |  |  |" in text and "nan" not in tables_page.page(found, None)
