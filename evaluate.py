@@ -163,15 +163,21 @@ def load_rows(cfg) -> dict[str, model.DiT]:
     return {name: model.load_fused(cfg.base, model.lora_files(files)) for name, files in loras.items()}
 
 
+def prompts(clips: data.Shards, count: int, seed: int) -> tuple[list[int], torch.Tensor, torch.Tensor, list[str]]:
+    """What every model is judged on: clips by index, again and again where they are fewer; their noise (count, C, F, H,
+    W), text (count, S, text_dim) and captions.
+    """
+    index = [i % len(clips) for i in range(count)]
+    keys = [("table", seed, clips.rows[i]["id"], n // len(clips)) for n, i in enumerate(index)]
+    return index, flow.draw_noise(clips.shape("x0"), keys), clips.text(index), [clips.rows[i]["caption"] for i in index]
+
+
 def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
     """Every model on the same prompts and noise: mean metrics, scores of each clip, samples to show.
 
     Real clips beside them.
     """
-    index = [i % len(clips) for i in range(cfg.clips)]
-    text, captions = clips.text(index), [clips.rows[i]["caption"] for i in index]
-    keys = [("table", cfg.seed, clips.rows[i]["id"], n // len(clips)) for n, i in enumerate(index)]
-    noise = flow.draw_noise(clips.shape("x0"), keys)
+    index, noise, text, captions = prompts(clips, cfg.clips, cfg.seed)
     scores, shown = {}, {}
     for name, net in load_rows(cfg).items():
         made = sample_all(net, noise, text, cfg, progress=bar)

@@ -8,6 +8,8 @@ judged. Within a seed all rows share base, cold start and the judged prompts and
 row is a few options of the project's own stages; PAIRS, LABELS and ROWS below say which. Settings were chosen on seeds
 10, 11 and 12, which are not in the tables.
 
+Takes some 3 GB of memory a process.
+
 Out   <out>/seed-N/: the stages' folders; dpo/<row>, eval/<row> (scores of each prompt, eight samples), facts/<pairs>
 """
 
@@ -34,7 +36,6 @@ import common
 import continuation
 import data
 import evaluate
-import flow
 import label
 import make_pairs
 import model
@@ -230,9 +231,7 @@ class Seed:
         if run.done:
             return
         clips, codec = data.Shards(cfg.data, "prepare.py", "eval", verify=False), vae.load(cfg.data)
-        index = [i % len(clips) for i in range(cfg.clips)]
-        keys = [("table", cfg.seed, clips.rows[i]["id"], n // len(clips)) for n, i in enumerate(index)]
-        noise, text = flow.draw_noise(clips.shape("x0"), keys), clips.text(index)
+        _, noise, text, captions = evaluate.prompts(clips, cfg.clips, cfg.seed)
         solver = common.resolve(evaluate.Config(), evaluate.PRESETS)
         net = model.load_fused(cfg.base, loras if strength == 1 else loras[:-1])
         if strength != 1:
@@ -240,7 +239,7 @@ class Seed:
                 layer.lora_scale *= strength
         with run.progress(cfg.clips, unit="clip") as bar:
             made = evaluate.sample_all(net, noise, text, solver, progress=bar)
-        scores = world.score(codec, made, [clips.rows[i]["caption"] for i in index])
+        scores = world.score(codec, made, captions)
         common.write_tensors(run.folder / "scores.safetensors", {m: torch.from_numpy(s) for m, s in scores.items()})
         common.write_tensors(run.folder / "samples.safetensors", {"x0": made[:SHOWN]})
         run.finish(["scores.safetensors", "samples.safetensors"])

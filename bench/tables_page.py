@@ -487,8 +487,8 @@ def introduction(found: dict) -> str:
     return f"""# The paper's tables in miniature
 
 Made by `make tables`; do not edit. Seeds {seeds}; {found["clips"]} prompts each; {found["machine"]}; commit
-{found["commit"]}; {found["processor_minutes"]:.0f} minutes of one core in all, half that on two. Settings were chosen
-on seeds 10, 11 and 12.
+{found["commit"]}; {found["processor_minutes"]:.0f} minutes of one core, half that on two: as many times the dearest
+seed's processor time as there are seeds. Settings were chosen on seeds 10, 11 and 12.
 
 This is a world of bouncing balls and a model of 0.4 million parameters, not Wan. The score is exact physics
 (`world.score_clip`): −traj/4 − 2·(1 − presence) − 10·shape. *traj* is the distance of the balls from the nearest
