@@ -106,16 +106,17 @@ def predict(net, chosen, rejected, text, noise, t):
 
 
 def prefer(prediction, label):
-    """`prediction` of (first, second) as (winner, loser), frame by frame. label (B, F): 1: the first won, -1: lost."""
+    """`predict` of (first, second) as of (winner, loser), frame by frame. label (B, F): 1: the first won, -1: lost."""
     first_won = label[:, None, :, None, None] >= 0
-    sides = [
-        (torch.where(first_won, a, b), torch.where(first_won, b, a)) for a, b in zip(prediction[::2], prediction[1::2])
-    ]
-    return [a for side in sides for a in side]
+    pairs = zip(prediction[::2], prediction[1::2])
+    return [torch.where(first_won, *order) for a, b in pairs for order in ((a, b), (b, a))]
 
 
 def dense_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, labelled, beta):
-    """`region_dpo` over the frames labelled (B, F) bool, wherever they are, in the form "inside"."""
+    """`region_dpo` over the frames labelled (B, F) bool, wherever they are, in the form "inside": loss (B,), metrics.
+
+    Velocities (B, C, F, H, W); at least one frame labelled in each pair.
+    """
     none, K = torch.zeros(len(labelled), dtype=torch.int64, device=labelled.device), labelled.sum(1)
     # selected before anything is computed: a NaN in a tied frame must reach no gradient
     w, l = ([torch.where(labelled[:, None, :, None, None], a, 0) for a in side]  # noqa: E741
@@ -131,7 +132,7 @@ def dense_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, labelled, beta):
 def dpo_loss(cfg, prediction, n1, n2, label=None):
     """Loss (B,) and metrics (dict of (B,)) of the pairs.
 
-    n1, n2 (B,) integers: the given frames of loser and winner. label (B, F): where the winner is better, for "dense".
+    n1, n2 (B,) integers: the given frames of loser and winner. label (B, F): 0 on tied frames, which are left out by "dense" and by the SFT term.
     """
     v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
     if cfg.reference_free:

@@ -118,7 +118,10 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
 
 
 def denoise(net, x0, noise, text, eta, cfg):
-    """Samples from the clips x0 noised to the times eta (B,), all in as many steps as `nfe` has below `eta_max`."""
+    """Samples (B, C, F, H, W) from the clips x0 noised to the times eta (B,) in (0, 1], all in `structural_steps`.
+
+    noise as x0, text (B, S, text_dim). The levels are those of flow.time_grid, ending at η in place of 1.
+    """
     warped = lambda u: flow.shift_t(u, cfg.t_shift)  # noqa: E731
     even = lambda t: flow.shift_t(t, 1 / cfg.t_shift)  # noqa: E731  its inverse
     steps = structural_steps(cfg)
@@ -135,10 +138,11 @@ def structural_steps(cfg) -> int:
     return math.ceil(cfg.nfe * share - 1e-9)  # a level of the grid is no step more for its last bit
 
 
-# ---- the kinds of pairs: fields of (B, C, F, H, W), and what the rows say of each pair -------------------------------
+# ---- the kinds of pairs: x0 (B, C, F, H, W), text (B, S, text_dim), B ids -> fields shaped as x0, a fact a pair -------
 
 
 def continuation_pairs(net, x0, text, ids, cfg, negative):
+    """The method's: winner and loser from one noise, of N1 and N2 given frames."""
     lengths = [draw_lengths(cfg.seed, i, windows(cfg, x0.shape[2])) for i in ids]
     keys = [("pair", cfg.seed, i) for i in ids]
     rejected, chosen = (continue_clips(net, x0, text, torch.tensor(n), keys, cfg, negative) for n in zip(*lengths))
@@ -146,6 +150,7 @@ def continuation_pairs(net, x0, text, ids, cfg, negative):
 
 
 def flow_pairs(net, x0, text, ids, cfg, negative):
+    """Flow-DPO's: two samples of the prompt; of x0 the shape alone is used."""
     call, sides = flow.guided(net, cfg.guidance, negative), {}
     for side in ("first", "second"):
         noise = flow.draw_noise(x0.shape[1:], [("pair", cfg.seed, i, side) for i in ids]).to(x0.device)
@@ -155,6 +160,7 @@ def flow_pairs(net, x0, text, ids, cfg, negative):
 
 @torch.no_grad()
 def structural_pairs(net, x0, text, ids, cfg, negative):
+    """StructuralDPO's and DenseDPO's: two samples from x0 noised to one η ~ U(eta_min, eta_max)."""
     call, sides = flow.guided(net, cfg.guidance, negative), {}
     draws = torch.stack([torch.rand((), generator=flow.generator("eta", cfg.seed, i)) for i in ids])
     eta = (cfg.eta_min + (cfg.eta_max - cfg.eta_min) * draws).to(x0.device)

@@ -100,7 +100,7 @@ FAST = dict(lr=1.5e-4)  # of 5e-5 and this, what Flow-DPO liked better on seed 1
 ROWS = {
     "pretrain": Row("Pretrain", "", start=""),
     "sft": Row("SFT", ""),
-    "sft_more": Row("SFT, trained on for as many steps as DPO", "", start="sft_more"),
+    "sft_more": Row("SFT with as many more steps as DPO", "", start="sft_more"),
     "flow_exact": Row("Flow-DPO, exact scorer", "flow", "flow_exact", options=FLOW),
     "flow_half": Row("Flow-DPO, exact scorer, its LoRA at half strength", "", half_of="flow_exact"),
     "flow_noisy": Row("Flow-DPO, 30 % of the labels flipped", "flow", "flow_noisy", options=FLOW),
@@ -283,10 +283,8 @@ class Seed:
             if row["n1"] < 2:
                 continue
             true = world.pixels(codec, clips.get("x0", [place[row["id"].partition("+")[0]]]))[0]
-            loser, part = (
-                world.pixels(codec, pairs.get("rejected", [i]))[0],
-                data.pixel_frames(row["n1"], row["n1"] + 1),
-            )
+            loser = world.pixels(codec, pairs.get("rejected", [i]))[0]
+            part = data.pixel_frames(row["n1"], row["n1"] + 1)
             error, hold = evaluate.centre_errors(loser[part], true[part], true[part.start - 1], row["caption"])
             made, held = made + error, held + hold
         return {"next_frame": float(np.mean(made)), "hold": float(np.mean(held))} if made else {}
