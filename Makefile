@@ -23,7 +23,7 @@ demo: $(OUT)/report.html
 	@echo "demo: open out/demo/report.html"
 
 $(OUT)/clips/$(MADE): | $(VENV)/runtime
-	$(PY) world.py --out $(OUT)/clips --seed $(SEED)
+	$(PY) -m tiny.balls --out $(OUT)/clips --seed $(SEED)
 $(OUT)/shards/$(MADE): $(OUT)/clips/$(MADE)
 	$(PY) prepare.py --videos $(OUT)/clips --out $(OUT)/shards
 $(OUT)/base/$(MADE): $(OUT)/shards/$(MADE)
@@ -37,15 +37,15 @@ $(OUT)/pairs/$(MADE): $(OUT)/continuation/$(MADE)
 $(OUT)/asymdpo/$(MADE): $(OUT)/pairs/$(MADE) $(OUT)/sft/$(MADE)
 	$(PY) asymdpo.py --base $(OUT)/base --sft $(OUT)/sft --pairs $(OUT)/pairs --out $(OUT)/asymdpo --seed $(SEED)
 $(OUT)/eval/$(MADE): $(OUT)/asymdpo/$(MADE)
-	$(PY) evaluate.py --base $(OUT)/base --sft $(OUT)/sft --asymdpo $(OUT)/asymdpo --continuation $(OUT)/continuation \
+	$(PY) -m experiments.evaluate --base $(OUT)/base --sft $(OUT)/sft --asymdpo $(OUT)/asymdpo --continuation $(OUT)/continuation \
 		--pairs $(OUT)/pairs --data $(OUT)/shards --out $(OUT)/eval --seed $(SEED)
 $(OUT)/report.html: $(OUT)/eval/$(MADE)
-	$(PY) report.py --demo $(OUT)
+	$(PY) -m experiments.page --demo $(OUT)
 
 tables: | $(VENV)/runtime
-	$(PY) bench/tables.py --out out/tables
-	$(PY) bench/tables_page.py --out out/tables --write
-	$(PY) report.py --tables out/tables
+	$(PY) -m experiments.tables --out out/tables
+	$(PY) -m experiments.tables_page --out out/tables --write
+	$(PY) -m experiments.page --tables out/tables
 
 test: $(VENV)/development
 	$(PY) -m pytest -q tests

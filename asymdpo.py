@@ -40,13 +40,13 @@ from pathlib import Path
 
 import torch
 
-import common
-import cost
-import data
 import flow
 import model
-from common import UserError
+from experiments import cost
 from kernels.region_dpo import METRICS, frame_errors, region_dpo
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
     "tiny": dict(
@@ -132,7 +132,8 @@ def dense_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, labelled, beta):
 def dpo_loss(cfg, prediction, n1, n2, label=None):
     """Loss (B,) and metrics (dict of (B,)) of the pairs.
 
-    n1, n2 (B,) integers: the given frames of loser and winner. label (B, F): 0 on tied frames, which are left out by "dense" and by the SFT term.
+    n1, n2 (B,) integers: the given frames of loser and winner. label (B, F): 0 on tied frames, which are left out by
+    "dense" and by the SFT term.
     """
     v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
     if cfg.reference_free:

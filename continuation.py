@@ -24,12 +24,12 @@ import math
 
 import torch
 
-import common
-import cost
-import data
 import flow
 import model
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
     "tiny": dict(layers="all", rank=64, batch_size=32, steps=1500, lr=4e-3, warmup=50, t_mean=2.0, prompts="context"),

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import common
-import cost
 import flow
 import model
-import text
-import vae
-import video
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime import video
+from runtime.run import UserError
+from wan import text, vae
 
 WAN = dict(  # Wan2.1's command line: 50 steps, shift 5, guidance 5; its README: shift 8 … 12, guidance 6 for the 1.3B
     frames=49, height=288, width=512, nfe=50, t_shift=5.0, guidance=5.0, solver="unipc", grid="wan",

@@ -36,12 +36,12 @@ from pathlib import Path
 
 import torch
 
-import common
-import cost
-import data
 import flow
 import model
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
 
 PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them, and Wan's sampler settings
     "tiny": dict(nfe=12, t_shift=4.0, guidance=1.0, shard_size=64),
@@ -138,7 +138,7 @@ def structural_steps(cfg) -> int:
     return math.ceil(cfg.nfe * share - 1e-9)  # a level of the grid is no step more for its last bit
 
 
-# ---- the kinds of pairs: x0 (B, C, F, H, W), text (B, S, text_dim), B ids -> fields shaped as x0, a fact a pair -------
+# ---- the kinds of pairs: x0 (B, C, F, H, W), text (B, S, text_dim), B ids -> fields shaped as x0, a fact a pair ------
 
 
 def continuation_pairs(net, x0, text, ids, cfg, negative):

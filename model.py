@@ -31,11 +31,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import common
-from common import UserError
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
-from weights import WEIGHTS_NAME, Checkpoint, fill, match, renaming
+from runtime import run as common
+from runtime.run import UserError
+from wan.checkpoint import WEIGHTS_NAME, Checkpoint, fill, match, renaming
 
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
 

@@ -39,13 +39,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import common
-import cost
-import data
-import text
-import vae
-import video
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime import shards as data
+from runtime import video
+from runtime.run import UserError
+from wan import text, vae
 
 WAN = dict(frames=49, height=288, width=512, shard_size=32, negative=text.NEGATIVE)
 PRESETS = {"tiny": dict(frames=49, height=64, width=64, shard_size=250, negative=""), "1.3b": WAN, "14b": WAN}

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 
-import common
-import cost
-import data
 import generate
 import model
-import video
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime import shards as data
+from runtime import video
+from runtime.run import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,12 @@ import math
 
 import torch
 
-import common
-import cost
-import data
 import flow
 import model
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
 
 PRESETS = {  # the LoRA cold start. tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
     "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.0),

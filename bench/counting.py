@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import aot
-import ptx
 import torch
 import torch.nn.functional as F
+from emulator import ptx
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._functorch.aot_autograd import aot_function, make_boxed_func

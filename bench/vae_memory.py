@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import vae
+from wan import vae
 
 
 def rss() -> float:

@@ -29,7 +29,7 @@ import numpy as np
 from helpers import real_clips
 from tqdm import tqdm
 
-import video
+from runtime import video
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = ((49, None, None), (49, (288, 512), 16))  # frames, size, fps

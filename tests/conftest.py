@@ -46,7 +46,7 @@ def chain(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def made(chain, tmp_path_factory) -> dict[str, Path]:
     """The baselines' folders: pairs of both kinds and their labels by exact physics. Read only."""
-    root = tmp_path_factory.mktemp("baselines")
+    root = tmp_path_factory.mktemp("labels")
     at = {name: root / name for name in ("flow", "structural", "by_clip", "by_segment")}
     for kind in ("flow", "structural"):
         make_samples(chain, at[kind], pairs=kind)

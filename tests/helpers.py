@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 import asymdpo
-import common
 import continuation
-import data
-import evaluate
-import label
 import make_pairs
 import model
 import prepare
 import sft
-import world
+from experiments import evaluate
+from experiments import labels as label
+from runtime import run as common
+from runtime import shards as data
+from tiny import balls as world
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = dict(batch_size=4, warmup=1, t_mean=1.0)
@@ -92,10 +92,9 @@ def copy(chain: Path, to: Path, *names: str) -> Path:
 
 def command_line(name: str, cfg) -> list[str]:
     """The script and the options that give this Config."""
-    script = {"clips": "world", "shards": "prepare", "base": "sft", "pairs": "make_pairs", "eval": "evaluate"}.get(
-        name, name
-    )
-    words = [str(ROOT / f"{script}.py")]
+    modules = {"clips": "tiny.balls", "eval": "experiments.evaluate"}
+    script = {"shards": "prepare", "base": "sft", "pairs": "make_pairs"}.get(name, name)
+    words = ["-m", modules[name]] if name in modules else [str(ROOT / f"{script}.py")]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if value != field.default:
@@ -226,8 +225,7 @@ def trained_tokenizer(path: Path, special=("<pad>", "</s>", "<unk>")):
 
 def wan_folder(path: Path) -> Path:
     """Small random weights under the names and in the files of Wan2.1's release."""
-    import text
-    import vae
+    from wan import text, vae
 
     torch.manual_seed(0)
     net = model.DiT(model.DiTConfig(40, 48, 2, 2, text_dim=16, freq_dim=32))

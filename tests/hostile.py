@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # decode.py's program, but that it spins on "spin.mp4", as decord may: for ever, and holding Python's lock
 SPIN = f"""
 import re, sys; sys.path.insert(0, {str(ROOT)!r})
-import decode
+from runtime import decode
 look = decode.look
 decode.look = lambda path, s: re.match("(a+)+$", "a" * 64 + "b") if path.endswith("spin.mp4") else look(path, s)
 decode.main()

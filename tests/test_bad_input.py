@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, command_line, contents, copy, cut, flip_bit, run_stage, script, stage
 
-import common
-import data
 import prepare
-import world
-from common import UserError
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
+from tiny import balls as world
 
 EVERYTHING = ("clips", "shards", "base", "sft", "continuation", "pairs", "asymdpo")
 

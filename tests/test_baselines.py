@@ -7,11 +7,11 @@ import torch
 from helpers import contents, make_samples, metrics, run_stage
 
 import asymdpo
-import common
-import data
 import flow
 import make_pairs
 import model
+from runtime import run as common
+from runtime import shards as data
 
 LOSSES = {  # name -> options
     "outside": dict(form="outside"), "inside": dict(form="inside"), "plain": dict(form="plain"),

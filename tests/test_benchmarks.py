@@ -10,14 +10,12 @@ import sys
 import av
 import numpy as np
 import pytest
-from helpers import ROOT, contents, environment, script, stop_at
+from helpers import contents, environment, script, stop_at
 
-import benchmarks
-import common
-import evaluate
-import metrics
-import video
-from common import UserError
+from experiments import benchmarks, evaluate, metrics
+from runtime import run as common
+from runtime import video
+from runtime.run import UserError
 
 A, B, C = "a red ball falls", "a blue ball, slowly; it's falling.", "a green ball floats"
 
@@ -116,7 +114,7 @@ def test_phygenbench_and_videogen_eval(chain, tmp_path):
 def test_two_processes(chain, tmp_path):
     """torchrun deals the videos out: the same folder, byte for byte; and measures them: the same table."""
     given = lists(tmp_path, scene=f"{A}\n{C}")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "evaluate.py"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "experiments.evaluate")
     cfg, videos = config(chain, tmp_path / "one", vbench=given), str(tmp_path / "one/videos")
     benchmarks.main(cfg)
     metrics.main(metrics.Config(videos, str(tmp_path / "table one")))

@@ -4,9 +4,9 @@ import collections
 import re
 
 import aot
-import ptx
 import pytest
 import torch
+from emulator import ptx
 
 from kernels import modulate, norm_rope, region_dpo
 

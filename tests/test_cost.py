@@ -10,14 +10,13 @@ from helpers import ROOT, script
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import asymdpo
-import common
 import continuation
-import cost
 import model
 import sft
-import text
-import vae
-from common import UserError
+from experiments import cost
+from runtime import run as common
+from runtime.run import UserError
+from wan import text, vae
 
 WAN, TINY, TERA, GIB = cost.SHAPES["1.3b"], cost.SHAPES["tiny"], 1e12, 2**30
 
@@ -104,7 +103,8 @@ COMMANDS = {  # options -> words of its table
 def test_dry_run(stage, tmp_path, monkeypatch, capsys):
     """With not one file there, at Wan's sizes and at the tiny preset's: a table, and not one file after it."""
     monkeypatch.chdir(tmp_path)
-    module, (options, words) = importlib.import_module(stage), COMMANDS[stage]
+    name = f"experiments.{stage}" if stage == "evaluate" else stage
+    module, (options, words) = importlib.import_module(name), COMMANDS[stage]
     tiny = {"prepare": "--videos nowhere", "sample": "--prompt ball"}.get(stage, "")
     for arguments in (options, tiny):
         module.main(common.parse(module.Config, [*arguments.split(), "--dry-run"], ""))

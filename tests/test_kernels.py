@@ -28,7 +28,7 @@ TOLERANCE = {F32: 1e-5, HALF: 2**-8, BF16: 2**-5}  # of the definition, relative
 
 @functools.cache
 def emulated(module, name):
-    import ptx
+    from emulator import ptx
 
     return ptx.Emulated(getattr(module, name))
 

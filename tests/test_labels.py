@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import labelled, run_stage, stop_at
 
-import common
-import data
-import label
 import sample
-import vae
-import world
-from common import UserError, read_jsonl
+from experiments import labels as label
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError, read_jsonl
+from tiny import balls as world
+from wan import vae
 
 
 def test_appearance_is_blind_to_motion():

@@ -10,13 +10,13 @@ from helpers import contents, copy, metrics, run_stage, sha
 
 import asymdpo
 import continuation
-import data
 import flow
 import kernels.region_dpo
 import make_pairs
 import model
-from common import UserError
 from kernels.region_dpo import frame_errors
+from runtime import shards as data
+from runtime.run import UserError
 
 NAN = float("nan")
 

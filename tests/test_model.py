@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from common import UserError
 from model import DiT, DiTConfig
+from runtime.run import UserError
 
 CONFIG = DiTConfig(40, 56, 2, 2, in_dim=4, out_dim=4, text_dim=12, text_len=24, freq_dim=32)
 FRAMES = 5

@@ -14,13 +14,13 @@ import pytest
 import torch
 from helpers import contents, cut, real_clips
 
-import data
 import prepare
-import vae
-import video
-import world
-from common import UserError
 from prepare import Config
+from runtime import shards as data
+from runtime import video
+from runtime.run import UserError
+from tiny import balls as world
+from wan import vae
 
 CLIPS = 6
 

@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import aot
 import numpy as np
-import ptx
 import pytest
 import torch
 import triton
 import triton.language as tl
+from emulator import ptx
 
 from kernels import modulate, norm_rope, region_dpo
 

@@ -9,14 +9,13 @@ import torch
 from helpers import real_clips, script, wan_folder
 
 import continuation
-import data
 import prepare
 import sample
 import sft
-import text
-import vae
-import video
-from common import UserError
+from runtime import shards as data
+from runtime import video
+from runtime.run import UserError
+from wan import text, vae
 
 SIZE = dict(frames=9, height=32, width=48)
 LITTLE = ("--steps", "1", "--rank", "4", "--batch_size", "2", "--warmup", "1")

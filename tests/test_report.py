@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-import common
-import data
-import page
-import report
-import report_tables
-import vae
-import world
+from experiments import page as report
+from experiments import parts as page
+from experiments import report_tables
+from runtime import run as common
+from runtime import shards as data
+from tiny import balls as world
+from wan import vae
 
 VIDEOS = 4 * 8 + 5 + 2  # players, continuations, the chosen pair
 
@@ -157,7 +157,7 @@ def test_missing_and_unfinished_demo_is_one_line(chain, tmp_path):
     unfinished = helpers.copy(chain, tmp_path / "demo", *helpers.STAGES)
     (unfinished / "asymdpo" / common.MANIFEST).unlink()
     for folder, words in ((tmp_path / "nowhere", "does not exist"), (unfinished, "run asymdpo.py first")):
-        done = helpers.script("report.py", "--demo", str(folder))
+        done = helpers.script("-m", "experiments.page", "--demo", str(folder))
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1 and words in done.stderr
     assert not (unfinished / "report.html").exists()
@@ -242,8 +242,7 @@ def tables(chain, tmp_path_factory) -> Path:
     """A folder of two seeds with the figures that bench/tables_page.py finds in it, and its page."""
     root, path = tmp_path_factory.mktemp("tables"), list(sys.path)
     tables_tree(chain, root)
-    sys.path.insert(0, str(helpers.ROOT / "bench"))
-    bench = importlib.import_module("tables_page")
+    bench = importlib.import_module("experiments.tables_page")
     sys.path[:] = path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "hours", lambda: dict.fromkeys(bench.ROWS, 321.0))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import command_line, contents, copy, cut, environment, flip_bit, metrics, run_stage, stage, stop_at
 
-import common
-import data
-from common import UserError
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
 
 TRAINED = ("sft", "continuation", "asymdpo")
 SIX = dict(steps=6, save_every=2)

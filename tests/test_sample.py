@@ -5,9 +5,9 @@ import pytest
 from helpers import contents, stop_at
 
 import sample
-import vae
-import video
-from common import UserError
+from runtime import video
+from runtime.run import UserError
+from wan import vae
 
 
 def config(chain, out, **more):

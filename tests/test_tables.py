@@ -2,24 +2,19 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, copy
-
-sys.path.insert(0, str(ROOT / "bench"))
-
-import tables
-import tables_page
 import torch
+from helpers import copy
 
 import asymdpo
-import common
-import label
 import make_pairs
 import sft
-import world
+from experiments import labels as label
+from experiments import tables, tables_page
+from runtime import run as common
+from tiny import balls as world
 
 FEW = ["pretrain", "sft", "flow_noisy", "flow_exact", "flow_half", "dense_exact", "dynamicsboost", "round_2"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import hostile
 import pytest
 
-import video
+from runtime import video
 
 LIMIT, DEADLINE = 10.0, 8.0  # s that a file may take, and that a decoder is given
 WAYS = [(49, None, None), (17, (96, 120), 16)]  # frames, size, fps

@@ -11,9 +11,8 @@ from helpers import ROOT, cut, peak_memory, trained_tokenizer
 from safetensors.torch import load_file, save_file
 
 import model
-import text
-import vae
-from common import UserError
+from runtime.run import UserError
+from wan import text, vae
 
 GOLDEN = ROOT / "tests/golden"
 

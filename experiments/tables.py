@@ -25,24 +25,22 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import asymdpo
-import common
 import continuation
-import data
-import evaluate
-import label
 import make_pairs
 import model
 import prepare
 import sft
-import vae
-import world
+from experiments import evaluate
+from experiments import labels as label
+from runtime import run as common
+from runtime import shards as data
+from tiny import balls as world
+from wan import vae
 
 CLIPS = 512  # prompts that every row is judged on
 FACTS = 160  # pairs that label accuracy and the losers' facts are taken from

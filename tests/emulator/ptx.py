@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 import aot
 import numpy as np
 import torch
-from ptx_ops import KINDS, OPS
+
+from .ptx_ops import KINDS, OPS
 
 
 class PtxError(AssertionError):

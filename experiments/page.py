@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-import common
-import data
-import report_tables
-import vae
-import world
-from page import BUCKETS, CONTROLS, INK, R2, R3, Clips, cell, heat, listed, num, plot, shell
+from experiments import report_tables
+from experiments.parts import BUCKETS, CONTROLS, INK, R2, R3, Clips, cell, heat, listed, num, plot, shell
+from runtime import run as common
+from runtime import shards as data
+from tiny import balls as world
+from wan import vae
 
 PRESETS = {"tiny": {}}
 STAGES = {  # folder -> the command that makes it, in the order they run

@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-import video
-from common import UserError
+from runtime import run as common
+from runtime import video
+from runtime.run import UserError
 
 SIZE, FRAMES, FPS = 64, 49, 16
 RADIUS = 7.2  # standard deviation of a ball's Gaussian, px

@@ -29,10 +29,10 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import common
 import generate
 import model
-from common import UserError
+from runtime import run as common
+from runtime.run import UserError
 
 VBENCH = {  # prompt list -> the paper's dimensions that are measured on it: Vchitect/VBench, prompts/README.md
     "overall_consistency": ("overall_consistency", "aesthetic_quality", "imaging_quality"),

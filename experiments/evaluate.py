@@ -23,16 +23,14 @@ import sys
 import numpy as np
 import torch
 
-import benchmarks
-import common
-import cost
-import data
 import flow
-import metrics
 import model
-import vae
-import world
-from common import UserError
+from experiments import benchmarks, cost, metrics
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
+from tiny import balls as world
+from wan import vae
 
 PRESETS = {"tiny": dict(nfe=12, t_shift=4.0)}
 SHOWN = 8  # samples kept for the report's players

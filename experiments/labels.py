@@ -33,12 +33,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import common
-import data
 import flow
-import vae
-import world
-from common import UserError
+from runtime import run as common
+from runtime import shards as data
+from runtime.run import UserError
+from tiny import balls as world
+from wan import vae
 
 SCORERS = ("exact", "noisy", "appearance", "file")
 SIDES = ("first", "second")

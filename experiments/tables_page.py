@@ -18,24 +18,21 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
-import tables
 import torch
 from safetensors.numpy import load_file
-from tables import PAIRS, ROWS
 
 import asymdpo
-import common
 import continuation
-import cost
-import data
 import make_pairs
 import model
 import sft
-import vae
-import world
+from experiments import cost, tables
+from experiments.tables import PAIRS, ROWS
+from runtime import run as common
+from runtime import shards as data
+from tiny import balls as world
+from wan import vae
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t, 1 … 11 degrees

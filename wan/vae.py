@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-import common
-from weights import Checkpoint, fill, renaming
+from runtime import run as common
+from wan.checkpoint import Checkpoint, fill, renaming
 
 GROUP = 4  # pixel frames in a latent frame, after the first
 PATCH = 32  # px, side of LinearVAE's patches

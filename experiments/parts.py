@@ -16,8 +16,8 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-import video
-import world
+from runtime import video
+from tiny import balls as world
 
 BUCKETS = ("0 – ¼", "¼ – ½", "½ – ¾", "¾ – 1")  # of asymdpo.py's metrics
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from common import UserError
-from weights import Checkpoint, fill, renaming
+from runtime.run import UserError
+from wan.checkpoint import Checkpoint, fill, renaming
 
 
 class WordVectors:

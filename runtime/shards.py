@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import common
-from common import UserError
 from flow import generator
+from runtime import run as common
+from runtime.run import UserError
 
 
 def shard_name(k: int) -> str:

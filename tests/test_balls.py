@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers import contents, stop_at
 
-import video
-import world
-from world import GRAVITY, SPEED, WALLS
+from runtime import video
+from tiny import balls as world
+from tiny.balls import GRAVITY, SPEED, WALLS
 
 LOW, HIGH = WALLS
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-import video
-from common import UserError
+from runtime import run as common
+from runtime import video
+from runtime.run import UserError
 
 FACTS, COLUMNS = ("video", "frames", "height", "width", "fps"), ("flicker", "difference", "flow", "flow_change")
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-import common
+from runtime import run as common
 
 FATAL = ("took longer", "its decoder died")  # how the reasons begin of what one does not want to read again
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei")

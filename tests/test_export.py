@@ -6,15 +6,15 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, contents, peak_memory, script, stop_at
+from helpers import contents, peak_memory, script, stop_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import common
-import merge
 import model
-import weights
-from common import UserError
+from runtime import run as common
+from runtime.run import UserError
+from wan import checkpoint as weights
+from wan import export as merge
 
 CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20: RoPE's split is unequal
 
@@ -211,7 +211,7 @@ def test_merging_holds_one_file(tmp_path):
     model.export_lora(net, tmp_path / "lora.safetensors")
     size = sum(p.numel() * 4 for p in net.parameters())
     code = """
-import merge, weights
+from wan import checkpoint as weights, export as merge
 weights.write_checkpoint = functools.partial(weights.write_checkpoint, limit=20 * 10**6)
 merge.main(merge.Config(sys.argv[2] + "/base", sys.argv[2] + "/lora.safetensors", sys.argv[2] + "/out"))
 """
@@ -382,7 +382,7 @@ def test_as_a_program(root, tmp_path):
     """Twice the same command: finished already. A changed LoRA: refused in one line with code 2, not passed over."""
     at = tmp_path / "copy"
     shutil.copytree(root, at)
-    words = [str(ROOT / "merge.py"), "--base", f"{at}/base", "--lora", f"{at}/sft,{at}/dpo", "--out", f"{at}/out"]
+    words = ["-m", "wan.export", "--base", f"{at}/base", "--lora", f"{at}/sft,{at}/dpo", "--out", f"{at}/out"]
     done = script(*words)
     assert done.returncode == 0 and (at / "out/MANIFEST.json").exists(), done.stderr
     assert "finished already" in script(*words).stdout

@@ -10,10 +10,10 @@ import math
 import re
 from pathlib import Path
 
-import common
-import data
-import vae
-from page import BUCKETS, CONTROLS, INK, R2, R3, Clips, heat, listed, num, plot, shell
+from experiments.parts import BUCKETS, CONTROLS, INK, R2, R3, Clips, heat, listed, num, plot, shell
+from runtime import run as common
+from runtime import shards as data
+from wan import vae
 
 HERE = Path(__file__).parent
 REFERENCES = {"sft": "SFT", "dynamicsboost": "DynamicsBoost"}

@@ -22,8 +22,8 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
-import common
-from common import UserError
+from runtime import run as common
+from runtime.run import UserError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's and diffusers' file name
 

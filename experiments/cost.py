@@ -25,12 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import common
-import data
 import model
-import text
-import vae
 from kernels import modulate, norm_rope, region_dpo
+from runtime import run as common
+from runtime import shards as data
+from wan import text, vae
 
 # the processes that torchrun started, or 8; none is joined
 GROUP = common.Group(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 8)), torch.device("cpu"))

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-import common
 import model
-import weights
-from common import UserError
+from runtime import run as common
+from runtime.run import UserError
+from wan import checkpoint as weights
 
 LAYOUTS = ("wan", "diffusers", "lora")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
