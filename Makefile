@@ -1,5 +1,5 @@
 # make demo    every stage of the method, for real, on two CPU cores; ends by naming a report to open
-# make tables  every baseline and ablation on six seeds, 1 h 40 min; writes docs/tables.md and out/tables/report.html
+# make tables  every baseline and ablation on six seeds, 1 h 40 min; writes docs/tables.md, .json and .png
 # make test    the tests
 # make lint    ruff
 # make clean   removes what demo and tables made in out/
@@ -43,9 +43,7 @@ $(OUT)/report.html: $(OUT)/eval/$(MADE)
 	$(PY) -m experiments.page --demo $(OUT)
 
 tables: | $(VENV)/runtime
-	$(PY) -m experiments.tables --out out/tables
-	$(PY) -m experiments.tables_page --out out/tables --write
-	$(PY) -m experiments.page --tables out/tables
+	$(PY) -m experiments.tables
 
 test: $(VENV)/development
 	$(PY) -m pytest -q tests

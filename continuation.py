@@ -26,15 +26,17 @@ import torch
 
 import flow
 import model
-from experiments import cost
-from runtime import run as common
-from runtime import shards as data
-from runtime.run import UserError
+from kernels.modulate import implementation
+from runtime.files import verified, whole_file
+from runtime.group import Group, local_batch, start_group
+from runtime.options import option, program, resolve, user_errors
+from runtime.run import Run
+from runtime.shards import Shards, micro_batches
 
-PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
-    "tiny": dict(layers="all", rank=64, batch_size=32, steps=1500, lr=4e-3, warmup=50, t_mean=2.0, prompts="context"),
-    "1.3b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="context"),
-    "14b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="context"),
+PRESETS = {  # 1.3b, 14b: the paper's numbers, as its readers report them; tiny: see docs/method.md
+    "tiny": dict(layers="all", rank=64, batch_size=32, steps=1500, lr=4e-3, warmup=50, t_mean=2.0, prompts="text"),
+    "1.3b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="text"),
+    "14b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="text"),
 }
 
 
@@ -42,25 +44,24 @@ PRESETS = {  # tiny: see README; 1.3b, 14b: the paper's numbers, as its readers 
 class Config:
     """Stage 1: trains LoRA and task prompts until the base continues a clip from given frames."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: what every option that is not given stands at
+    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
     data: str = "out/demo/shards"  # shards of prepare.py
-    split: str = "train"  # which clips: train, align or eval
-    out: str = "out/demo/continuation"  # folder to write
-    layers: str | None = None  # layers that get the LoRA: attn, attn+ffn or all
-    rank: int | None = None  # LoRA rank, alpha = rank
-    prompts: str | None = None  # where the task prompts go: context (padding slots of the text), frame (tokens) or off
-    batch_size: int | None = None  # clips a step, over all processes
-    micro_batch: int = 0  # clips a forward and process; 0: all at once
-    steps: int | None = None  # optimiser steps
-    lr: float | None = None  # peak learning rate of AdamW
-    warmup: int | None = None  # steps of linear warm-up; then a cosine to 0
-    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); not given and not in the preset: uniform
-    t_shift: float = 1.0  # warp of the training times towards noise
-    checkpointing: bool = False  # recompute activations in the backward: less memory, more time
-    save_every: int = 250  # steps between checkpoints
+    split: str = option("train", choices=("train", "align", "eval"))  # which clips
+    out: str = option("out/demo/continuation", neutral=True)  # folder to write
+    layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
+    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    prompts: str | None = option(choices=("text", "frame", "off"))  # where the task prompts are added
+    batch_size: int | None = option(least=1)  # clips a step, over all processes
+    micro_batch: int = option(0, least=0, neutral=True)  # clips a forward and process; 0: all at once
+    steps: int | None = option(least=1)  # optimiser steps
+    lr: float | None = option(above=0)  # peak learning rate of AdamW
+    warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
+    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
+    save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise, times and n_cond
-    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 def draw_cond_mask(keys: list[tuple], frames: int) -> torch.Tensor:
@@ -82,23 +83,16 @@ def continuation_loss(net, x0, text, noise, t, cond_mask):
     return error.square().mean(dim=(1, 3, 4)).sum(1) / (~cond_mask).sum(1)
 
 
-def example_loss(net, x0, text, noise, t):
-    """`continuation_loss` of clips of these sizes: what `--dry-run` counts."""
-    return continuation_loss(net, x0, text, noise, t, torch.zeros(len(x0), x0.shape[2], dtype=torch.bool))
-
-
 def learning_rate(step: int, cfg) -> float:
     """Linear warm-up, then a cosine to 0."""
     return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
 
 
-def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
+def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     """The network with just what is to be trained requiring gradients."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = model.load_model(cfg.base, dtype, group.device)
-    model.check_preset(net, cfg.preset, cfg.base)
-    if shape[0] != net.config.in_dim:
-        raise UserError(f"{cfg.data}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
+    net = model.load_model(verified(cfg.base, "sft.py or wan.export"), dtype, group.device)
+    model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
     if cfg.prompts != "off":
         model.add_task_prompt(net, shape[1], cfg.prompts)
@@ -108,44 +102,36 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg = common.resolve(cfg, PRESETS)
-    if cfg.prompts not in ("context", "frame", "off"):
-        raise UserError(f"--prompts: expected context, frame or off, got {cfg.prompts!r}")
-    if cfg.dry_run:
-        return cost.training(cfg, "continuation", example_loss)
-    group = common.start_group()
-    per_process, forwards = common.local_batch(cfg, group)
-    run = common.Run(cfg, "continuation", group, {"data": cfg.data, "base": cfg.base})
+    cfg = resolve(cfg, PRESETS)
+    group = start_group(implementation)
+    local_batch(cfg, group)
+    run = Run(cfg, "continuation", group, {"data": cfg.data, "base": cfg.base})
     if run.done:
         return
-    shards = data.Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
-    net = build(cfg, group, shards.shape("x0"))
+    clips = Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    with user_errors():
+        net = build(cfg, group, clips.shape("x0"))
 
     # ---- what is trained, and how far it came before
-    names, parameters = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    first, state = run.resume()
-    if state:
-        common.unpack_state(state, names, parameters, optimizer)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    first = run.resume(trained, optimizer)
 
     # ---- train
     bar = run.progress(cfg.steps, first)
     for step in range(first, cfg.steps):
-        order = data.batch_order(len(shards), cfg.batch_size, step, cfg.seed)
-        mine = order[group.rank * per_process : (group.rank + 1) * per_process]
-        total = 0.0
-        for part in torch.tensor(mine).chunk(forwards):
-            part = part.tolist()
-            keys = [(cfg.seed, step, shards.rows[i]["id"]) for i in part]
-            x0, text = shards.get("x0", part), shards.text(part)
+        total = 0
+        for index in micro_batches(len(clips), step, cfg, group, flow.generator):
+            keys = [(cfg.seed, step, clips.rows[i]["id"]) for i in index]
+            x0, text = clips.get("x0", index), clips.text(index)
             noise = flow.draw_noise(x0.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
             cond_mask = draw_cond_mask(keys, x0.shape[2])
             losses = continuation_loss(net, *(a.to(group.device) for a in (x0, text, noise, t, cond_mask)))
             (losses.sum() / cfg.batch_size).backward()
-            total += losses.detach().sum().item()
-        group.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            total += losses.detach().sum()
+        group.sum_gradients(trained.values())
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
@@ -156,17 +142,19 @@ def main(cfg: Config) -> None:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save(step + 1, common.pack_state(names, parameters, optimizer))
+            run.save(step + 1, trained, optimizer)
     bar.close()
 
     # ---- result
     files = ["lora.safetensors"] + ["task_prompt.safetensors"] * (cfg.prompts != "off")
     if group.main:
-        model.export_lora(net, run.folder / "lora.safetensors", base=cfg.base, task="continuation")
+        with whole_file(run.folder / "lora.safetensors") as file:
+            model.export_lora(net, file, base=cfg.base, task="continuation")
         if cfg.prompts != "off":
-            model.save_task_prompt(net, run.folder / "task_prompt.safetensors")
+            with whole_file(run.folder / "task_prompt.safetensors") as file:
+                model.save_task_prompt(net, file)
     run.finish(files)
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    program(main, Config, __doc__)

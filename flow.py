@@ -1,11 +1,11 @@
-"""Flow matching: the one statement of this project's time and sign convention, the noise, the times, the solvers.
+"""Flow matching: this project's convention for time and sign, stated once; its noise, times and solvers.
 
     t in [0, 1]: 0 = data, 1 = noise
     x_t = (1 − t)·x0 + t·noise            the straight path from data to noise
     v   = noise − x0 = d x_t / dt         what the network predicts
 
-Every random number is drawn from a key such as (seed, step, clip id): nothing depends on how many processes
-run, on the batch a sample falls in, or on whether the run was interrupted.
+Every random number is drawn from a key such as (seed, step, clip id). So no draw depends on the number of processes,
+on the batch that a sample is in, or on whether the run was interrupted.
 """
 
 import hashlib
@@ -15,37 +15,37 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+Grid = tuple[Tensor, Tensor]  # what a solver walks along: its noise levels, and the times that the network is told
+
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator that is a function of its key. Draws are the same on every device: draw on the CPU, then move."""
+    """A CPU generator seeded by its key. Draw on the CPU, then move: the numbers are then the same on every device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def draw_noise(shape: Sequence[int], keys: Sequence[tuple]) -> Tensor:
-    """Standard normal (len(keys), *shape) float32: sample i depends on keys[i] only."""
+    """Standard normal (len(keys), *shape) float32. Sample i depends on keys[i] only."""
     return torch.stack([torch.randn(tuple(shape), generator=generator("noise", *key)) for key in keys])
 
 
 def draw_t(keys: Sequence[tuple], mean: float | None = None, std: float = 1.0, t_shift: float = 1.0) -> Tensor:
-    """Training times (len(keys),) float32 in (0, 1): uniform, or with a mean logit-normal(mean, std); then
-    `shift_t`.
+    """Training times (len(keys),) float32 in (0, 1), one for each key.
+
+    They are uniform without a mean and logit-normal(mean, std) with one; `shift_t` is then applied to them.
     """
-    if mean is None:
-        t = torch.stack([torch.rand((), generator=generator("t", *key)) for key in keys])
-    else:
-        normal = torch.stack([torch.randn((), generator=generator("t", *key)) for key in keys])
-        t = torch.sigmoid(mean + std * normal)
-    return shift_t(t, t_shift)
+    draw = torch.rand if mean is None else torch.randn
+    t = torch.stack([draw((), generator=generator("t", *key)) for key in keys])
+    return shift_t(t if mean is None else torch.sigmoid(mean + std * t), t_shift)
 
 
 def shift_t(t: Tensor, t_shift: float) -> Tensor:
-    """s·t / (1 + (s − 1)·t): moves times towards noise for s > 1; 0 and 1 stay."""
+    """s·t / (1 + (s − 1)·t) with s = t_shift > 0: s > 1 moves times towards noise; 0 and 1 stay where they are."""
     return t_shift * t / (1 + (t_shift - 1) * t)
 
 
 def per_sample(t: Tensor, x: Tensor) -> Tensor:
-    """t (B,) or per frame (B, F), shaped to multiply x (B, C, F, H, W)."""
+    """t, (B,) or for each frame (B, F), as a view that broadcasts against x (B, C, F, H, W)."""
     return t.view(-1, 1, 1, 1, 1) if t.ndim == 1 else t[:, None, :, None, None]
 
 
@@ -56,20 +56,20 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """v = noise − x0, the target at every t."""
+    """v = noise − x0, the network's target at every t."""
     return noise - x0
 
 
 def guided(net: Callable, guidance: float, negative: Tensor | None = None) -> Callable:
-    """Classifier-free guidance u + guidance·(c − u) around net(x_t, t, text, cond_mask); guidance = 1 is net itself.
+    """Classifier-free guidance u + guidance·(c − u) around net(x_t, t, text, cond_mask); guidance 1 returns net itself.
 
-    `negative (S, text_dim)`: text states of the unconditional branch (empty text, or a negative prompt). The
-    given frames are given in both branches.
+    negative (S, text_dim): the text states of the unconditional branch, of an empty text or a negative prompt. Given
+    frames are given in both branches. ValueError for guidance without negative.
     """
     if guidance == 1:
         return net
     if negative is None:
-        raise ValueError(f"guidance {guidance} needs the text states of the unconditional branch, got none")
+        raise ValueError(f"guidance {guidance}: expected text states for the unconditional branch, got none")
 
     def call(x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None = None) -> Tensor:
         cond = net(x_t, t, text, cond_mask)
@@ -79,31 +79,18 @@ def guided(net: Callable, guidance: float, negative: Tensor | None = None) -> Ca
     return call
 
 
-def time_grid(nfe: int, t_shift: float, grid: str = "even") -> tuple[Tensor, Tensor]:
-    """The solver's noise levels σ (nfe + 1,), falling to exactly 0, and the times (nfe,) that the network is told.
+def time_grid(nfe: int, t_shift: float) -> Grid:
+    """A solver's noise levels σ (nfe + 1,), and the times (nfe,) that the network is told, both float32.
 
-    Both float32; "even" tells the network σ itself, the others ⌊1000 σ⌋ / 1000. ValueError for another grid.
-
-        even        `shift_t` of even times from exactly 1
-        wan         of 0.999 (1 − i/nfe): Wan2.1, wan/utils/fm_solvers_unipc.py, FlowUniPCMultistepScheduler
-        diffusers   of even times that end at 0.001, the last then set to 0 and the first to 1 − 1e-6: diffusers,
-                    UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=t_shift)
+    σ is `shift_t` of even times and falls from exactly 1 to exactly 0. The network is told σ itself; in other grids
+    (wan/grids.py) it may be told other times.
     """
-    if grid == "even":
-        sigmas = shift_t(torch.linspace(1, 0, nfe + 1, dtype=torch.float64), t_shift).float()
-        return sigmas, sigmas[:-1]
-    ends = {"wan": (torch.tensor(0.999).item(), 0.0), "diffusers": (1.0, 0.001)}  # 0.999 in float32, as there
-    if grid not in ends:
-        raise ValueError(f"grid: expected even, wan or diffusers, got {grid}")
-    first, last = ends[grid]
-    # numpy's linspace, to the last bit: a σ that is a whole number of thousandths must not be rounded down
-    sigmas = shift_t(torch.arange(nfe, dtype=torch.float64) * ((last - first) / nfe) + first, t_shift)
-    sigmas = sigmas.clamp(max=1 - 1e-6)
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).float(), ((1000 * sigmas).floor() / 1000).float()
+    sigmas = shift_t(torch.linspace(1, 0, nfe + 1, dtype=torch.float64), t_shift).float()
+    return sigmas, sigmas[:-1]
 
 
 def _bind(net: Callable, text: Tensor, x0: Tensor | None, cond_mask: Tensor | None) -> tuple[Callable, Callable]:
-    """net as a function of the state and one time, and what puts the given frames into a state."""
+    """net as a function of the state and one time; and the function that puts the given frames into a state."""
     more = () if cond_mask is None else (cond_mask,)
 
     def velocity_at(x: Tensor, t: float) -> Tensor:
@@ -117,22 +104,16 @@ def _bind(net: Callable, text: Tensor, x0: Tensor | None, cond_mask: Tensor | No
 
 @torch.no_grad()
 def euler(
-    net: Callable,
-    noise: Tensor,
-    text: Tensor,
-    nfe: int,
-    t_shift: float,
-    x0: Tensor | None = None,
-    cond_mask: Tensor | None = None,
-    grid: str = "even",
+    net: Callable, noise: Tensor, text: Tensor, levels: Grid, x0: Tensor | None = None, cond_mask: Tensor | None = None
 ) -> Tensor:
-    """Samples x0 from noise by nfe Euler steps of dx/dt = net(x_t, t, text[, cond_mask]) over `time_grid`.
+    """Samples x0 from noise by Euler steps of dx/dt = net(x_t, t, text[, cond_mask]).
 
-    noise (B, C, F, H, W) float32, text (B, S, text_dim). With cond_mask (B, F) bool and the clean x0, the given frames
-    are x0's at every step, so they come out bit for bit as they went in.
+    noise (B, C, F, H, W) float32, text (B, S, text_dim); levels as `time_grid` returns them, one step for each time.
+    With cond_mask (B, F) bool and the clean x0, the given frames are set to x0's at every step, so they come out bit
+    for bit as they went in.
     """
     velocity_at, paste = _bind(net, text, x0, cond_mask)
-    sigmas, times = (levels.tolist() for levels in time_grid(nfe, t_shift, grid))
+    sigmas, times = (level.tolist() for level in levels)
     x = paste(noise)
     for s, s_next, t in zip(sigmas, sigmas[1:], times):
         x = paste(x + (s_next - s) * velocity_at(x, t))
@@ -141,37 +122,33 @@ def euler(
 
 @torch.no_grad()
 def unipc(
-    net: Callable,
-    noise: Tensor,
-    text: Tensor,
-    nfe: int,
-    t_shift: float,
-    x0: Tensor | None = None,
-    cond_mask: Tensor | None = None,
-    grid: str = "even",
+    net: Callable, noise: Tensor, text: Tensor, levels: Grid, x0: Tensor | None = None, cond_mask: Tensor | None = None
 ) -> Tensor:
     """Samples as `euler` does, by UniPC (arXiv:2302.04867) as Wan2.1 runs it: order 2, B(h) = e^h − 1, one call a step.
 
-    m = x − σ·v, the clean x0 that the network sees in x, changes slowly over λ = ln((1 − σ)/σ). From σ to σ',
-    m' being its value at σ' and m₋ at the level before σ, with h = λ' − λ, E = 1 − e^−h and r = (λ₋ − λ)/h:
+    m = x − σ·v is the clean x0 that the network sees in x; it changes slowly over λ = ln((1 − σ)/σ). Take the step
+    from σ to σ'. m' is the value of m at σ', m₋ that at the level before σ. With h = λ' − λ, E = 1 − e^−h and
+    r = (λ₋ − λ)/h:
 
         x' = (σ'/σ)·x + (1 − σ')·E·(m + ρ₁·(m₋ − m)/r + ρ₂·(m' − m))
 
-        predictor   ρ₁ = 1/2, ρ₂ = 0; both 0 on the first step, which has no m₋, and on the last
+        predictor   ρ₁ = 1/2, ρ₂ = 0; ρ₁ = 0 on the first step, which has no m₋, and on the last
         corrector   ρ₁ + ρ₂ = 1/E − 1/h = b,  r·ρ₁ + ρ₂ = 1/E − 2b/h; on the first step ρ₁ = 0, ρ₂ = 1/2
 
-    The network sees the predictor's x'. That gives m', with which x' is corrected before the next step starts from it.
+    The network is called on the predictor's x', which gives m'. The corrector then computes x' again, with m', and the
+    next step starts from that.
     """
     velocity_at, paste = _bind(net, text, x0, cond_mask)
-    sigmas, times = time_grid(nfe, t_shift, grid)
-    lam = (torch.log1p(-sigmas.double()) - sigmas.double().log()).tolist()  # −∞ at σ = 1, ∞ at 0: neither makes a NaN
-    sigmas, times = sigmas.tolist(), times.tolist()
+    sigmas = levels[0].double()
+    lam = (torch.log1p(-sigmas) - sigmas.log()).tolist()  # −∞ at σ = 1 and ∞ at 0; neither leads to a NaN
+    sigmas, times = (level.tolist() for level in levels)
+    last = len(times) - 1
 
     def step(i: int, x: Tensor, m: Tensor, older: Tensor | None, newer: Tensor | None = None) -> Tensor:
-        """x' of step i; with m' (newer) corrected."""
+        """x' of step i: the predictor's, or, with m' (newer), the corrector's."""
         h = lam[i + 1] - lam[i]
         E, mean, rho2 = -math.expm1(-h), m, 0.5
-        if 0 < i < nfe - 1:
+        if 0 < i < last:
             r, b = (lam[i - 1] - lam[i]) / h, 1 / E - 1 / h
             rho1 = 0.5 if newer is None else (b - (1 / E - 2 * b / h)) / (1 - r)
             rho2, mean = b - rho1, mean + rho1 / r * (older - m)
@@ -181,12 +158,12 @@ def unipc(
 
     x = start = paste(noise)
     m = older = None
-    for i in range(nfe):
-        newer = x - sigmas[i] * velocity_at(x, times[i])
+    for i, t in enumerate(times):
+        newer = x - sigmas[i] * velocity_at(x, t)
         if i > 0:
             start = step(i - 1, start, m, older, newer)
         m, older = newer, m
-        x = paste(step(i, start, m, older))  # entry by entry: what m holds at given frames reaches no other
+        x = paste(step(i, start, m, older))  # entry by entry, so what m holds at given frames reaches no other frame
     return x
 
 

@@ -11,9 +11,11 @@ Read it in this order: `DiTConfig`, `DiT.forward`, `Block.forward`, then the sma
 Architecture facts are from the Wan2.1 release (github.com/Wan-Video/Wan2.1, wan/modules/model.py, Apache-2.0), restated
 in this project's own code and held to its outputs by tests/test_golden.py.
 
-dtype policy, in one place: the residual stream, modulation, norms and rotary embedding are float32 (the RoPE
-table computed in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32; LoRA
-weights are float32 masters.
+dtype policy, in one place: the residual stream, modulation, norms and rotary embedding are float32 (the RoPE table is
+computed in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32; LoRA weights are
+float32 masters.
+
+The file works copied, with kernels/ beside it: `load_model(path)` reads Wan's checkpoints and diffusers'.
 """
 
 import contextlib
@@ -21,23 +23,23 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
-from runtime import run as common
-from runtime.run import UserError
-from wan.checkpoint import WEIGHTS_NAME, Checkpoint, fill, match, renaming
 
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
+PLACES = ("text", "frame")  # where task prompts are added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last axis, in float32, and the rotation, where there is one, in the same pass.
-
-    Wan applies it to q and k, over all heads together.
-    """
+    """x / rms(x) · weight over the last axis (all heads together), in float32, and RoPE in the same pass."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -102,10 +101,7 @@ class RMSNorm(nn.Module):
 
 
 def sinusoid(position: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding (..., dim): dim/2 cosines, then dim/2 sines, of position · 10000^(−2i/dim).
-
-    float64 inside.
-    """
+    """(...) -> (..., dim): dim/2 cosines, then dim/2 sines, of position · 10000^(−2i/dim), computed in float64."""
     half = dim // 2
     freq = torch.pow(10000.0, -torch.arange(half, dtype=torch.float64, device=position.device) / half)
     angle = position.double().unsqueeze(-1) * freq
@@ -119,9 +115,9 @@ def rope_split(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
-    """The 3-D rotary embedding: cos and sin of every channel pair's angle in turn, (F·H·W, head_dim) float32.
+    """The 3-D rotary embedding, theta 10000 on each axis, computed in float64.
 
-    Computed in float64; theta 10000 on each axis.
+    Returns cos and sin of every channel pair's angle in turn, (F·H·W, head_dim) float32.
     """
     angles = []
     for axis, dim in enumerate(rope_split(head_dim)):
@@ -133,9 +129,7 @@ def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMS-normed q and k: self-attention with RoPE, or cross-attention to the text,
-    without.
-    """
+    """Multi-head attention with RMS-normed q and k: self-attention, with RoPE, or cross-attention to the text."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -144,39 +138,35 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, context: Tensor, rope: Tensor | None = None) -> Tensor:
-        q, k, v = self.norm_q(self.q(x), rope), self.norm_k(self.k(context), rope), self.v(context)
+    def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x (B, L, D) attends to source (B, S, D)."""
+        q, k, v = self.norm_q(self.q(x), rope), self.norm_k(self.k(source), rope), self.v(source)
         q, k, v = (rearrange(a, "b l (n k) -> b n l k", n=self.num_heads) for a in (q, k, v))
         return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)"))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward.
-
-    Shift, scale, gate: the block's own table plus the time projection.
-    """
+    """Self-attention, cross-attention, feed-forward, modulated by the block's own table plus the time's."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, config.dim))
         self.self_attn, self.cross_attn = Attention(config), Attention(config)
-        self.norm3 = nn.LayerNorm(
-            config.dim, config.eps
-        )  # before cross-attention; the other two norms have no parameters
+        self.norm3 = nn.LayerNorm(config.dim, config.eps)  # before cross-attention; the other norms have no parameters
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(self, x: Tensor, e0: Tensor, row: Tensor, context: Tensor, rope: Tensor) -> Tensor:
-        """x (B, L, D), e0 (B, R, 6, D) float32, row (B, F) int32, context (B, S, D) -> (B, L, D)"""
-        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + e0).unbind(2)
+    def forward(self, x: Tensor, table: Tensor, row: Tensor, text: Tensor, rope: Tensor) -> Tensor:
+        """x (B, L, D), table (B, R, 6, D) float32, row (B, F) int32: each frame's row of it, text (B, S, D)."""
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + table).unbind(2)
         # norm3's weight and bias, as the modulation that is the same in every row
         shift_ca, scale_ca = (a.float().expand_as(gate_sa) for a in (self.norm3.bias, self.norm3.weight.float() - 1))
         dtype, eps = self.ffn[0].weight.dtype, self.eps
         h = ln_modulate(x, shift_sa, scale_sa, row, eps, dtype)
         h, x = residual_ln_modulate(x, self.self_attn(h, h, rope), gate_sa, shift_ca, scale_ca, row, eps, dtype)
-        h, x = residual_ln_modulate(x, self.cross_attn(h, context), None, shift_ff, scale_ff, row, eps, dtype)
+        h, x = residual_ln_modulate(x, self.cross_attn(h, text), None, shift_ff, scale_ff, row, eps, dtype)
         return gate_residual(x, self.ffn(h), gate_ff, row)
 
 
@@ -189,23 +179,24 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
         self.head = Linear(config.dim, config.out_dim * math.prod(config.patch_size))
 
-    def forward(self, x: Tensor, e: Tensor, row: Tensor) -> Tensor:
-        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unbind(2)
+    def forward(self, x: Tensor, time: Tensor, row: Tensor) -> Tensor:
+        """x (B, L, D), time (B, R, D) float32, row (B, F) -> (B, L, out_dim · patch)."""
+        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
         return self.head(ln_modulate(x, shift, scale, row, self.eps, self.head.weight.dtype))
 
 
 class TaskPrompt(nn.Module):
     """Learnable frame-level task prompts of the continuation model: P_task = M ⊙ P_cond + (1 − M) ⊙ P_noisy.
 
-    `where="context"` adds them to the last F slots of the embedded text, which are padding for a text of up to
-    text_len − F tokens; `where="frame"` adds them to the tokens of their frame. Both tables (frames, D) start at zero,
-    so the untrained continuation model is exactly the text-to-video model.
+    where "text": they are added to the last F slots of the embedded text, which are padding for a text of up to
+    text_len − F tokens; "frame": to the tokens of their frame. Both tables (frames, D) start at zero, so the untrained
+    continuation model is exactly the text-to-video model.
     """
 
     def __init__(self, frames: int, dim: int, where: str):
         super().__init__()
-        if where not in ("context", "frame"):
-            raise ValueError(f"task prompt: expected where = 'context' or 'frame', got {where!r}")
+        if where not in PLACES:
+            raise ValueError(f"task prompt: expected where = 'text' or 'frame', got {where!r}")
         self.where = where
         self.cond = nn.Parameter(torch.zeros(frames, dim))
         self.noisy = nn.Parameter(torch.zeros(frames, dim))
@@ -237,41 +228,36 @@ class DiT(nn.Module):
         """The velocity v = noise − x0 at x_t.
 
         x_t (B, C, F, H, W); t in [0, 1], (B,) or, one for each latent frame, (B, F); text (B, S, text_dim), S ≤
-        text_len; cond_mask (B, F) bool or None: frames that are given. With it t must be (B,): given frames see
-        time 0 whatever t is (t' = t·(1 − M)), x_t must hold them clean, and the task prompts, where there are
-        any, are switched on. Returns (B, C, F, H, W) float32. ValueError for shapes that do not fit.
+        text_len; cond_mask (B, F) bool or None: the frames that are given. With it t must be (B,): given frames see
+        time 0 whatever t is (t' = t·(1 − M)), x_t must hold them clean, and the task prompts, if net has any, are
+        switched on. Returns (B, C, F, H, W) float32. ValueError for shapes that do not fit.
         """
         self._check(x_t, t, text, cond_mask)
         pf, ph, pw = self.config.patch_size
         _, _, F_, H, W = x_t.shape
         size = (F_ // pf, H // ph, W // pw)
-        e, e0, row = self._time(t, size[0], cond_mask)
-        context = self._context(text)
-        x = (
-            self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
-        )  # (B, L, D)
+        time, table, row = self._time(t, size[0], cond_mask)
+        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.text_embedding[0].weight.dtype)
+        text = self.text_embedding(text)  # (B, text_len, D)
+        x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
         if cond_mask is not None and self.task_prompt is not None:
             prompt = self.task_prompt(cond_mask)
-            if self.task_prompt.where == "context":
-                context = torch.cat([context[:, :-F_], context[:, -F_:] + prompt.to(context.dtype)], dim=1)
+            if self.task_prompt.where == "text":
+                text = torch.cat([text[:, :-F_], text[:, -F_:] + prompt.to(text.dtype)], dim=1)
             else:
-                x = x + prompt.repeat_interleave(size[1] * size[2], dim=1)
+                x = x + prompt.repeat_interleave(size[1] * size[2], dim=1)  # (B, L, D)
         rope = self._rope_table(size, x.device)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, e0, row, context, rope, use_reentrant=False)
+                x = checkpoint(block, x, table, row, text, rope, use_reentrant=False)
             else:
-                x = block(x, e0, row, context, rope)
-        v = self.head(x, e, row)
+                x = block(x, table, row, text, rope)
         f, h, w = size
-        return rearrange(
-            v, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw
-        ).float()
+        unpatch = "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)"
+        return rearrange(self.head(x, time, row), unpatch, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
 
     def _time(self, t: Tensor, F_: int, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embedding e (B, R, D), its projection e0 (B, R, 6, D), both float32, and each frame's row (B,
-        F) of them.
-        """
+        """Time embedding (B, R, D) and its projection (B, R, 6, D), float32, and each frame's row (B, F) of them."""
         B = t.shape[0]
         if cond_mask is not None:  # two rows: the time of the frames to generate, and 0
             t, row = torch.stack([t, torch.zeros_like(t)], dim=1), cond_mask.int()
@@ -280,15 +266,10 @@ class DiT(nn.Module):
         else:
             row = torch.arange(F_, dtype=torch.int32, device=t.device).expand(B, F_)
         with torch.autocast(t.device.type, enabled=False):
-            weight_dtype = self.time_embedding[0].weight.dtype
-            e = self.time_embedding(sinusoid(1000 * t.double(), self.config.freq_dim).to(weight_dtype))
-            e0 = self.time_projection(e).unflatten(-1, (6, -1))
-        return e.float(), e0.float(), row
-
-    def _context(self, text: Tensor) -> Tensor:
-        """Text states (B, S, text_dim), padded with zeros to text_len and embedded: (B, text_len, D)."""
-        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
-        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+            angles = sinusoid(1000 * t.double(), self.config.freq_dim)
+            time = self.time_embedding(angles.to(self.time_embedding[0].weight.dtype))
+            table = self.time_projection(time).unflatten(-1, (6, -1))
+        return time.float(), table.float(), row
 
     def _rope_table(self, size: tuple[int, int, int], device) -> Tensor:
         key = (*size, device)
@@ -345,9 +326,7 @@ def add_lora(net: DiT, rank: int, alpha: float, layers: str = "attn", seed: int 
     ValueError if net has a LoRA already (merge it first).
     """
     if layers not in LORA_LAYERS or rank < 1:
-        raise UserError(
-            f"expected --layers {', '.join(LORA_LAYERS)} and --rank of at least 1, got {layers!r} and {rank}"
-        )
+        raise ValueError(f"expected layers of {', '.join(LORA_LAYERS)}, rank of at least 1, got {layers!r}, {rank}")
     net.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name, module in net.named_modules():
@@ -393,16 +372,8 @@ def merge_lora(net: DiT) -> DiT:
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # Wan's and diffusers' file name
 LORA_PREFIX = "diffusion_model."  # the key format that ComfyUI, diffusers, DiffSynth and musubi-tuner all read
-
-
-def save_model(net: DiT, folder: str | Path) -> list[str]:
-    """Writes config.json and the weights under Wan's names, float32 as trained. Returns the file names."""
-    folder = Path(folder)
-    common.write_json(folder / "config.json", wan_config(net.config))
-    common.write_tensors(folder / WEIGHTS_NAME, dict(net.state_dict()))
-    return ["config.json", WEIGHTS_NAME]
-
 
 DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wan.py, against wan/modules/model.py
     ("^condition_embedder.text_embedder.linear_1.", "^text_embedding.0."),  # ^: at the start, elsewhere as it stands
@@ -425,12 +396,21 @@ DIFFUSERS_NAMES = [  # facts of github.com/huggingface/diffusers, transformer_wa
 ]
 
 
-def _patterns(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(re.escape(old).replace(r"\^", "^"), new.removeprefix("^")) for old, new in pairs]
+def rename(name: str, table: list[tuple[str, str]]) -> str:
+    """`name` with every old part of `table`, (old, new), replaced by the new one, in order."""
+    for old, new in table:
+        name = re.sub(re.escape(old).replace(r"\^", "^"), new.removeprefix("^"), name)
+    return name
 
 
-_rename = renaming([(r"^(model\.)?diffusion_model\.", ""), *_patterns(DIFFUSERS_NAMES)])  # the first is ComfyUI's
-diffusers_name = renaming(_patterns([(ours, theirs) for theirs, ours in DIFFUSERS_NAMES]))  # Wan's name -> diffusers'
+def wan_name(name: str) -> str:
+    """The name that Wan gives to a tensor of its own layout, of diffusers' or, with a prefix, of ComfyUI's."""
+    return rename(re.sub(r"^(model\.)?diffusion_model\.", "", name), DIFFUSERS_NAMES)
+
+
+def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: a.detach().cpu().contiguous() for name, a in tensors.items()}, path, metadata)
 
 
 def wan_config(config: DiTConfig) -> dict:
@@ -438,88 +418,90 @@ def wan_config(config: DiTConfig) -> dict:
     return {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(config)}
 
 
-def diffusers_config(config: DiTConfig) -> dict:
-    """config.json of diffusers' layout; text_len is 512 there, and told only if it is not."""
-    same = {
-        name: getattr(config, name) for name in ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size", "eps")
-    }
-    same |= {"text_len": config.text_len} if config.text_len != DiTConfig.text_len else {}
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "num_attention_heads": config.num_heads,
-        "attention_head_dim": config.dim // config.num_heads,
-        "in_channels": config.in_dim,
-        "out_channels": config.out_dim,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024,
-        **same,
-    }
+def save_model(net: DiT, folder: str | Path) -> list[str]:
+    """Writes config.json and the weights under Wan's names, float32 as trained. Returns the file names."""
+    _write(Path(folder) / WEIGHTS_NAME, net.state_dict())
+    (Path(folder) / "config.json").write_text(json.dumps(wan_config(net.config), indent=1) + "\n", encoding="utf-8")
+    return ["config.json", WEIGHTS_NAME]
 
 
-def _sizes(source: Checkpoint, recipe: Path) -> DiTConfig:
-    """The configuration of a checkpoint: what its shapes tell, and the heads, text_len and eps of its config.json."""
-    shape = {_rename(name): source.shape(name) for name in source}
+def read_config(shape: Mapping[str, tuple[int, ...]], recipe: Path) -> DiTConfig:
+    """The configuration of a checkpoint: sizes from its tensors' shapes; heads, text_len and eps from its config.json.
+
+    shape: by Wan's names. recipe: config.json, of Wan's layout or diffusers'; it may be missing if heads are 128 wide.
+    ValueError for another architecture, and for a config.json that is damaged or belongs to other tensors.
+    """
     if any(name.startswith("img_emb.") or "image_embedder" in name for name in shape):
-        raise UserError(f"{source.path}: expected text-to-video weights, got image-to-video ones (img_emb)")
+        raise ValueError("expected text-to-video weights, got image-to-video ones (img_emb)")
     try:
         dim, in_dim, *patch = shape["patch_embedding.weight"]
-        found = {
-            "dim": dim, "ffn_dim": shape["blocks.0.ffn.0.weight"][0], "in_dim": in_dim, "patch_size": tuple(patch),
-            "num_layers": 1 + max(int(name.split(".")[1]) for name in shape if name.startswith("blocks.")),
-            "text_dim": shape["text_embedding.0.weight"][1], "freq_dim": shape["time_embedding.0.weight"][1],
-            "out_dim": shape["head.head.weight"][0] // math.prod(patch),
-        }  # fmt: skip
-    except KeyError as error:
-        raise UserError(f"{source.path}: expected Wan2.1's text-to-video transformer, found no {error}") from None
-    except (ValueError, IndexError):
-        raise UserError(
-            f"{source.path}: expected Wan2.1's text-to-video transformer, its tensors have other shapes"
-        ) from None
+        layers = 1 + max(int(name.split(".")[1]) for name in shape if name.startswith("blocks."))
+        ffn_dim, text_dim = shape["blocks.0.ffn.0.weight"][0], shape["text_embedding.0.weight"][1]
+        freq_dim, out = shape["time_embedding.0.weight"][1], shape["head.head.weight"][0] // math.prod(patch)
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f"expected Wan2.1's text-to-video transformer, got other tensors ({error})") from None
     try:
-        given = json.loads(recipe.read_text()) if recipe.is_file() else {}
-        heads = given.get("num_heads", given.get("num_attention_heads", dim // 128))  # Wan's are 128 wide
-        given = {k: given[k] for k in (*found, "text_len", "eps") if k in given}
-        given |= {"patch_size": tuple(given.get("patch_size", patch))}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{recipe}: expected a model's sizes, got: {error}") from None
-    for name in found.keys() & given.keys():
-        if found[name] != given[name]:
-            raise UserError(f"{recipe}: says {name} = {given[name]}, but the tensors beside it are for {found[name]}")
-    if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
-        said = f"got {heads!r}" if recipe.is_file() else "and there is no such file; only heads of 128 need none"
-        raise UserError(f"{recipe}: expected num_heads, a divisor of dim = {dim} into even heads, {said}")
-    for name, kind in (("text_len", int), ("eps", float)):
-        if not isinstance(given.get(name, kind(1)), kind) or given.get(name, 1) <= 0:
-            raise UserError(f"{recipe}: expected {name}, a positive {kind.__name__}, got {given[name]!r}")
-    return DiTConfig(**{**given, **found, "num_heads": heads})
-
-
-def open_model(path: str | Path) -> tuple[DiT, Checkpoint, dict[str, str]]:
-    """What a model's file or folder holds, without reading weights.
-
-    Returns the network on the meta device, the checkpoint, and the network's names of tensors -> the checkpoint's.
-    Layouts and errors are `load_model`'s.
-    """
-    path = Path(path)
-    if (path / common.MANIFEST).is_file():  # made by this project: its sha256 are known
-        common.read_manifest(path, "sft.py or merge.py")
-    path = path / "transformer" if (path / "transformer").is_dir() else path
-    source = Checkpoint(path)
-    config = _sizes(source, (path if path.is_dir() else path.parent) / "config.json")
-    with torch.device("meta"):
-        net = DiT(config)
-    return net, source, match(net, source, _rename)
+        given = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        heads = int(given.get("num_heads", given.get("num_attention_heads", dim // 128)))
+        text_len, eps = int(given.get("text_len", 512)), float(given.get("eps", 1e-6))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{recipe}: expected a model's sizes, got: {error}") from None
+    if not recipe.is_file() and (heads < 1 or dim % 128):
+        raise ValueError(f"{recipe}: expected num_heads, but there is no such file; only heads of 128 need none")
+    beside = {name: given.get(name, size) for name, size in (("dim", dim), ("num_layers", layers))}
+    if beside != {"dim": dim, "num_layers": layers} or dim % max(1, heads) or dim // max(1, heads) % 2 or heads < 1:
+        got = f"{beside['dim']} and {beside['num_layers']}, num_heads {heads}"
+        raise ValueError(f"{recipe}: expected the sizes of its weights, dim {dim} and num_layers {layers}, got {got}")
+    if text_len < 1 or not 0 < eps < 1:
+        raise ValueError(f"{recipe}: expected text_len of at least 1, eps between 0 and 1, got {text_len} and {eps}")
+    return DiTConfig(dim, ffn_dim, heads, layers, in_dim, out, text_dim, text_len, freq_dim, tuple(patch), eps)
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
-    """The model of a file or folder in the layout of Wan, of diffusers (the folder, or its transformer/) or of ComfyUI.
+    """The model of a safetensors file, or of a folder of them with its config.json, in the layout of Wan, of diffusers
+    (the folder, or its transformer/) or of ComfyUI; frozen.
 
-    Told apart by the tensors' names; sizes are read from their shapes, the weights one tensor at a time. UserError for
-    other architectures (image-to-video among them), missing or damaged files, and tensors that do not fit.
+    The layouts are told apart by the tensors' names; weights are read one tensor at a time. ValueError for other
+    architectures (image-to-video among them), damaged files, and tensors that do not fit.
     """
-    net, source, _ = open_model(path)
-    return fill(net, source, _rename, dtype, device)
+    path = Path(path)
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for index in path.glob("*.safetensors.index.json"):  # it names the shards; other files may lie beside them
+        try:
+            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index}: expected a weight_map of shards, got something else") from None
+    source = {}  # Wan's name -> the open file, and the name in it
+    for file in files:
+        try:
+            opened = safe_open(file, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: expected readable weights, *.safetensors, got: {error}") from None
+        names = {wan_name(name): (opened, name) for name in opened.keys()}
+        if twice := names.keys() & source.keys():
+            raise ValueError(f"{path}: expected each tensor once, found {min(twice)} in two files; keep one of them")
+        source |= names
+    if not source:
+        state = "found none" if path.exists() else "but it does not exist"
+        raise ValueError(f"{path}: expected weights, *.safetensors, {state}")
+    shape = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in source.items()}
+    try:
+        config = read_config(shape, (path if path.is_dir() else path.parent) / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        net = DiT(config)
+    wanted = {name: tuple(a.shape) for name, a in net.state_dict().items()}
+    for name in {**wanted, **shape}:
+        if wanted.get(name) != shape.get(name):
+            want, got = wanted.get(name, "no such tensor"), shape.get(name, "nothing")
+            raise ValueError(f"{path}: expected the tensors of this architecture; {name}: expected {want}, got {got}")
+    for name, (file, key) in source.items():
+        parent, _, leaf = name.rpartition(".")
+        tensor = file.get_tensor(key).to(device, dtype)
+        setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    return net
 
 
 def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, **provenance: str) -> None:
@@ -540,111 +522,52 @@ def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, 
     }
     told = {**provenance, **{key: ",".join(sorted(map(str, values))) for key, values in facts.items()}}
     # one key: safetensors writes several in an order that changes from call to call
-    common.write_tensors(Path(path), tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
+    _write(path, tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
 
 
-def lora_file(entry: str) -> Path:
-    """The file that a name on a command line means. UserError for unfinished or damaged folders, none, and Φ's."""
-    path = Path(entry.strip())
-    if any((path / name).is_file() for name in ("run.json", common.MANIFEST)):  # made by this project
-        common.read_manifest(path, "sft.py, asymdpo.py or merge.py")
-    if (path / "task_prompt.safetensors").is_file():
-        raise UserError(
-            f"{path}: expected a text-to-video LoRA, got a continuation model, which needs its task prompts"
-        )
-    file = path / "lora.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{file}: expected a LoRA's file, or a folder with lora.safetensors, got no such file")
-    return file
+def check_lora(net: DiT, loras: dict[str, tuple[Tensor, Tensor, float]]) -> None:
+    """ValueError unless every layer of `loras`, name -> A (rank, in), B (out, rank), alpha / rank, is one of net's."""
+    linears = {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
+    for name, (A, B, _) in loras.items():
+        layer = linears.get(name)
+        fits = layer is not None and A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0
+        if not fits or (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
+            got = f"{name!r} with A {tuple(A.shape)}, B {tuple(B.shape)}"
+            raise ValueError(f"expected a LoRA for this model, got {got}, which do not fit it")
 
 
-def lora_files(names: str) -> list[Path]:
-    """`lora_file` of each name in a list separated by commas."""
-    return [lora_file(entry) for entry in names.split(",") if entry.strip()]
-
-
-LORA_KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
-
-
-def _peft_alpha(path: Path) -> float | None:
-    """The alpha that PEFT or diffusers keeps beside the tensors, in adapter_config.json or the header, if it does."""
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")  # diffusers, loaders/lora_base.py
-    recipe = path.with_name("adapter_config.json")
-    try:
-        if path.name == "adapter_model.safetensors" and recipe.is_file():  # peft, utils/constants.py
-            text = recipe.read_text()
-        told = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
-        alpha = told.get("lora_alpha")
-        alpha = None if alpha is None else float(alpha)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path}: expected PEFT's configuration with it, got damaged text") from None
-    if told.get("alpha_pattern") or told.get("use_rslora") or told.get("use_dora"):
-        raise UserError(f"{path}: expected a LoRA with one alpha, got alpha_pattern, use_rslora or use_dora")
-    return alpha
-
-
-def read_lora(net: DiT, path: str | Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """The LoRA of a file, by layers of net: A (rank, in), B (out, rank), both float32, and alpha / rank.
-
-    Reads what `export_lora` wrote and what others write: layers under Wan's names or diffusers', after
-    `diffusion_model.`, `transformer.`, `base_model.model.` or nothing, or kohya's `lora_unet_`; lora_A and lora_B, or
-    lora_down and lora_up; with or without alpha, as a tensor or as PEFT keeps it. net may be on the meta device.
-    UserError if a key or a shape does not fit net, or if there is none.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
-    tensors = common.read_tensors(Path(path))
-    told = _peft_alpha(Path(path))
-    linears = {n: m for n, m in net.named_modules() if isinstance(m, Linear)}
-    underscored = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = LORA_KEY.fullmatch(re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key))
-        if not found:
-            raise UserError(f"{path}: expected a LoRA for this model, got the key {key!r}")
-        layer, down, up, scaled = found.groups()
-        layer = underscored.get(layer or scaled, layer or scaled)
-        name = _rename(f"{layer}.weight").removesuffix(".weight")
-        parts.setdefault(name, {})["A" if down else "B" if up else "alpha"] = tensor
-    for name, part in sorted(parts.items()):
-        layer, A, B = linears.get(name), part.get("A"), part.get("B")
-        if (
-            layer is None
-            or A is None
-            or B is None
-            or A.ndim != 2
-            or len(A) == 0
-            or A.shape[1] != layer.in_features
-            or B.shape != (layer.out_features, len(A))
-            or part.get("alpha", A[0, 0]).numel() != 1
-        ):
-            raise UserError(
-                f"{path}: expected a LoRA for this model, got keys or shapes for {name!r} that do not fit it"
-            )
-    if not parts:
-        raise UserError(f"{path}: expected a LoRA, got a file without tensors")
-    loras = {}
-    for name, part in sorted(parts.items()):
-        rank, A, B = len(part["A"]), part["A"].float(), part["B"].float()
-        alpha = part["alpha"].item() if "alpha" in part else told
-        loras[name] = A, B, 1.0 if alpha is None else alpha / rank
-    return loras
-
-
-def load_lora(net: DiT, path: str | Path) -> DiT:
-    """Adds the LoRA of a file to net. Returns net. UserError as `read_lora`, or if net has a LoRA already."""
+def attach_lora(net: DiT, loras: dict[str, tuple[Tensor, Tensor, float]]) -> DiT:
+    """Gives layers of net their LoRA, as in `check_lora`. Returns net. ValueError if net has a LoRA already."""
+    check_lora(net, loras)
     if lora_linears(net):
-        raise UserError(f"{path}: expected a network without a LoRA, it has one already: merge_lora(net) first")
-    for name, (A, B, scale) in read_lora(net, path).items():
+        raise ValueError("expected a network without a LoRA, it has one already: merge_lora(net) first")
+    for name, (A, B, scale) in loras.items():
         layer = net.get_submodule(name)
-        device = layer.weight.device
-        layer.lora_A, layer.lora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+        layer.lora_A, layer.lora_B = (nn.Parameter(a.to(layer.weight.device, torch.float32)) for a in (A, B))
         layer.lora_scale = scale
     return net
 
 
-def add_task_prompt(net: DiT, frames: int, where: str = "context") -> DiT:
+def load_lora(net: DiT, path: str | Path) -> DiT:
+    """Adds the LoRA of a file that `export_lora` wrote, or of one with diffusers' names. Returns net.
+
+    ValueError for an unreadable file, keys that are not such a LoRA's, and as `attach_lora`.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
+    try:
+        tensors = load_file(path)
+        parts = {re.sub(r"^(diffusion_model|transformer)\.", "", key): a for key, a in tensors.items()}
+        layers = sorted({wan_name(key).removesuffix(".lora_A.weight") for key in parts if ".lora_A." in key})
+        parts = {wan_name(key): a for key, a in parts.items()}
+        if not layers or set(parts) != {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}:
+            raise ValueError("expected a LoRA, lora_A.weight and lora_B.weight of each layer, got other keys")
+        return attach_lora(net, {n: (parts[f"{n}.lora_A.weight"], parts[f"{n}.lora_B.weight"], 1.0) for n in layers})
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def add_task_prompt(net: DiT, frames: int, where: str = "text") -> DiT:
     """Gives net zero task prompts for up to `frames` latent frames: from now on cond_mask switches them on.
 
     Returns net.
@@ -656,61 +579,38 @@ def add_task_prompt(net: DiT, frames: int, where: str = "context") -> DiT:
 def save_task_prompt(net: DiT, path: str | Path) -> None:
     """Writes the task prompts to a file of their own: in the LoRA's file, other programs would refuse them."""
     tensors = {k: v for k, v in net.state_dict().items() if k.startswith(TASK_PROMPT)}
-    common.write_tensors(Path(path), tensors, {"where": net.task_prompt.where})
+    _write(path, tensors, {"where": net.task_prompt.where})
 
 
 def load_task_prompt(net: DiT, path: str | Path) -> DiT:
-    """Reads the file of `save_task_prompt`. Returns net. UserError for a file that is none, or another model's."""
-    tensors = common.read_tensors(Path(path))
-    with safe_open(path, "pt") as file:
-        where = (file.metadata() or {}).get("where")
+    """Reads the file of `save_task_prompt`. Returns net. ValueError for another file, or another model's."""
+    try:
+        with safe_open(path, "pt") as file:
+            where, tensors = (file.metadata() or {}).get("where"), {k: file.get_tensor(k) for k in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected task prompts, got: {error}") from None
+    where = "text" if where == "context" else where  # as it was called up to 0.4
     shapes = {name: tuple(a.shape) for name, a in tensors.items()}
     frames = next(iter(shapes.get(f"{TASK_PROMPT}cond", ())), 0)
-    wanted = {f"{TASK_PROMPT}{part}": (frames, net.config.dim) for part in ("cond", "noisy")}
-    if not frames or shapes != wanted or where not in ("context", "frame"):
-        raise UserError(
-            f"{path}: expected task prompts for this model, {' and '.join(wanted)} of (frames, {net.config.dim}), and "
-            f"their place in the header; got {dict(sorted(shapes.items())[:2])} and the place {where!r}"
-        )
+    if (
+        shapes != {f"{TASK_PROMPT}{part}": (frames, net.config.dim) for part in ("cond", "noisy")}
+        or where not in PLACES
+    ):
+        got = f"{dict(sorted(shapes.items())[:2])} and the place {where!r}"
+        raise ValueError(f"{path}: expected task prompts of (frames, {net.config.dim}) and their place, got {got}")
     add_task_prompt(net, frames, where)
     net.load_state_dict(tensors, strict=False)
     return net
 
 
-def check_preset(net: DiT, preset: str, base: str | Path) -> None:
-    """UserError if net is not of the preset's kind: a preset forgotten would be another method, silently."""
+def check_fits(net: DiT, preset: str, base: str | Path, data: str | Path, shape: tuple[int, ...]) -> None:
+    """ValueError unless net is of the preset's kind (a preset forgotten would be another method, silently) and takes
+    latents of this shape (C, F, H, W).
+    """
     if net.config.in_dim != PRESETS[preset].in_dim:
-        raise UserError(
+        raise ValueError(
             f"--preset {preset} is for models of {PRESETS[preset].in_dim} channels, {base} has {net.config.in_dim}: "
             f"choose the preset of {', '.join(PRESETS)} that it is"
         )
-
-
-def load_fused(
-    base: str | Path, loras: list[Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> DiT:
-    """The base with the LoRAs of these files fused in, one after the other, frozen."""
-    net = load_model(base, dtype, device)
-    for file in loras:
-        merge_lora(load_lora(net, file))
-    return net.eval().requires_grad_(False)
-
-
-def load_continuation(
-    base: str | Path,
-    folder: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    loras: list[Path] = (),
-    strength: float = 1.0,
-) -> DiT:
-    """The continuation model Φ, frozen: the base with the LoRA of a continuation.py folder fused in, and its
-    task prompts. `loras` are fused into the base before it; `strength` scales Φ's own LoRA.
-    """
-    net = load_lora(load_fused(base, loras, dtype, device), Path(folder) / "lora.safetensors")
-    for layer in lora_linears(net).values():
-        layer.lora_scale *= strength
-    merge_lora(net)
-    if (Path(folder) / "task_prompt.safetensors").exists():
-        load_task_prompt(net, Path(folder) / "task_prompt.safetensors")
-    return net.eval().requires_grad_(False)
+    if shape[0] != net.config.in_dim:
+        raise ValueError(f"{data}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")

@@ -1,18 +1,15 @@
-"""Prompts, and first frames where they are given, to mp4 files; or stored latents to mp4 files.
+"""Prompts, and first frames where they are given, to mp4 files.
 
-    python sample.py --prompt "a red ball and a blue ball fall" --lora out/demo/sft,out/demo/asymdpo --out out/samples
-    python sample.py --prompts prompts.txt --samples 4 --out out/samples
-    python sample.py --prompt "a green ball floats" --continuation out/demo/continuation --video clip.mp4 --n_cond 4
-    python sample.py --preset 1.3b --base Wan2.1-T2V-1.3B --prompt "a cat runs" --lora out/sft,out/asymdpo
-    python sample.py --preset 1.3b --base Wan2.1-T2V-1.3B --decode out/pairs --clips 8 --out out/look
+    python sample.py --prompt "a red ball and a blue ball fall" --lora out/demo/sft,out/demo/asymdpo --out out/one
+    python sample.py --prompts prompts.txt --samples 4 --out out/many
+    python sample.py --prompt "a green ball floats" --continuation out/demo/continuation --video clip.mp4 --out out/more
+    torchrun --nproc_per_node 8 sample.py --preset 1.3b --base Wan2.1-T2V-1.3B --lora out/sft --prompts prompts.txt
 
-With torchrun the videos are dealt to the processes. --decode shows what shards hold: the clips of prepare.py, or both
-sides of make_pairs.py's pairs.
+The noise of a video depends only on the seed and on the numbers of its prompt and sample: not on the process that makes
+it. A run that was interrupted keeps the videos that it has.
 
-In    a model folder; folders with a lora.safetensors to fuse into it, in order; the codec: Wan's from --base, the tiny
-      preset's from beside the shards
-Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl; or <out>/<number>-<name>.mp4, with
-      -chosen and -rejected or -first and -second, and -s<segment>
+In    a model folder; LoRAs to fuse into it, in order; the codec: Wan's from --base, the tiny preset's from --data
+Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl
 Cost  nfe forwards a sample, twice that with guidance
 """
 
@@ -21,150 +18,184 @@ import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-import generate
+import flow
 import model
-from experiments import cost
-from runtime import run as common
-from runtime import shards as data
+from kernels.modulate import implementation
 from runtime import video
-from runtime.run import UserError
+from runtime.files import read_manifest, read_text, write_jsonl
+from runtime.group import Group, start_group
+from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.run import Run
+from tiny import codec as codecs
+from tiny import words
+from wan import grids, lora, text, vae
+
+WAN = dict(  # Wan2.1's command line: 50 steps, shift 5, guidance 5; its README: shift 8 … 12, guidance 6 for the 1.3B
+    frames=49, height=288, width=512, nfe=50, t_shift=5.0, guidance=5.0, solver="unipc", grid="wan",
+    negative=text.NEGATIVE,
+)  # fmt: skip
+TINY = dict(frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0, solver="euler", grid="even", negative="")
+PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(generate.Options):
-    """Samples mp4 files from prompts, or continues a video, or decodes stored latents."""
+class Options:
+    """What to sample with."""
+
+    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
+    base: str = "out/demo/base"  # model folder; for 1.3b, 14b the release's folder, or diffusers'
+    vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
+    text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
+    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas, fused in this order
+    data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
+    samples: int = option(1, least=1)  # samples a prompt
+    frames: int | None = option()  # pictures, of the form 4k+1
+    height: int | None = option()  # px
+    width: int | None = option()  # px
+    nfe: int | None = option(least=1)  # solver steps
+    solver: str | None = option(choices=tuple(flow.SOLVERS))  # how the steps are taken
+    grid: str | None = option(choices=grids.GRIDS)  # noise levels: this project's own, or Wan2.1's or diffusers'
+    t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
+    guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
+    negative: str | None = option()  # prompt of the unconditional branch; 1.3b, 14b: Wan's own
+    dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
+    seed: int = 0  # of the noise
+
+    continuation = video = ""  # options of sample.py alone
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Options):
+    """Samples mp4 files from prompts, or continues a video."""
 
     prompt: str = ""  # a prompt
     prompts: str = ""  # or a text file with one on each line
-    samples: int = 1  # samples a prompt
     continuation: str = ""  # folder of continuation.py, to continue --video
     video: str = ""  # video whose first frames are given
-    n_cond: int = 4  # given latent frames: n of them are 1 + 4(n − 1) pictures
-    fps: float = 16.0  # pictures a second that are taken from --video; 0: every frame, whatever its rate
-    decode: str = ""  # folder of prepare.py or make_pairs.py: show its clips, and sample nothing
-    clips: int = 0  # of them, evenly chosen; 0: all
-    segments: int = 0  # and each cut into so many, in files of their own, for label.py --segments
-    out: str = "out/samples"  # folder to write
+    n_cond: int = option(4, least=1)  # given latent frames: n of them are 1 + 4(n − 1) pictures
+    fps: float = option(16.0, least=0, most=1000)  # pictures a second taken from --video; 0: every frame
+    out: str = option("out/samples", neutral=True)  # folder to write
 
 
 def read_prompts(cfg) -> list[str]:
-    """The prompts asked for. UserError if there are none, or one is empty."""
-    if cfg.prompts and not Path(cfg.prompts).is_file():
-        raise UserError(f"--prompts: expected a text file, got {cfg.prompts}: no such file")
-    prompts = common.read_text(Path(cfg.prompts)).splitlines() if cfg.prompts else [cfg.prompt]
+    """The prompts that were asked for. UserError if there are none, or if one is empty."""
+    prompts = read_text(Path(cfg.prompts)).splitlines() if cfg.prompts else [cfg.prompt]
     if not prompts or not all(p.strip() for p in prompts):
-        raise UserError("expected --prompt or --prompts with a prompt on each line, got an empty one")
+        raise UserError("expected --prompt, or --prompts with a prompt on each line, got an empty one")
     return prompts
 
 
+def latent_frames(cfg) -> int:
+    return (cfg.frames - 1) // 4 + 1
+
+
 def check(cfg) -> None:
-    """UserError for options that make no sense."""
-    generate.check(cfg)
-    if cfg.video and not cfg.continuation:
-        raise UserError("--video needs --continuation: the model that goes on from given frames")
-    if cfg.continuation and cfg.lora:
-        raise UserError(
-            "--lora: expected none with --continuation, whose LoRA is its own; merge.py fuses one into a base"
-        )
-    frames = (cfg.frames - 1) // 4 + 1
-    if cfg.continuation and not (Path(cfg.video).is_file() and 1 <= cfg.n_cond < frames):
-        expected = f"--continuation needs --video, a file, and --n_cond from 1 to {frames - 1}"
-        raise UserError(f"{expected}; got {cfg.video!r} and {cfg.n_cond}")
-    if cfg.segments and not cfg.decode:
-        raise UserError(f"--segments: expected none without --decode, got {cfg.segments}")
-    if cfg.clips < 0 or not 0 <= cfg.fps < 1000:
-        raise UserError(f"expected --clips of at least 0 and --fps from 0 to 1000, got {cfg.clips} and {cfg.fps}")
+    """UserError for a size of video that the preset does not take, and for options that do not go together."""
+    video.check_size(cfg.frames, cfg.height, cfg.width, codecs.PATCH if cfg.preset == "tiny" else 16)
+    most = latent_frames(cfg) - 1
+    if (cfg.video or cfg.continuation) and not (cfg.continuation and Path(cfg.video).is_file() and cfg.n_cond <= most):
+        got = f"{cfg.continuation!r}, {cfg.video!r} and {cfg.n_cond}"
+        raise UserError(f"expected --continuation with --video, a file, and --n_cond from 1 to {most}, got {got}")
 
 
-def dry_run(cfg) -> None:
-    """Prints what the samples, or the clips to decode, will cost."""
-    if cfg.decode:
-        shape, found = cost.latents(cfg.preset, cfg.decode, "prepare.py or make_pairs.py", None)
-        return cost.decoding("sample", cfg.preset, shape, min(cfg.clips or cost.CLIPS, found or cost.CLIPS), cfg.dtype)
-    prompts = len(read_prompts(cfg)) if cfg.prompt or cfg.prompts else 1
-    generate.dry_run(cfg, "sample", cfg.samples * prompts, given=bool(cfg.continuation))
+def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
+    """The folder to write, whose videos depend on the prompts and on every file that cfg names."""
+    inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text", "continuation", "video")}
+    inputs |= {str(file): file for file in lora.lora_files(cfg.lora)}
+    return Run(cfg, stage, group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
 
 
-def given_frames(cfg, codec, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (1, C, F, H, W) of --video and the mask (1, F) of the n_cond frames of them that are given."""
-    frames, needed = (cfg.frames - 1) // 4 + 1, 1 + 4 * (cfg.n_cond - 1)
+def load_codec(cfg, device: torch.device) -> tuple[vae.VAE | codecs.LinearVAE, torch.device]:
+    """The codec between latents and pictures, and the device that it runs on: the tiny preset's stays on the CPU."""
+    if cfg.preset != "tiny":
+        return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
+    read_manifest(cfg.data, "prepare.py", verify=False)
+    return codecs.load(cfg.data), torch.device("cpu")
+
+
+def encode_text(cfg, prompts: list[str], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The states (S, text_dim) of each prompt, and of the negative one if guidance needs it. Drops the encoder."""
+    encoder = words.WordVectors() if cfg.preset == "tiny" else text.TextEncoder(cfg.text or cfg.base, device=device)
+    negative = encoder.encode([cfg.negative])[0] if cfg.guidance != 1 else None
+    return dict(zip(prompts, encoder.encode(prompts))), negative
+
+
+def given_frames(cfg, codec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents (1, C, F, H, W) of --video, and the mask (1, F) of the n_cond frames that are given."""
     try:
-        clip = video.read_clip(cfg.video, needed, (cfg.height, cfg.width), cfg.fps or None)
+        clip = video.read_clip(cfg.video, 1 + 4 * (cfg.n_cond - 1), (cfg.height, cfg.width), cfg.fps or None)
     except video.BadVideo as error:
         raise UserError(f"{cfg.video}: {error}") from None
-    coded = codec.encode(video.to_pixels(clip)[None].to(device))
+    coded, frames = codec.encode(video.to_pixels(clip)[None].to(device)), latent_frames(cfg)
     padded = torch.nn.functional.pad(coded, (0, 0, 0, 0, 0, frames - cfg.n_cond))
     return padded, (torch.arange(frames) < cfg.n_cond)[None]
 
 
-def load_continuation(cfg, device) -> model.DiT:
-    """The continuation model."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return model.load_continuation(cfg.base, cfg.continuation, dtype, device)
-
-
-def decode_shards(cfg, group: common.Group, run: common.Run) -> None:
-    """Writes an mp4 for each clip, or for each side of each pair, of --decode."""
-    shards = data.Shards(cfg.decode, "prepare.py or make_pairs.py", verify=group.main)
-    fields = next(f for f in (("x0",), ("chosen", "rejected"), ("first", "second")) if f[0] in shards.fields())
-    codec, device = generate.load_codec(cfg, group.device, cfg.decode)
-    if shards.shape(fields[0])[0] != codec.channels:
-        got = f"got {shards.shape(fields[0])[0]}: choose the --preset that it was made with"
-        raise UserError(f"{cfg.decode}: expected latents of {codec.channels} channels for this codec, {got}")
-    length, fps = shards.shape(fields[0])[1], max(1, round(shards.manifest.get("fps", 16)))
-    if not 0 <= cfg.segments <= length:
-        raise UserError(f"--segments: expected 0 to {length}, the latent frames, got {cfg.segments}")
-    cuts = data.segment_cuts(length, cfg.segments) if cfg.segments else []
-    count = min(cfg.clips or len(shards), len(shards))
-    some = [round(i * (len(shards) - 1) / max(1, count - 1)) for i in range(count)]
-    bar, rows = run.progress(count, unit="clip"), []
-    for place, i in enumerate(some):
-        for field in fields:
-            row = {k: v for k, v in shards.rows[i].items() if k != "index"}
-            parts = {data.video_name(i, row, field): slice(None)}
-            for s, (first, end) in enumerate(zip(cuts, cuts[1:])):
-                parts[data.video_name(i, row, field, s)] = data.pixel_frames(first, end)
-            rows += [{**row, "video": name} for name in parts]
-            todo = [name for name in parts if not (run.folder / name).exists()]
-            if place % group.size == group.rank and todo:
-                frames = video.to_frames(codec.decode(shards.get(field, [i]).float().to(device))[0])
-                for name in todo:
-                    video.write_mp4(run.folder / name, frames[parts[name]], fps)
-        bar.update()
-    bar.close()
-    generate.finish(run, rows)
-
-
 @torch.no_grad()
-def main(cfg: Config) -> None:
-    # ---- what to do, checked before anything is loaded
-    cfg = common.resolve(cfg, generate.PRESETS)
-    check(cfg)
-    if cfg.dry_run:
-        return dry_run(cfg)
-    group = common.start_group()
-    prompts = [] if cfg.decode else read_prompts(cfg)
-    names = ("vae", "decode") if cfg.decode else ("base", "vae", "text", "continuation")
-    inputs = {name: getattr(cfg, name) for name in names} | {str(file): file for file in model.lora_files(cfg.lora)}
-    run = common.Run(cfg, "sample", group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
-    if run.done:
-        return
-    if cfg.decode:
-        return decode_shards(cfg, group, run)
+def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
+    """Samples every job, (file name, prompt, key of the noise), into run's folder, but for the files that are there.
+
+    UserError if the network is not of the preset's kind.
+    """
+    device = run.group.device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    # ---- the text comes first, so that its encoder is gone when the network is loaded
+    states, negative = encode_text(cfg, list(dict.fromkeys(prompt for _, prompt, _ in jobs)), device)
+    codec, codec_device = load_codec(cfg, device)
+    given = given_frames(cfg, codec, codec_device) if cfg.continuation else ()
+    loras = lora.lora_files(cfg.lora)
     if cfg.continuation:
-        common.read_manifest(cfg.continuation, "continuation.py", verify=group.main)
+        net = lora.load_continuation(cfg.base, cfg.continuation, dtype, device, loras)
+    else:
+        net = lora.load_fused(cfg.base, loras, dtype, device)
+    size = (codec.channels, latent_frames(cfg), cfg.height // codec.side, cfg.width // codec.side)
+    with user_errors():
+        model.check_fits(net, cfg.preset, cfg.base, cfg.data, size)
+    if net.task_prompt and size[1] > len(net.task_prompt.cond):
+        raise UserError(f"--frames: expected at most {4 * len(net.task_prompt.cond) - 3}, as in --continuation")
 
     # ---- sample
-    jobs = [
-        (f"{p}-{s}.mp4", prompt, ("sample", cfg.seed, p, s))
-        for p, prompt in enumerate(prompts)
-        for s in range(cfg.samples)
-    ]
-    more = dict(load=load_continuation, given=given_frames) if cfg.continuation else {}
-    generate.write_videos(cfg, run, jobs, **more)
-    generate.finish(run, [{"video": name, "caption": prompt, "seed": cfg.seed} for name, prompt, _ in jobs])
+    call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
+    levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
+    with run.progress(len(jobs), unit="video") as bar:
+        for name, prompt, key in jobs[run.group.rank :: run.group.size]:
+            if not (run.folder / name).exists():
+                noise = flow.draw_noise(size, [key]).to(device)
+                x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
+                video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
+            bar.update(min(run.group.size, len(jobs) - bar.n))
+
+
+def finish(run: Run, rows: list[dict]) -> None:
+    """Writes prompts.jsonl, a row for each video, and marks the folder as finished."""
+    run.group.barrier()
+    if run.group.main:
+        write_jsonl(run.folder / "prompts.jsonl", rows)
+        print(f"{run.stage}: {len(rows)} videos in {run.folder}")
+    run.finish(["prompts.jsonl", *(row["video"] for row in rows)])
+
+
+def main(cfg: Config) -> None:
+    # ---- what to do, checked before anything is loaded
+    cfg = resolve(cfg, PRESETS)
+    check(cfg)
+    prompts = read_prompts(cfg)
+    group = start_group(implementation)
+    run = start(cfg, "sample", group, prompts)
+    if run.done:
+        return
+    if cfg.continuation:
+        read_manifest(cfg.continuation, "continuation.py", verify=group.main)
+
+    # ---- sample
+    pairs = [(p, s, prompt) for p, prompt in enumerate(prompts) for s in range(cfg.samples)]
+    jobs = [(f"{p}-{s}.mp4", prompt, ("sample", cfg.seed, p, s)) for p, s, prompt in pairs]
+    write_videos(cfg, run, jobs)
+    finish(run, [{"video": name, "caption": prompt, "seed": cfg.seed} for name, prompt, _ in jobs])
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    program(main, Config, __doc__)

@@ -22,12 +22,14 @@ import torch
 
 import flow
 import model
-from experiments import cost
-from runtime import run as common
-from runtime import shards as data
-from runtime.run import UserError
+from kernels.modulate import implementation
+from runtime.files import verified, whole_file, write_json, write_tensors
+from runtime.group import Group, local_batch, start_group
+from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.run import Run
+from runtime.shards import Shards, micro_batches
 
-PRESETS = {  # the LoRA cold start. tiny: see README; 1.3b, 14b: the paper's numbers, as its readers report them
+PRESETS = {  # the LoRA cold start. 1.3b, 14b: the paper's numbers, as its readers report them; tiny: see docs/method.md
     "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.0),
     "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
     "14b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
@@ -39,25 +41,24 @@ FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=2200, lr
 class Config:
     """Plain flow matching: the LoRA cold start on a base, or a small base from scratch."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: the model's size, and what every option that is not given stands at
+    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     data: str = "out/demo/shards"  # shards of prepare.py
-    split: str = "train"  # which clips: train, align or eval
+    split: str = option("train", choices=("train", "align", "eval"))  # which clips
     base: str = ""  # model folder to put the LoRA on; empty: from scratch, all weights
-    out: str = "out/demo/base"  # folder to write
-    layers: str | None = None  # layers that get the LoRA: attn, attn+ffn or all
-    rank: int | None = None  # LoRA rank, alpha = rank; 0: train all weights
-    batch_size: int | None = None  # clips a step, over all processes
-    micro_batch: int = 0  # clips a forward and process; 0: all at once
-    steps: int | None = None  # optimiser steps
-    lr: float | None = None  # peak learning rate of AdamW
-    warmup: int | None = None  # steps of linear warm-up; then a cosine to 0
-    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); not given and not in the preset: uniform
-    t_shift: float = 1.0  # warp of the training times towards noise
-    caption_dropout: float = 0.0  # share of clips trained without their caption, for guidance
-    checkpointing: bool = False  # recompute activations in the backward: less memory, more time
-    save_every: int = 250  # steps between checkpoints
+    out: str = option("out/demo/base", neutral=True)  # folder to write
+    layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
+    rank: int | None = option(least=0)  # LoRA rank, alpha = rank; 0: train all weights
+    batch_size: int | None = option(least=1)  # clips a step, over all processes
+    micro_batch: int = option(0, least=0, neutral=True)  # clips a forward and process; 0: all at once
+    steps: int | None = option(least=1)  # optimiser steps
+    lr: float | None = option(above=0)  # peak learning rate of AdamW
+    warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
+    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    caption_dropout: float = option(0.0, least=0, most=1)  # share of clips trained without their caption
+    checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
+    save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
-    dry_run: bool = False  # print what it will cost, and stop: nothing is loaded or written
 
 
 def flow_loss(net, x0, text, noise, t):
@@ -74,16 +75,14 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
 
 
-def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
+def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     """The network with just what is to be trained requiring gradients."""
     if cfg.base:
         dtype = torch.bfloat16 if group.device.type == "cuda" and cfg.rank else torch.float32
-        net = model.load_model(cfg.base, dtype, group.device)
-        model.check_preset(net, cfg.preset, cfg.base)
+        net = model.load_model(verified(cfg.base, "sft.py or wan.export"), dtype, group.device)
     else:
         net = model.init_from_scratch(model.DiT(model.PRESETS[cfg.preset]), cfg.seed).to(group.device)
-    if shape[0] != net.config.in_dim:
-        raise UserError(f"{cfg.data}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
+    model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
     if cfg.rank:
         model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
     else:
@@ -95,45 +94,39 @@ def build(cfg, group: common.Group, shape: tuple[int, ...]) -> model.DiT:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     scratch = not cfg.base and cfg.preset in FROM_SCRATCH
-    cfg = common.resolve(cfg, FROM_SCRATCH if scratch else PRESETS)
-    if not cfg.base and not cfg.dry_run and (cfg.rank or not scratch):
+    cfg = resolve(cfg, FROM_SCRATCH if scratch else PRESETS)
+    if not cfg.base and (cfg.rank or not scratch):
         raise UserError("expected --base for a LoRA: only the tiny model is trained from scratch, with all its weights")
-    if cfg.dry_run:
-        return cost.training(cfg, "sft", flow_loss)
-    group = common.start_group()
-    per_process, forwards = common.local_batch(cfg, group)
-    run = common.Run(cfg, "sft", group, {"data": cfg.data, "base": cfg.base})
+    group = start_group(implementation)
+    local_batch(cfg, group)
+    run = Run(cfg, "sft", group, {"data": cfg.data, "base": cfg.base})
     if run.done:
         return
-    shards = data.Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
-    net = build(cfg, group, shards.shape("x0"))
+    clips = Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    with user_errors():
+        net = build(cfg, group, clips.shape("x0"))
 
     # ---- what is trained, and how far it came before
-    names, parameters = zip(*[(n, p) for n, p in net.named_parameters() if p.requires_grad])
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    first, state = run.resume()
-    if state:
-        common.unpack_state(state, names, parameters, optimizer)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    first = run.resume(trained, optimizer)
 
     # ---- train
     bar = run.progress(cfg.steps, first)
     for step in range(first, cfg.steps):
-        order = data.batch_order(len(shards), cfg.batch_size, step, cfg.seed)
-        mine = order[group.rank * per_process : (group.rank + 1) * per_process]
-        total = 0.0
-        for part in torch.tensor(mine).chunk(forwards):
-            part = part.tolist()
-            keys = [(cfg.seed, step, shards.rows[i]["id"]) for i in part]
-            x0, text = shards.get("x0", part), shards.text(part)
+        total = 0
+        for index in micro_batches(len(clips), step, cfg, group, flow.generator):
+            keys = [(cfg.seed, step, clips.rows[i]["id"]) for i in index]
+            x0, text = clips.get("x0", index), clips.text(index)
             noise = flow.draw_noise(x0.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
             keep = [torch.rand((), generator=flow.generator("caption", *key)) >= cfg.caption_dropout for key in keys]
             text = text * torch.stack(keep)[:, None, None]
             losses = flow_loss(net, *(a.to(group.device) for a in (x0, text, noise, t)))
             (losses.sum() / cfg.batch_size).backward()
-            total += losses.detach().sum().item()
-        group.sum_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            total += losses.detach().sum()
+        group.sum_gradients(trained.values())
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
@@ -144,17 +137,19 @@ def main(cfg: Config) -> None:
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save(step + 1, common.pack_state(names, parameters, optimizer))
+            run.save(step + 1, trained, optimizer)
     bar.close()
 
     # ---- result
     files = ["lora.safetensors"] if cfg.rank else ["config.json", model.WEIGHTS_NAME]
     if group.main and cfg.rank:
-        model.export_lora(net, run.folder / "lora.safetensors", base=cfg.base, task="sft")
+        with whole_file(run.folder / "lora.safetensors") as file:
+            model.export_lora(net, file, base=cfg.base, task="sft")
     elif group.main:
-        model.save_model(net, run.folder)
+        write_json(run.folder / "config.json", model.wan_config(net.config))
+        write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict())
     run.finish(files)
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    program(main, Config, __doc__)

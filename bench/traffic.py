@@ -1,39 +1,57 @@
-"""What the Triton kernels save: memory traffic, launches, kept memory, registers. Needs no GPU.
+"""What the Triton kernels save: memory traffic, launches, memory kept for backward; and their registers. Needs no GPU.
 
-    python bench/traffic.py            prints the page
-    python bench/traffic.py --write    writes it to kernels/README.md
+    python -m bench.traffic            prints the numbers
+    python -m bench.traffic --write    writes them into kernels/README.md
 
-counting.py counts; here is what is counted, and the page. Every sentence of it that states a result is worded by the
-numbers. Some two minutes on one core.
+    executed   ours: the PTX emulator (tests/emulator/ptx.py) counts what the kernels load and store
+    launched   ours in a whole block, not run: the distinct tensors that each launch is given
+    step       eager PyTorch: the distinct inputs and outputs of every operation
+    inductor   torch.compile: what the kernels that its scheduler forms for an sm_80 GPU read and write
+
+Not counted: time, caches, and the bytes of matrix products and attention, which are the same in every way. `executed`
+computes; the others run on fake tensors. It takes two minutes on one core, and needs Linux and Triton.
 """
 
 import argparse
+import contextlib
+import copy
 import functools
 import math
-import subprocess
+import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 import torch.nn.functional as F
+from emulator import aot, ptx
 from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import scheduler
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import reinplace
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import model
 from kernels import modulate, norm_rope, region_dpo
-
-try:
-    import counting
-    from counting import Passes
-except ImportError as error:  # another platform, or a PyTorch whose internals moved
-    sys.exit(f"bench/traffic.py needs Linux, Triton (pip install triton) and a PyTorch with Inductor: {error}")
 
 ROOT = Path(__file__).resolve().parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -42,33 +60,307 @@ FRAMES, TOKENS, ROWS = 13, 576, 2  # of 49x288x512; rows of a table: the frames 
 LATENT, START = (1, 16, 13, 36, 64), 5  # of the DPO loss
 L = FRAMES * TOKENS
 U = L * WAN.dim * 2  # bytes of one bfloat16 stream
-SIDES, REAL = ("forward", "backward"), ", real rotation"
+REAL = ", real rotation"
 BANDWIDTH, FLOPS = 0.85 * 2.04e12, 0.5 * 312e12  # of an A800, bytes and operations a second that are taken as reached
+TABLES = {"gate", "shift", "scale", "weight", "rope"}  # every program reads a row of them: memory serves it once
+SCALARS = {"row", "mean", "rstd", "start", "d_d"}  # one number for a whole program, loaded by all its lanes
 
 
-# ---- other ways to write it ------------------------------------------------------------------------------------------
+# ---- eager -----------------------------------------------------------------------------------------------------------
 
 
-def to_tokens(table: Tensor, row: Tensor, x: Tensor) -> Tensor:
-    """A row for each token of x, (1, R, D) -> (1, L, D)."""
-    return table[:, row[0].long()].repeat_interleave(x.shape[1] // row.shape[1], 1)
+@dataclass
+class Count:
+    """What one pass, forward or backward, moves between a GPU and its memory. flops: of products and attention."""
+
+    bytes: int = 0
+    launches: int = 0
+    flops: int = 0
 
 
-def per_token_ln(x, shift, scale, row, eps, dtype):
-    """ln_modulate with a row of the tables for each token, as Wan2.2 and diffusers write it."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
-    return (normed.float() * (1 + to_tokens(scale, row, x)) + to_tokens(shift, row, x)).to(dtype)
+class Passes(NamedTuple):
+    forward: Count
+    backward: Count
+    kept: int  # bytes that autograd keeps for the backward pass
 
 
-def per_token_gate(x, h, gate, row):
-    """gate_residual with such a row."""
-    return x + h if gate is None else (x + h * to_tokens(gate, row, x)).to(x.dtype)
+def distinct_bytes(tensors: list) -> int:
+    """Bytes of the tensors among these, each once; an expanded dimension counts as one element."""
+    found = {id(a): a for a in tensors if isinstance(a, Tensor)}.values()
+    return sum(a.itemsize * math.prod(n for n, s in zip(a.shape, a.stride()) if s) for a in found if a.numel())
 
 
-def per_token_residual_ln(x, h, gate, shift, scale, row, eps, dtype):
-    """residual_ln_modulate with such rows."""
-    x = per_token_gate(x, h, gate, row)
-    return per_token_ln(x, shift, scale, row, eps, dtype), x
+class Counter(TorchDispatchMode):
+    """Counts operations as CUDA's eager mode runs them, one launch each; views and allocations are free."""
+
+    FREE = re.compile(r"prim::|aten::(empty|new_empty|_unsafe_view|detach|lift_fresh|_local_scalar_dense|alias)")
+    MATMUL = re.compile(r"aten::(mm|addmm|bmm|_scaled_dot_product)")
+
+    def __init__(self):
+        super().__init__()
+        self.count = Count()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name
+        if "scaled_dot_product" in name:  # two products forward, five backward
+            q, k = args[1:3] if "backward" in name else args[:2]
+            self.count.flops += (10 if "backward" in name else 4) * q.numel() * k.shape[2]
+        elif self.MATMUL.match(name):
+            self.count.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        elif not func.is_view and not self.FREE.match(name):
+            self.count.bytes += distinct_bytes(tree_leaves((args, kwargs))) + distinct_bytes(tree_leaves(out))
+            self.count.launches += 1
+        return out
+
+
+# RMSNorm is one operation on CUDA and six on the CPU. LayerNorm is one on both and stands in for it; it moves and keeps
+# a mean, one number a token, in vain.
+FUSED = mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps))
+
+
+@contextlib.contextmanager
+def unchecked():
+    """As on CUDA, nobody looks at the values of `row` and `start`; fake tensors have none."""
+    with mock.patch.object(modulate, "_check_row"), mock.patch.object(region_dpo, "_check"):
+        yield
+
+
+@contextlib.contextmanager
+def held(inputs: list, parameters: list):
+    """Collects storage -> bytes of what autograd keeps, without what all blocks share: parameters, frozen inputs."""
+    shared = {a.untyped_storage()._cdata for a in (*parameters, *(a for a in inputs if not a.requires_grad))}
+    found = {}
+
+    def pack(a):
+        if a.untyped_storage()._cdata not in shared:
+            found[a.untyped_storage()._cdata] = a.untyped_storage().nbytes()
+        return a
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
+        yield found
+
+
+def run_backward(outputs, inputs: list) -> None:
+    """Gradients of all inputs that ask for one, for gradients of all outputs; making the latter is an allocation."""
+    outputs = [a for a in tree_leaves(outputs) if isinstance(a, Tensor) and a.requires_grad]
+    wanted = [a for a in inputs if a.requires_grad]
+    torch.autograd.grad(outputs, wanted, [torch.empty_like(a) for a in outputs], allow_unused=True)
+
+
+def step(function: Callable, inputs: list, parameters: list = []) -> Passes:
+    """Eager PyTorch. Not counted: a cache that serves an operation what the one before it wrote."""
+    forward, backward = Counter(), Counter()
+    with unchecked(), forward, FUSED, held(inputs, parameters) as kept:
+        outputs = function(*inputs)
+    with backward:
+        run_backward(outputs, [*inputs, *parameters])
+    return Passes(forward.count, backward.count, sum(kept.values()))
+
+
+# ---- the Triton kernels ----------------------------------------------------------------------------------------------
+
+
+def launched(function: Callable, inputs: list, parameters: list = []) -> Passes:
+    """As `step`, and each launch moves its tensors once. Wrong for region_dpo, whose kernels read a part of them."""
+
+    def launch(kernel, grid, args, kwargs):
+        count = _get_current_dispatch_mode().count
+        count.bytes += distinct_bytes(args)
+        count.launches += 1
+
+    with aot.replaced(lambda kernel: aot.StandIn(kernel, launch)):
+        return step(function, inputs, parameters)
+
+
+def executed(function: Callable, inputs: list) -> Passes:
+    """As `step`, and each launch moves what its threads load and store when the emulator runs it.
+
+    Streams count as often as they are asked for; tables and scalars once a launch, as the L2 cache serves the rest.
+    """
+
+    def launch(kernel, grid, args, kwargs):
+        count = _get_current_dispatch_mode().count
+        with _disable_current_modes():
+            emulated = ptx.Emulated(kernel)
+            emulated[grid](*args, **kwargs)
+        count.launches += 1
+        for name, t in emulated.launches[0][2].items():
+            count.bytes += (t.read_once if name in TABLES | SCALARS else t.read) + t.written
+
+    with aot.replaced(lambda kernel: aot.StandIn(kernel, launch)):
+        return step(function, inputs)
+
+
+# ---- Inductor --------------------------------------------------------------------------------------------------------
+
+A800 = SimpleNamespace(major=8, multi_processor_count=108, warp_size=32, max_threads_per_multi_processor=2048)
+
+
+class Counted(Exception):
+    """Ends a compilation before code is generated."""
+
+
+@contextlib.contextmanager
+def an_sm_80_gpu():
+    """Inductor lowers for an A800, as far as its scheduler, on any build of PyTorch, with any GPU or none."""
+    patches = (
+        # "is there Triton for this GPU?" asks the driver
+        (scheduler, "has_triton", lambda *_: True),
+        # sizes by which reductions are split; the current device is asked of CUDA
+        (CudaInterface, "get_device_properties", staticmethod(lambda *_: A800)),
+        (CudaInterface, "get_compute_capability", staticmethod(lambda *_: 80)),
+        (CudaInterface, "is_bf16_supported", staticmethod(lambda *_, **__: True)),
+        (CudaInterface.Worker, "current_device", staticmethod(lambda: 0)),
+        # run for its result's shape alone, it would copy from a fake tensor into a fake view, and fail
+        (reinplace, "_inplace_generalized_scatter", lambda out, source, views: out),
+    )
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))  # a graph found there is not lowered
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
+        yield
+
+
+def _on_cuda(graph: torch.fx.GraphModule, example: list) -> tuple[torch.fx.GraphModule, list]:
+    """A graph that was traced on the CPU, where autograd needs no driver, and its inputs, as if on a GPU."""
+    moved = copy.deepcopy(graph)
+    for node in moved.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda")}
+    moved.recompile()
+    mode = next(a.fake_mode for a in example if hasattr(a, "fake_mode"))
+    with mode:
+        example = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda") for a in example]
+    FakeTensorProp(moved, mode).propagate_dont_convert_inputs(*example)
+    return moved, example
+
+
+def _is_kernel(node) -> bool:
+    """True for a node of the scheduler that moves memory and is neither a matrix product nor attention."""
+    if not isinstance(node, scheduler.ExternKernelSchedulerNode):
+        return not isinstance(node, scheduler.NopKernelSchedulerNode)
+    operation = getattr(node.node, "op_overload", None)  # None: one output of several
+    return operation is not None and not operation.is_view and not Counter.MATMUL.match(operation._schema.name)
+
+
+def inductor(function: Callable, inputs: list, parameters: list = []) -> Passes:
+    """torch.compile, by Inductor's own count: each kernel reads and writes each of its buffers once.
+
+    That is the least that its kernels can move; what they do move, and tables read again, is not counted.
+    """
+    counts = []
+
+    def count(graph: GraphLowering):
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        nodes = [n for n in graph.scheduler.nodes if _is_kernel(n)]
+        counts.append(Count(sum(n.get_read_write_buffers_sizes() for n in nodes), len(nodes)))
+        raise Counted
+
+    def compiler(graph, example, is_backward: bool):
+        before = len(counts)
+        try:
+            with an_sm_80_gpu(), torch.no_grad():
+                compile_fx_inner(*_on_cuda(graph, example), is_backward=is_backward)
+        except Exception:  # Counted, which Inductor wraps in an error of its own
+            if len(counts) == before:
+                raise
+        return make_boxed_func(graph.forward)
+
+    compiled = aot_function(
+        function, *(functools.partial(compiler, is_backward=b) for b in (False, True)),
+        min_cut_rematerialization_partition, decompositions=select_decomp_table(),
+    )  # fmt: skip
+    # in place of code generation: the scheduler's kernels are known, and this machine may have no compiler for them
+    with mock.patch.object(GraphLowering, "compile_to_module", count), unchecked():
+        with held(inputs, parameters) as kept:
+            outputs = compiled(*inputs, *parameters)
+        run_backward(outputs, [*inputs, *parameters])
+    return Passes(*counts, sum(kept.values()))
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One operation at one shape. On the CPU `function` is the definition, and among the kernels' stand-ins ours.
+
+    minimum: bytes that must move forward and backward if everything moves once.
+    """
+
+    name: str
+    function: Callable
+    inputs: Callable[[], list]
+    minimum: tuple[int, int]
+    unit: int = U
+
+
+# The streams that must move forward and backward (x: of x's dtype, h: of h's), and backward besides if the tables are
+# trained; tables read forward and backward. Gradients that are equal are one stream.
+STREAMS = {
+    "ln_modulate": ("xh", "xhx", "", 2, 1),
+    "residual_ln_modulate": ("xhxh", "xhxxh", "h", 3, 2),
+    "residual_ln_modulate, no gate": ("xhxh", "xhxxh", "", 2, 1),
+    "gate_residual": ("xhx", "xh", "h", 1, 1),
+}
+
+
+def modulation_cases(trained: bool, D=WAN.dim, frames=FRAMES, tokens=TOKENS) -> list[Case]:
+    """x, x_out float32; h, y bfloat16, as in the model. trained: the tables ask for gradients."""
+    table, size = ROWS * D * 4, {"x": frames * tokens * D * 4, "h": frames * tokens * D * 2}
+
+    def inputs():
+        streams = [torch.empty(1, frames * tokens, D, dtype=dtype, requires_grad=True) for dtype in (FP32, BF16)]
+        tables = [torch.empty(1, ROWS, D, requires_grad=trained) for _ in range(3)]
+        return [*streams, *tables, (torch.arange(frames) < frames * START // FRAMES).int()[None]]
+
+    cases = []
+    for name, (forward, backward, besides, read, again) in STREAMS.items():
+        least = sum(size[a] for a in forward) + read * table
+        backward_least = sum(size[a] for a in backward + besides * trained) + (again + read * trained) * table
+        call = modulate.FORMS[name][0]
+        cases.append(
+            Case(name, lambda *a, call=call: call(modulate.KERNEL, *a, 1e-6, BF16), inputs, (least, backward_least))
+        )
+    return cases
+
+
+def norm_rope_case(trained: bool, D=WAN.dim, tokens=L, K=128) -> Case:
+    """Queries or keys in bfloat16. trained: the weight's gradient, too."""
+    u, table = tokens * D * 2, tokens * K * 4 + D * 2
+
+    def inputs():
+        weight = torch.empty(D, dtype=BF16, requires_grad=trained)
+        return [torch.empty(1, tokens, D, dtype=BF16, requires_grad=True), weight, torch.empty(tokens, K)]
+
+    return Case("norm_rope", norm_rope.norm_rope, inputs, (2 * u + table, 3 * u + table + trained * D * 2))
+
+
+def dpo_case(shape=LATENT, start=START) -> Case:
+    """One pair. Of what stands before `start` only the gradients' zeros must move."""
+    u = math.prod(shape) * 2
+    kept = u * (shape[2] - start) // shape[2]
+
+    def inputs():
+        v = [torch.empty(shape, dtype=BF16, requires_grad=i < 2) for i in range(4)]
+        return [*v, torch.empty(shape), torch.empty(shape), torch.tensor([start])]
+
+    return Case("region_dpo", lambda *a: region_dpo.region_dpo(*a, 2000.0), inputs, (8 * kept, 6 * kept + 2 * u), u)
+
+
+def real_norm_rope(x, weight, rope, eps=1e-6):
+    """norm_rope_ref without complex numbers, which Inductor makes no code for."""
+    y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+    if rope is not None:
+        real, imaginary = y.unflatten(-1, (-1, rope.shape[-1] // 2, 2)).unbind(-1)
+        cos, sin = rope.unflatten(-1, (-1, 2)).unsqueeze(1).unbind(-1)
+        y = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(2)
+    return y.to(x.dtype)
 
 
 def per_token_block(block: model.Block, x, e0, context, rope):
@@ -83,120 +375,19 @@ def per_token_block(block: model.Block, x, e0, context, rope):
     return x + block.ffn(h) * gate_ff
 
 
-def real_norm_rope(x, weight, rope, eps=1e-6):
-    """norm_rope_ref without complex numbers, which Inductor makes no code for."""
-    y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
-    if rope is not None:
-        real, imaginary = y.unflatten(-1, (-1, rope.shape[-1] // 2, 2)).unbind(-1)
-        cos, sin = rope.unflatten(-1, (-1, 2)).unsqueeze(1).unbind(-1)
-        y = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(2)
-    return y.to(x.dtype)
-
-
-# ---- cases -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Case:
-    """One operation at one shape. minimum: bytes that must move forward and backward if everything moves once."""
-
-    name: str
-    streams: str
-    ways: dict[str, Callable]  # "ours", "eager", "per token": those that there are
-    inputs: Callable[[], list]
-    minimum: tuple[int, int]
-    unit: int = U
-
-
-WAYS = {
-    "ours": (modulate.ln_modulate, modulate.residual_ln_modulate, modulate.gate_residual),
-    "eager": (modulate.ln_modulate_ref, modulate.residual_ln_modulate_ref, modulate.gate_residual_ref),
-    "per token": (per_token_ln, per_token_residual_ln, per_token_gate),
-}
-# name -> call; the streams that must move forward and backward (x: of x's dtype, h: of h's), and backward besides if
-# the tables are trained; tables read forward and backward. Gradients that are equal are one stream.
-FORMS = {
-    "ln_modulate": (lambda f, x, h, g, s, c, row: f[0](x, s, c, row, 1e-6, BF16), "xh", "xhx", "", 2, 1),
-    "residual_ln_modulate": (lambda f, x, h, g, s, c, row: f[1](x, h, g, s, c, row, 1e-6, BF16),
-                             "xhxh", "xhxxh", "h", 3, 2),
-    "residual_ln_modulate, no gate": (lambda f, x, h, g, s, c, row: f[1](x, h, None, s, c, row, 1e-6, BF16),
-                                      "xhxh", "xhxx", "", 2, 1),
-    "gate_residual": (lambda f, x, h, g, s, c, row: f[2](x, h, g, row), "xhx", "xh", "h", 1, 1),
-}  # fmt: skip
-
-
-def modulation_cases(x_dtype, trained: bool, D=WAN.dim, frames=FRAMES, tokens=TOKENS) -> list[Case]:
-    """x, x_out in x_dtype; h, y bfloat16. trained: the tables ask for gradients."""
-    L, table = frames * tokens, ROWS * D * 4
-    size = {"x": L * D * x_dtype.itemsize, "h": L * D * 2}
-
-    def inputs():
-        streams = [torch.empty(1, L, D, dtype=dtype, requires_grad=True) for dtype in (x_dtype, BF16)]
-        tables = [torch.empty(1, ROWS, D, requires_grad=trained) for _ in range(3)]
-        return [*streams, *tables, (torch.arange(frames) < frames * START // FRAMES).int()[None]]
-
-    cases, streams = [], "bf16" if x_dtype == BF16 else "x float32, rest bf16"
-    for name, (call, forward, backward, besides, read, again) in FORMS.items():
-        if name.endswith("no gate") and x_dtype != BF16:
-            backward += "h"  # dx and dh differ in dtype
-        least = sum(size[a] for a in forward) + read * table
-        backward_least = sum(size[a] for a in backward + besides * trained) + (again + read * trained) * table
-        ways = {way: functools.partial(call, functions) for way, functions in WAYS.items()}
-        cases.append(Case(name, streams, ways, inputs, (least, backward_least)))
-    return cases
-
-
-def norm_rope_cases(trained: bool, D=WAN.dim, frames=FRAMES, tokens=TOKENS, K=128) -> list[Case]:
-    """Queries or keys, bfloat16 whatever x is, and the definition in real numbers. trained: the weight's gradient."""
-    L = frames * tokens
-    u, table = L * D * 2, L * K * 4 + D * 2
-
-    def inputs():
-        weight = torch.empty(D, dtype=BF16, requires_grad=trained)
-        return [torch.empty(1, L, D, dtype=BF16, requires_grad=True), weight, torch.empty(L, K)]
-
-    minimum = (2 * u + table, 3 * u + table + trained * D * 2)
-    ways = {"ours": norm_rope.norm_rope, "eager": norm_rope.norm_rope_ref}
-    real = Case("norm_rope" + REAL, "bf16", {"eager": real_norm_rope}, inputs, minimum)
-    return [Case("norm_rope", "bf16", ways, inputs, minimum), real]
-
-
-def dpo_case(shape=LATENT, start=START) -> Case:
-    """One pair. Of what stands before `start` only the gradients' zeros must move."""
-    u = math.prod(shape) * 2
-    kept = u * (shape[2] - start) // shape[2]
-
-    def inputs():
-        v = [torch.empty(shape, dtype=BF16, requires_grad=i < 2) for i in range(4)]
-        return [*v, torch.empty(shape), torch.empty(shape), torch.tensor([start])]
-
-    functions = {"ours": region_dpo.region_dpo, "eager": region_dpo.region_dpo_ref}
-    ways = {way: functools.partial(lambda f, *a: f(*a, 2000.0), f) for way, f in functions.items()}
-    return Case("region_dpo", "v bf16, targets float32", ways, inputs, (8 * kept, 6 * kept + 2 * u), u)
-
-
-def settings() -> dict[str, list[Case]]:
-    """Title of a table -> its cases."""
-    lora, full = norm_rope_cases(False), norm_rope_cases(True)
-    return {
-        "LoRA training: tables frozen, x float32": [*modulation_cases(FP32, False), *lora, dpo_case()],
-        "Full training: tables trained, x float32": [*modulation_cases(FP32, True), *full],
-        "LoRA training, all streams bfloat16": modulation_cases(BF16, False),
-        "Full training, all streams bfloat16": modulation_cases(BF16, True),
-    }
-
-
 def count(case: Case) -> dict[str, Passes]:
     """way -> what the case moves and keeps."""
-    ways = {"ours": counting.executed(case.ways["ours"], case.inputs())} if "ours" in case.ways else {}
-    with counting.fake():
-        ways |= {w: counting.step(f, case.inputs()) for w, f in case.ways.items() if w != "ours"}
-        return ways | {"Inductor": counting.inductor(case.ways["eager"], case.inputs())}
+    ways = {"ours": executed(case.function, case.inputs())}
+    with FakeTensorMode():
+        ways |= {"Inductor": inductor(case.function, case.inputs()), "eager": step(case.function, case.inputs())}
+        if case.name == "norm_rope":
+            ways["Inductor" + REAL] = inductor(real_norm_rope, case.inputs())
+    return ways
 
 
 def count_block(trained: bool) -> dict[str, Passes]:
     """way -> what one block of the 1.3B model in bfloat16 moves and keeps. Adapters are not counted."""
-    with counting.fake():
+    with FakeTensorMode():
         torch.set_default_dtype(BF16)
         block = model.Block(WAN).requires_grad_(trained)
         torch.set_default_dtype(FP32)
@@ -208,59 +399,20 @@ def count_block(trained: bool) -> dict[str, Passes]:
         def compiled(*a):
             return torch.func.functional_call(block, dict(zip(names, a[5:])), a[:5])
 
-        ways = {"per token": counting.step(functools.partial(per_token_block, block), wide, parameters)}
-        for way, modules in (("eager", ()), ("ours without norm_rope", (modulate,)), ("ours", (modulate, norm_rope))):
-            ways[way] = counting.launched(block, inputs, parameters, modules)
-        ways["Inductor"] = counting.inductor(compiled, inputs, parameters)
+        ways = {"per token": step(functools.partial(per_token_block, block), wide, parameters)}
+        ways |= {"eager": step(block, inputs, parameters), "ours": launched(block, inputs, parameters)}
+        ways["Inductor"] = inductor(compiled, inputs, parameters)
         with mock.patch.object(norm_rope, "norm_rope_ref", real_norm_rope):
-            ways["Inductor" + REAL] = counting.inductor(compiled, inputs, parameters)
+            ways["Inductor" + REAL] = inductor(compiled, inputs, parameters)
     return ways
 
 
-# ---- sentences and tables --------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def markdown(sentence: str, head: list[str], rows: list[list]) -> str:
-    """A sentence and the table that it is about."""
+def markdown(head: list[str], rows: list[list]) -> str:
     lines = ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows)]
-    return "\n".join([textwrap.fill(sentence, 120), "", *lines, ""])
-
-
-def less(ours: float, other: float) -> str:
-    """How many per cent, in words."""
-    percent = round(100 * (1 - ours / other))
-    return f"{abs(percent)} % {'less' if percent > 0 else 'more'} than" if percent else "as much as"
-
-
-def traffic_sentence(results: list) -> str:
-    """Where Inductor moves less than ours; the largest multiples of the minimum; Inductor's real norm_rope."""
-    pairs = [(c, side, {way: p[side].bytes for way, p in ways.items()}) for c, ways in results for side in (0, 1)]
-    more = [f"{c.name} {SIDES[side]}" for c, side, b in pairs if b.get("ours", 0) > 1.01 * b["Inductor"]]
-    never = f"moves more than Inductor in {', '.join(more)}" if more else "never moves more than Inductor (to 1 %)"
-    most = [max(b[way] / c.minimum[side] for c, side, b in pairs if way in b) for way in ("ours", "Inductor", "eager")]
-    text = f"Operation by operation ours {never}. Ours moves at most {most[0]:.2f} times the minimum, Inductor at most "
-    text += f"{most[1]:.2f}, eager at most {most[2]:.2f}."
-    real, ours = ([b for c, _, b in pairs if c.name == name] for name in ("norm_rope" + REAL, "norm_rope"))
-    if real:
-        ratio = [f"{r['Inductor'] / o['ours']:.2f} ({side})" for r, o, side in zip(real, ours, SIDES)]
-        text += f" With a real rotation Inductor's norm_rope moves {' and '.join(ratio)} times what ours does."
-    return text
-
-
-def traffic_table(results: list) -> str:
-    """A row for each case and pass: bytes in units and in multiples of the minimum, launches, memory kept."""
-    rows, columns = [], ("ours", "Inductor", "eager", "per token")
-    for case, ways in results:
-        for side, name in enumerate(SIDES):
-            least, moved = case.minimum[side], {way: passes[side] for way, passes in ways.items()}
-            bytes_ = {way: f"{c.bytes / case.unit:.2f} u, {c.bytes / least:.2f}x" for way, c in moved.items()}
-            again = f"{(moved['ours'].bytes + moved['ours'].again) / case.unit:.2f} u" if "ours" in moved else ""
-            launches = " / ".join(str(moved[w].launches) if w in moved else "-" for w in columns)
-            kept = " / ".join(f"{ways[w].kept / 1e6:.1f}" if w in ways else "-" for w in columns) if side == 0 else ""
-            cells = [bytes_.get("ours", ""), again, *(bytes_.get(w, "") for w in columns[1:]), launches, kept]
-            rows.append([case.name, name, f"{least / case.unit:.2f} u", *cells])
-    head = ["operation", "", "minimum", "ours", "ours, tables each time", *columns[1:]]
-    return markdown(traffic_sentence(results), [*head, "launches, in this order", "MB kept, in this order"], rows)
+    return "\n".join([*lines, ""])
 
 
 def block_table(ways: dict[str, Passes]) -> str:
@@ -269,147 +421,93 @@ def block_table(ways: dict[str, Passes]) -> str:
     moved = {way: sum(c.bytes for c in passes[:2]) for way, passes in ways.items()}
     seconds = {way: WAN.num_layers * b / BANDWIDTH for way, b in moved.items()}
     saved = {way: 100 * (s - seconds["ours"]) / (s + products) for way, s in seconds.items()}
-    kept = {way: passes.kept for way, passes in ways.items()}
-    real, without = "Inductor" + REAL, "ours without norm_rope"
-    step = {way: f"{round(percent)} %" for way, percent in saved.items()}
-    size = {way: less(moved["ours"], b) for way, b in moved.items()}
-    memory = 100 * (1 - kept["ours"] / kept["per token"])
-    text = f"""Predicted: the kernels save about {step["eager"]} of a step over eager, about {step["Inductor"]} over
-        torch.compile of the definitions, and about {step[real]} over it where the rotation is written in real numbers.
-        They move {size["eager"]} eager, {size["Inductor"]} Inductor, {size[real]} Inductor with a real rotation, and
-        {size[without]} they would without norm_rope's. Over a row a token the larger gain is
-        {"memory" if memory > saved["per token"] else "time"}: {memory:.0f} % of what is kept, and about
-        {step["per token"]} of a step; they keep {less(kept["ours"], kept["Inductor"])} torch.compile."""
+    percent = {way: round(p) for way, p in saved.items()}
+    memory = round(100 * (1 - ways["ours"].kept / ways["per token"].kept))
+    text = f"""Predicted: the kernels save {percent["eager"]} % of a step over eager, {percent["Inductor"]} % over
+        torch.compile of the definitions, {percent["Inductor" + REAL]} % over it where the rotation is written in real
+        numbers. Over a row for each token they save {percent["per token"]} % of a step and {memory} % of the memory
+        that is kept."""
     rows = [[way, *(f"{c.bytes / U:.1f}" for c in passes[:2]), f"{moved[way] / U:.1f}",
-             sum(c.launches for c in passes[:2]), f"{kept[way] / 1e6:.1f}",
+             sum(c.launches for c in passes[:2]), f"{passes.kept / 1e6:.1f}",
              f"{1e3 * seconds[way]:.0f} + {1e3 * products:.0f}",
              "" if way == "ours" else f"{saved[way]:.1f} %"] for way, passes in ways.items()]  # fmt: skip
     head = ["one block", "forward, u", "backward, u", "sum, u", "launches", "MB kept", "a step, ms", "of it ours saves"]
-    return markdown(" ".join(text.split()), head, rows)
+    sentence = textwrap.fill(" ".join(text.split()).replace(" %", "\N{NO-BREAK SPACE}%"), 100)
+    return f"{sentence}\n\n{markdown(head, rows)}"
 
 
-def sectors_table(results: list) -> str:
-    """The streams of the kernels in these cases, by dtype, direction and ratio (counting._sectors)."""
-    groups, found = {}, [c.sectors for _, ways in results if "ours" in ways for c in ways["ours"][:2]]
-    for what, module, name, ratio in sorted(set().union(*found)):
-        groups.setdefault((what, f"{ratio:.2f}"), []).append(f"{module}.{name}")
-    more = [f"{what} of {', '.join(names)}: {ratio}" for (what, ratio), names in groups.items() if float(ratio) > 1.01]
-    sentence = f"More than once: {'; '.join(more) or 'none'}. All other streams: once."
-    rows = [[*group, ", ".join(names)] for group, names in groups.items()]
-    return markdown(sentence, ["", "bytes of sectors touched / bytes asked for", "streams"], rows)
-
-
-def specialisations(D: int) -> dict[tuple, tuple]:
-    """(kernel, streams) -> its launch on NVIDIA GPUs, and on AMD's: of every case at this width, each once."""
-    cases = [c for x in (BF16, FP32) for trained in (True, False) for c in modulation_cases(x, trained, D)]
-    cases += [norm_rope_cases(trained, D)[0] for trained in (True, False)] + [dpo_case()] * (D == WAN.dim)
-    found = {}
-    for case in cases:
-        launches, amd = (counting.recorded(case.ways["ours"], case.inputs(), hip) for hip in (None, "6"))
-        sums = any(kernel.__name__ == "_fold_kernel" for kernel, *_ in launches)
-        for launch, other in zip(launches, amd):
-            name = launch[0].__name__.strip("_").removesuffix("_kernel")
-            label = f"{case.name}: {name}" + " with sums" * (sums and name == "backward"), case.streams
-            label = (f"{launch[0].fn.__module__.split('.')[-1]}: fold", "float32") if name == "fold" else label
-            found.setdefault(label, (launch, other))
-    return found
+def traffic_table(cases: list[Case]) -> str:
+    """A row for each case and pass: bytes in units and in multiples of the minimum, launches, memory kept."""
+    rows, columns = [], ("ours", "Inductor", "eager")
+    for case in tqdm(cases, "operations", unit="case"):
+        ways = count(case)
+        for side, name in enumerate(("forward", "backward")):
+            least, moved = case.minimum[side], {way: passes[side] for way, passes in ways.items()}
+            cells = {way: f"{c.bytes / case.unit:.2f} u, {c.bytes / least:.2f}x" for way, c in moved.items()}
+            real = f" ({moved['Inductor' + REAL].bytes / case.unit:.2f} u{REAL})" if "Inductor" + REAL in ways else ""
+            cells["Inductor"] += real
+            launches = " / ".join(str(moved[w].launches) for w in columns)
+            kept = "" if side else " / ".join(f"{ways[w].kept / 1e6:.1f}" for w in columns)
+            rows.append([case.name, name, f"{least / case.unit:.2f} u", *map(cells.get, columns), launches, kept])
+    head = ["operation", "", "minimum", *columns, "launches, in this order", "MB kept, in this order"]
+    return markdown(head, rows)
 
 
 def compiled_table() -> str:
-    """All kernels at the 1.3B model's width; at the 14B model's, those that spill."""
-    rows, text, amd, targets = [], "", [], ("sm_80", "sm_90")
+    """Every kernel that these cases launch, at the widths of the 1.3B and the 14B model."""
+    found = {}
     for D in (WAN.dim, model.PRESETS["14b"].dim):
-        kernels, spilling = specialisations(D), 0
-        for label, (launch, other) in tqdm(kernels.items(), f"compiled code, D = {D}", unit="kernel"):
-            registers, spilled = zip(*(counting.registers(launch, target) for target in targets))
-            spilling += any(spilled)
-            amd.append(counting.compiles_for_amd(other))
-            if any(spilled) or D == WAN.dim:
-                numbers = registers, spilled, [counting.wide_accesses(launch, target) for target in targets]
-                rows.append([*label, D, *(" / ".join(map(str, both)) for both in numbers)])
-        spilled = f"{spilling} spill registers and the others do not" if spilling else "none spills registers"
-        text += f"Of {len(kernels)} kernels at D = {D} {spilled}. "
-    text += f"{'All' if all(amd) else sum(amd)} of these {len(amd)} compile for AMD's gfx942."
-    head = ["kernel", "streams", "D", "registers, sm_80 / sm_90", "spilled bytes a thread", "16-byte accesses"]
-    return markdown(text, head, rows)
+        for trained in (True, False):
+            cases = [*modulation_cases(trained, D, 3, 48), norm_rope_case(trained, D, 144)]
+            for case in [*cases, dpo_case()] if D == WAN.dim and not trained else cases:
+                inputs = case.inputs()
+                with aot.recorded() as launches, unchecked():
+                    run_backward(case.function(*inputs), inputs)
+                for kernel, args, kwargs in launches:
+                    module, name = kernel.fn.__module__.split(".")[-1], kernel.__name__.strip("_").split("_")[0]
+                    sums = " with sums" * (trained and name == "backward")
+                    label = f"{module if name == 'fold' else case.name}: {name}{sums}"
+                    found.setdefault((label, D), (kernel, args, kwargs))
+    rows = []
+    for label, launch in tqdm(found.items(), "compiled code", unit="kernel"):
+        compiled = [aot.compile_launch(*launch, target) for target in ("sm_80", "sm_90")]
+        numbers = [(c.resources["reg"], c.resources["stack"] + c.resources["local"], c.warps) for c in compiled]
+        rows.append([*label, compiled[0].num_warps, *(" / ".join(map(str, both)) for both in zip(*numbers))])
+    head = ["kernel", "D", "warps a program", "registers a thread", "spilled bytes a thread", "warps a multiprocessor"]
+    return markdown(head, rows)
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+MARK = "## The numbers\n"  # from here on kernels/README.md is written by this file
+MADE = """
+Made by `python -m bench.traffic --write` with torch {torch} and triton {triton}: do not edit.
+1 u is one (tokens, D) bfloat16 stream, {u:.1f} MB; for `region_dpo` one bfloat16 prediction, {prediction:.2f} MB.
+A table of six rows for each token is {wide:.0f} MB a block, of two rows {narrow:.0f} KB.
 
-HEAD = """# The kernels, counted
-
-Made by `python bench/traffic.py --write`: do not edit. {made}.
-
-No GPU was used. **executed**: on the PTX emulator of `tests/ptx.py`, which counts bytes. **counted**: from traced
-operations or compiled code. **predicted**: arithmetic from bandwidth; nobody ran it on a GPU.
-
-Shape: Wan2.1-1.3B at 49x288x512, one sample: 13 latent frames of 576 tokens, D = 1536, two rows in a table. 1 u is one
-(tokens, D) bfloat16 stream, {u:.1f} MB; for `region_dpo` one bfloat16 prediction, {prediction:.2f} MB.
-In the model x is float32, h and y are bfloat16.
-
-- **minimum** (counted): each stream that must be read is read once, each result is written once, tables are read once.
-- **ours** (executed; of a block counted): streams as requested, a table's distinct bytes once, partial sums written and
-  read. Two rows are {rows:.0f} KB and stay in L2; "tables each time" counts every read, as L2 sees it.
-- **eager** (counted): the definitions. **per token** (counted): a row a token in float32, as Wan2.2 and diffusers do.
-- **Inductor** (counted): the kernels that torch.compile's scheduler forms of the definitions for an A800 (sm_80), each
-  buffer read or written once a kernel, the least that they can move. It makes no code for complex numbers: the
-  definition's rotation stays eager. "Real rotation" is the definition in real numbers.
-- **kept** (counted): storages that autograd holds for backward, without parameters and what all blocks share.
-
-## One block and a step (counted; times predicted)
-
-Everything but matrix products and attention; LoRA's own operations are left out. Under Inductor a whole block also
-fuses what the kernels leave to PyTorch, such as sums of gradients. A table of six rows a token is {wide:.0f} MB
-a block, of two rows {narrow:.0f} KB. A step: 30 blocks, forward and backward of one sample, without checkpointing (with
-it one block is kept at a time); these operations at 85 % of an A800's nominal 2.04 TB/s + products and attention at
-half of its 312 TFLOP/s.
-"""
-TRAFFIC = """## Traffic of each operation (ours: executed; the rest: counted)
-
-Launches of `region_dpo` include those that check `start`.
-"""
-SECTORS = """## float32 streams and sectors (executed)
-
-Memory is addressed in sectors of 32 bytes. A lane that owns eight columns loads its eight float32 in two instructions,
-and both touch the sector: L1 has to keep it in between. Bytes of the sectors that the instructions of a warp touch,
-over the bytes asked for; x float32, streams of 64 KB and more:
-"""
-COMPILED = """## Compiled code (counted)
-
-Two numbers: sm_80 / sm_90. 16-byte accesses: of the global loads and stores in the machine code; a loop's count once.
+### One block and a step (counted; times predicted)
 """
 
 
 def page() -> str:
-    """The whole page, as Markdown."""
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    made = f"torch {torch.__version__}, triton {version('triton')}, commit {git.stdout.strip() or 'unknown'}"
-    row = WAN.dim * 4
-    sizes = {"u": U / 1e6, "prediction": math.prod(LATENT) * 2 / 1e6, "rows": ROWS * row / 1e3}
-    parts = [HEAD.format(made=made, wide=6 * L * row / 1e6, narrow=6 * ROWS * row / 1e3, **sizes)]
+    """The numbers, as Markdown."""
+    row, made = WAN.dim * 4, {"torch": torch.__version__, "triton": version("triton")}
+    sizes = {"u": U, "prediction": math.prod(LATENT) * 2, "wide": 6 * L * row, "narrow": 6 * ROWS * row * 1e3}
+    parts = [MARK + MADE.format(**made, **{name: size / 1e6 for name, size in sizes.items()})]
     for title in tqdm(("LoRA", "Full"), "one block", unit="block"):
-        parts += [f"### {title} training\n", block_table(count_block(title == "Full"))]
-    parts.append(TRAFFIC)
-    mixed = []
-    for title, cases in settings().items():
-        results = [(case, count(case)) for case in tqdm(cases, title, unit="case")]
-        parts += [f"### {title}\n", traffic_table(results)]
-        mixed += results if "x float32" in title else []
-    return "\n".join([*parts, SECTORS, sectors_table(mixed), COMPILED, compiled_table()])
+        parts += [f"#### {title} training\n", block_table(count_block(title == "Full"))]
+    for title, trained in (("LoRA training: tables frozen", False), ("Full training: tables trained", True)):
+        cases = [*modulation_cases(trained), norm_rope_case(trained), *[dpo_case()] * (not trained)]
+        parts += [f"### Each operation. {title} (ours: executed; the rest: counted)\n", traffic_table(cases)]
+    return "\n".join([*parts, "### Compiled code (counted): sm_80 / sm_90\n", compiled_table()])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write kernels/README.md")
-    write = parser.parse_args().write
-    try:
-        counting.check()
-    except RuntimeError as error:
-        sys.exit(f"bench/traffic.py cannot count here: {error}")
-    text = page()
+    write, text = parser.parse_args().write, page()
     print(text)
     if write:
-        (ROOT / "kernels/README.md").write_text(text, encoding="utf-8")
+        file = ROOT / "kernels/README.md"
+        file.write_text(file.read_text(encoding="utf-8").split(MARK)[0] + text, encoding="utf-8")
 
 
 if __name__ == "__main__":

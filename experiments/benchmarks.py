@@ -1,38 +1,34 @@
 """Videos of a benchmark's prompts, named as the benchmark reads them, and the command line that measures them.
 
-    python evaluate.py --vbench VBench/prompts/prompts_per_dimension --out out/vbench --preset 1.3b --base $BASE \\
-        --lora out/aligned
-    python evaluate.py --phygenbench PhyGenBench/PhyGenBench/prompts.json --out out/phygenbench …
-    python evaluate.py --videogen-eval VideoAlign/datasets/video_eval_prompts/videogen_eval.csv --out out/videogen …
+    python -m experiments.benchmarks --vbench VBench/prompts/prompts_per_dimension --preset 1.3b --base $BASE \\
+        --lora out/aligned --out out/vbench
+    python -m experiments.benchmarks --phygenbench PhyGenBench/PhyGenBench/prompts.json --out out/phygenbench …
+    python -m experiments.benchmarks --videogen-eval VideoAlign/datasets/video_eval_prompts/videogen_eval.csv …
 
-    VBench         the paper's six dimensions: three of its prompt lists, 251 prompts, of each samples 0 to 4. A prompt
+    VBench         the paper's six dimensions: three of its prompt lists, 251 prompts, samples 0 to 4 of each. A prompt
                    in two lists is sampled once. Other lists are its custom input, measured in all six dimensions
     PhyGenBench    a folder for each sample, to be measured one after the other. Its scripts hold paths, the model's
                    name and the key for GPT-4o, and there are others for open models: read its README first
     VideoGen-Eval  VideoReward's scores of each video; with one seed, two models are compared video by video
 
-Nothing of them is imported: each wants an environment of its own, with its repository and its weights.
+None of them is imported: each needs an environment of its own, with its repository and its weights.
 
 In    the prompts from the benchmark's repository; a model folder, LoRAs and a codec as sample.py takes them
-Out   videos/, the mp4 files at 16 fps and nothing else; prompts.jsonl: video, prompt, sample and seed, of which the
-      noise is drawn, so every model gets the same; COMMAND.txt
-Cost  nfe forwards a sample, twice that with guidance: --dry-run counts it
+Out   videos/, the mp4 files at 16 fps and nothing else; prompts.jsonl: video, prompt, sample and seed; COMMAND.txt. The
+      noise depends on seed, prompt and sample alone, so every model gets the same
+Cost  nfe forwards a sample, twice that with guidance
 """
 
-import csv
 import dataclasses
-import hashlib
-import io
 import json
 import shlex
-import sys
-import unicodedata
 from pathlib import Path
 
-import generate
-import model
-from runtime import run as common
-from runtime.run import UserError
+import sample
+from kernels.modulate import implementation
+from runtime.files import read_csv, read_text, write_text
+from runtime.group import start_group
+from runtime.options import UserError, option, program, resolve
 
 VBENCH = {  # prompt list -> the paper's dimensions that are measured on it: Vchitect/VBench, prompts/README.md
     "overall_consistency": ("overall_consistency", "aesthetic_quality", "imaging_quality"),
@@ -43,33 +39,28 @@ LONGEST = 240  # bytes of a file name: file systems take 255, its temporary name
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(generate.Options):
+class Config(sample.Options):
     """Samples the videos of a benchmark's prompts."""
 
     vbench: str = ""  # folder of VBench's prompts_per_dimension, or text files of prompts, separated by commas
     phygenbench: str = ""  # PhyGenBench's prompts.json, or a csv
     videogen_eval: str = ""  # VideoAlign's videogen_eval.csv
-    samples: int = 5  # samples a prompt
-    out: str = "out/benchmark"  # folder to write
+    samples: int = option(5, least=1)  # samples a prompt
+    out: str = option("out/benchmark", neutral=True)  # folder to write
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> str:
-    """Its text without a byte order mark. UserError if there is none."""
-    return common.read_text(path).removeprefix("\ufeff")
-
-
 def read_lists(given: str) -> dict[Path, list[str]]:
     """Text files -> their prompts, a line each, stripped as VBench does. A folder stands for the three lists of VBENCH.
 
-    UserError for a file that is not there, is no text or has no prompt.
+    UserError for a file that cannot be read or has no prompt.
     """
     paths = [Path(entry.strip()) for entry in given.split(",")]
     if len(paths) == 1 and paths[0].is_dir():
         paths = [paths[0] / f"{name}.txt" for name in VBENCH]
-    lists = {path: [line.strip() for line in read(path).split("\n") if line.strip()] for path in paths}
+    lists = {path: [line.strip() for line in read_text(path).split("\n") if line.strip()] for path in paths}
     if empty := [path for path, prompts in lists.items() if not prompts]:
         raise UserError(f"{empty[0]}: expected a prompt on each line, got none")
     return lists
@@ -78,44 +69,20 @@ def read_lists(given: str) -> dict[Path, list[str]]:
 def read_column(path: Path) -> list[str]:
     """The column `prompt`, or else `caption`, of a csv table, or that key of a json list's objects.
 
-    UserError for a file that is neither, has no such column or no prompt, or a row without one.
+    UserError for another file, for one without rows, and for a row without a prompt.
     """
-    content = read(path)
     try:
-        rows = json.loads(content) if path.suffix == ".json" else list(csv.DictReader(io.StringIO(content, newline="")))
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: expected a csv table or a json list, got: {error}") from None
+        rows = json.loads(read_text(path)) if path.suffix == ".json" else read_csv(path)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: expected a json list, got: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a table with a prompt in each row, got none")
     # caption: OpenGVLab/PhyGenBench, PhyGenBench/prompts.json; prompt: KwaiVGI/VideoAlign, datasets/video_eval_prompts
-    column = next((name for name in ("prompt", "caption") if name in rows[0]), None)
-    if column is None:
-        raise UserError(f"{path}: expected a column prompt or caption, got {', '.join(map(str, rows[0]))}")
-    prompts = [row.get(column) for row in rows]
+    prompts = [row.get("prompt", row.get("caption")) for row in rows]
     for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path} row {number}: expected a prompt in column {column}, got {prompt!r}")
+            raise UserError(f"{path} row {number}: expected a text in its column prompt or caption, got {prompt!r}")
     return prompts
-
-
-def check_names(prompts: list[str]) -> None:
-    """UserError unless each prompt can be the beginning of a file's name, and of no other one's."""
-    # build_full_info_json in vbench/__init__.py of Vchitect/VBench: it looks for "{prompt}-{i}" in the folder's listing
-    found: dict[str, str] = {}
-    for prompt in prompts:
-        size = len(f"{prompt}-00.mp4".encode())
-        if "/" in prompt or "\0" in prompt or size > LONGEST:
-            got = f"a name of {size} bytes" if size > LONGEST else "a character that no name has"
-            raise UserError(
-                f"--vbench: expected prompts that can be file names, up to {LONGEST} bytes and without '/', got {got}: "
-                f"{prompt[:60]!r}; VBench finds a video by its prompt, and would leave this one out"
-            )
-        same = unicodedata.normalize("NFC", prompt).casefold() if sys.platform in ("darwin", "win32") else prompt
-        if (other := found.setdefault(same, prompt)) != prompt:
-            raise UserError(
-                f"--vbench: expected a file name for each prompt, got one for {other!r} and {prompt!r}, which "
-                f"{sys.platform} does not tell apart; use Linux"
-            )
 
 
 # ---- benchmarks: each gives its prompts, the name of a video, and the command ----------------------------------------
@@ -125,7 +92,12 @@ def vbench(cfg, out: Path) -> tuple[list[str], str, str]:
     """VBench's: the lists' own dimensions, or all six of its custom input. UserError for a prompt that is no name."""
     lists = read_lists(cfg.vbench)
     prompts = list(dict.fromkeys(prompt for part in lists.values() for prompt in part))  # one may stand in two
-    check_names(prompts)
+    # build_full_info_json in vbench/__init__.py of Vchitect/VBench: it looks for "{prompt}-{i}" in the folder's listing
+    for prompt in prompts:
+        size = len(f"{prompt}-00.mp4".encode())
+        if "/" in prompt or "\0" in prompt or size > LONGEST:
+            expected = f"expected prompts that can be file names, up to {LONGEST} bytes and without '/'"
+            raise UserError(f"--vbench: {expected}, got {prompt[:60]!r} and {size} bytes; VBench looks for such names")
     own = any(path.stem not in VBENCH for path in lists)
     dimensions = [d for name in VBENCH for d in VBENCH[name] if own or name in {path.stem for path in lists}]
     # vbench/cli/evaluate.py of Vchitect/VBench hands --dimension on unquoted: the names in one argument, spaces between
@@ -164,18 +136,14 @@ BENCHMARKS = {"vbench": vbench, "phygenbench": phygenbench, "videogen_eval": vid
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg = common.resolve(cfg, generate.PRESETS)
-    generate.check(cfg)
+    cfg = resolve(cfg, sample.PRESETS)
+    sample.check(cfg)
     asked = [name for name in BENCHMARKS if getattr(cfg, name)]
     if len(asked) != 1:
         raise UserError(f"expected one of --{', --'.join(BENCHMARKS)}, got {', '.join(asked) or 'none'}")
     prompts, pattern, command = BENCHMARKS[asked[0]](cfg, Path(cfg.out).absolute())
-    if cfg.dry_run:
-        return generate.dry_run(cfg, f"evaluate --{asked[0]}", cfg.samples * len(prompts))
-    group = common.start_group()
-    inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text")}
-    inputs |= {str(file): file for file in model.lora_files(cfg.lora)}
-    run = common.Run(cfg, "evaluate", group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
+    group = start_group(implementation)
+    run = sample.start(cfg, "experiments.benchmarks", group, prompts)
 
     # ---- sample. In videos/ there is nothing else: VBench takes the first file's suffix for all (vbench/__init__.py)
     rows = [
@@ -185,12 +153,16 @@ def main(cfg: Config) -> None:
     ]
     if not run.done:
         jobs = [(row["video"], row["prompt"], ("benchmark", cfg.seed, row["prompt"], row["sample"])) for row in rows]
-        generate.write_videos(cfg, run, jobs)
+        sample.write_videos(cfg, run, jobs)
         group.barrier()
         if group.main:
-            common.write_text(run.folder / "COMMAND.txt", command + "\n")
-            for cut in (run.folder / "videos").rglob(".*.tmp"):  # by a kill; it would hide the videos from VBench
+            write_text(run.folder / "COMMAND.txt", command + "\n")
+            for cut in (run.folder / "videos").rglob(".*.tmp"):  # left by a kill; it would hide the videos from VBench
                 cut.unlink()
-        generate.finish(run, rows)
+        sample.finish(run, rows)
     if group.main:
         print(f"next, in the benchmark's own environment:\n{command}")
+
+
+if __name__ == "__main__":
+    program(main, Config, __doc__)

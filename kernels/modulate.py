@@ -1,33 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
 """Per-frame timestep modulation (adaLN): residual, gate, LayerNorm, scale and shift in one pass, forward and backward.
 
     ln_modulate           y     = LN(x) * (1 + scale[row]) + shift[row]
     residual_ln_modulate  x_out = x + gate[row] * h,   y = LN(x_out) * (1 + scale[row]) + shift[row]
     gate_residual         x_out = x + gate[row] * h
 
-LN has no affine part; its statistics, the modulation and every product with it are float32, whatever the
-streams' dtypes.
+LN has no affine part. Its statistics, the modulation and all products are float32, whatever the streams' dtypes.
 
-Where it is used: every block of model.py. `row (B, F)` says which row of the table `(B, R, D)` a latent frame takes:
+Where it is used: every block of model.py. `row (B, F)` says which row of the tables `(B, R, D)` a latent frame takes:
 
     R = 1, row = 0          the ordinary DiT, one time for the clip
     R = 2, row = cond_mask  the continuation model: row 0 is time t, row 1 is time 0 (the given, clean frames)
     R = F, row = 0 .. F-1   any time for each frame
 
-Why fused: each of these is bound by memory traffic, and PyTorch's separate operations move about three times the bytes
-that are needed, ten times in bfloat16 (kernels/README.md counts them). The table is never expanded to the
-L = F * (tokens a frame) tokens: a program works on tokens of one frame and loads that frame's row once. At Wan2.1-1.3B
-and 49x288x512 it is, by arithmetic, 74 KB a sample and block at R = 2; one row for each token is 276 MB.
+How to call it elsewhere:
 
-Kept for backward: the normed stream (x or x_out), two float32 numbers a token, and h only if a table needs a gradient.
-Gradients of the tables are partial sums, one a program, folded by a second kernel: no atomics, the same bits every run.
+    from modulate import gate_residual, ln_modulate, residual_ln_modulate
+    row = cond_mask.int()                                          # (B, F)
+    shift, scale, gate = tables.float().unbind(2)                  # (B, R, 3, D) -> three (B, R, D)
+    h = attention(ln_modulate(x, shift, scale, row))               # x (B, L, D), L = F * tokens a frame
+    y, x = residual_ln_modulate(x, h, gate, shift, scale, row)
+    x = gate_residual(x, mlp(y), gate, row)
 
-`python modulate.py` checks and times the file. The functions named `*_ref` are the definition, in PyTorch: they run on
-CPU, and on CUDA with KERNELS=torch in the environment. The file needs torch, and on CUDA triton; it works copied alone.
+Why fused: memory traffic is the cost. PyTorch's separate operations move about three times the bytes that are needed,
+and ten times in bfloat16 (kernels/README.md counts them). The tables are never expanded to L tokens: a program works on
+tokens of one frame and loads that frame's row once. At Wan2.1-1.3B and 49x288x512 six tables of two rows are 74 KB a
+sample and block; a row for each token would be 276 MB.
+
+Limits: D up to 8192; streams bfloat16, float16 or float32; no second derivative. Backward keeps the normed stream (x or
+x_out), two float32 numbers a token, and h only if a table needs a gradient. The tables' gradients are partial sums, one
+a program, which a second kernel adds up: no atomics, the same bits every run.
+
+`python modulate.py` checks and times the file. The functions named `*_ref` are the definition, in PyTorch. They run on
+the CPU, and on CUDA if KERNELS=torch is in the environment. The file needs torch, and on CUDA triton; it works alone.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +47,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ImportError:  # no Triton for this platform: the definitions remain
-
-    def jit(function):
-        return function
-
     triton = tl = None
+jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definitions on every device
 MAX_WIDTH = 8192  # largest D
@@ -55,12 +61,12 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _wide(a: Tensor) -> Tensor:
-    """float32, or float64 where that is what came in: nothing is computed in less."""
+    """float32, or float64 if a is float64: nothing is computed in less."""
     return a if a.dtype == torch.float64 else a.float()
 
 
 def _take(table: Tensor, row: Tensor) -> Tensor:
-    """Rows of a table: (B, R, D), (B, F) -> (B, F, 1, D), ready to broadcast over a frame's tokens."""
+    """Each frame's row of a table: (B, R, D), (B, F) -> (B, F, 1, D), which broadcasts over the frame's tokens."""
     if table.shape[1] == 1 or table.stride(1) == 0:  # one row, or one row expanded: nothing to gather
         return _wide(table[:, :1]).unsqueeze(1)
     index = row.long().unsqueeze(-1).expand(-1, -1, table.shape[-1])
@@ -91,7 +97,7 @@ def residual_ln_modulate_ref(
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
-# An argument that is None is left out when the kernel is compiled: one kernel serves the three functions.
+# Triton compiles an argument that is None away: one kernel serves the three functions.
 
 
 @jit
@@ -211,15 +217,10 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [n for a in tensors for n in ((0, 0) if a is None else a.stride()[:2])]
 
 
-# Registers a thread, forward and backward, that hold what a program works on without spilling, for streams of two bytes
-# and for float32 ones: ptxas takes more if it may, and fewer programs then run side by side.
-REGISTERS = {"gate": ((32, 40), (40, 40)), "ln": ((40, 64), (40, 64)), "residual": ((48, 80), (64, 128))}
+def _sizes(x: Tensor, row: Tensor, sums: bool = False) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
+    """Grid, the sizes that the kernels take, and their options. sums: does the kernel add up the tables' gradients?
 
-
-def _sizes(x: Tensor, row: Tensor, form: str, *streams: Tensor | None, sums: bool | None = None):
-    """Grid, the sizes that the kernels take, and their options. sums: None forward; backward, with sums for the tables?
-
-    Fewer tokens a program make more programs, but each program's sums are as long as three tokens' rows.
+    Fewer tokens a program make more programs, but each program's sums cost as much as three tokens.
     """
     B, L, D = x.shape
     frames = row.shape[1]
@@ -227,16 +228,13 @@ def _sizes(x: Tensor, row: Tensor, form: str, *streams: Tensor | None, sums: boo
     block = max(16, triton.next_power_of_2(D))
     nvidia = torch.version.hip is None
     # eight columns a thread: 16-byte accesses; the sums of more than 4096 columns do not fit a 1024-thread program
-    threads = min(block // 8, 512 if sums or not nvidia else 1024)
+    threads = min(block // 8, 1024 if nvidia and not sums else 512)
     options = {"BLOCK_D": block, "TOKENS": tokens, "num_warps": max(threads // (32 if nvidia else 64), 1)}
-    if nvidia and threads * 8 >= block and not torch.compiler.is_compiling():  # which knows num_warps, not maxnreg
-        wide = any(a is not None and a.element_size() > 2 for a in streams)
-        options["maxnreg"] = min(REGISTERS[form][wide][sums is not None], 65536 // max(threads, 32))
     return (B * frames, triton.cdiv(L // frames, tokens)), (frames, L // frames, D), options
 
 
 class _Modulate(torch.autograd.Function):
-    """(y, x_out) of x, h, gate, shift, scale; without shift and scale (x_out,), without h (y,): no None."""
+    """(y, x_out) of x, h, gate, shift, scale; (x_out,) without shift and scale, (y,) without h."""
 
     @staticmethod
     def forward(ctx, x, h, gate, shift, scale, row, eps, dtype):
@@ -248,33 +246,31 @@ class _Modulate(torch.autograd.Function):
         if scale is not None:
             y = x.new_empty(B, L, D, dtype=dtype or x.dtype)
             mean, rstd = x.new_empty(2, B, L, dtype=torch.float32)
-        form = "gate" if y is None else "ln" if h is None else "residual"
-        grid, sizes, options = _sizes(x, row, form, x, h, y)
+        grid, sizes, options = _sizes(x, row)
         _forward_kernel[grid](
             x, h, gate, shift, scale, row, y, x_out, mean, rstd,
             *_strides(gate, shift, scale, row), *sizes, eps, **options,
         )  # fmt: skip
-        tables = any(ctx.needs_input_grad[2:5])
+        ctx.tables = any(ctx.needs_input_grad[2:5])
         normed = None if y is None else x if h is None else x_out
-        ctx.save_for_backward(normed, h if tables and gate is not None else None, gate, scale, row, mean, rstd)
-        ctx.tables, ctx.form, ctx.x_dtype, ctx.h_dtype = tables, form, x.dtype, None if h is None else h.dtype
-        ctx.table_dtypes = [None if a is None else a.dtype for a in (gate, shift, scale)]
+        ctx.save_for_backward(normed, h if ctx.tables and gate is not None else None, gate, scale, row, mean, rstd)
+        ctx.dtypes = [None if a is None else a.dtype for a in (x, h, gate, shift, scale)]
         return tuple(a for a in (y, x_out) if a is not None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         x, h, gate, scale, row, mean, rstd = ctx.saved_tensors
+        x_dtype, h_dtype, *table_dtypes = ctx.dtypes
         gradients = [a.contiguous() for a in gradients]
-        dy = gradients.pop(0) if ctx.form != "gate" else None
-        dx_out = gradients.pop() if ctx.form != "ln" else None
-        like = dy if dx_out is None else dx_out
-        table = gate if scale is None else scale
-        # where a gradient is one that exists already, nothing is written
-        dx = like.new_empty(like.shape, dtype=ctx.x_dtype) if dy is not None else None
-        own_dh = ctx.h_dtype is not None and (gate is not None or ctx.h_dtype != ctx.x_dtype)
-        dh = like.new_empty(like.shape, dtype=ctx.h_dtype) if own_dh else None
-        grid, sizes, options = _sizes(like, row, ctx.form, x, h, dy, dx_out, dx, dh, sums=ctx.tables)
+        dy = gradients[0] if scale is not None else None
+        dx_out = gradients[-1] if h_dtype is not None else None
+        like = gradients[-1]
+        # a gradient that equals one that exists is not written again
+        dx = like.new_empty(like.shape, dtype=x_dtype) if dy is not None else None
+        own_dh = h_dtype is not None and (gate is not None or h_dtype != x_dtype)
+        dh = like.new_empty(like.shape, dtype=h_dtype) if own_dh else None
+        grid, sizes, options = _sizes(like, row, ctx.tables)
         partial = None
         if ctx.tables:
             slots = 2 * (dy is not None) + (h is not None)
@@ -283,13 +279,12 @@ class _Modulate(torch.autograd.Function):
             x, h, gate, scale, row, mean, rstd, dy, dx_out, dx, dh, partial,
             *_strides(gate, scale, row), *sizes, **options,
         )  # fmt: skip
-        tables = [] if partial is None else list(_fold(partial, row, table.shape[1]))
-        d_shift, d_scale = (tables.pop(0), tables.pop(0)) if tables and dy is not None else (None, None)
-        d_gate = tables.pop() if tables else None
-        d_tables = (d_gate, d_shift, d_scale)
-        d_tables = [None if a is None else a.to(dtype) for a, dtype in zip(d_tables, ctx.table_dtypes)]
+        sums = [] if partial is None else list(_fold(partial, row, (gate if scale is None else scale).shape[1]))
+        d_shift, d_scale = (sums.pop(0), sums.pop(0)) if sums and dy is not None else (None, None)
+        d_tables = (sums.pop() if sums else None, d_shift, d_scale)
+        d_tables = [None if a is None else a.to(dtype) for a, dtype in zip(d_tables, table_dtypes)]
         dx = dx_out if dx is None else dx
-        return dx, dx if ctx.h_dtype is not None and dh is None else dh, *d_tables, None, None, None
+        return dx, dx if h_dtype is not None and dh is None else dh, *d_tables, None, None, None
 
 
 def _fold(partial: Tensor, row: Tensor, R: int) -> Tensor:
@@ -308,7 +303,7 @@ def _fold(partial: Tensor, row: Tensor, R: int) -> Tensor:
 
 
 def implementation(device: torch.device) -> str:
-    """Who computes: "triton" on CUDA devices, "torch" (the definitions) on others and where KERNELS=torch is set.
+    """Who computes: "triton" on CUDA, "torch" (the definitions) elsewhere and if KERNELS=torch is set.
 
     RuntimeError for CUDA without Triton: a slower path is never taken silently. ValueError for another KERNELS.
     """
@@ -321,55 +316,41 @@ def implementation(device: torch.device) -> str:
     return "triton"
 
 
-def _check_row(row: Tensor, B: int, L: int, R: int) -> None:
+def _check_row(row: Tensor, R: int) -> None:
+    """On the CPU alone: to read values back, a GPU would have to finish its work first, and a graph has none."""
+    if row.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = map(int, row.aminmax())
+        if low < 0 or high >= R:
+            raise ValueError(f"row: expected values 0 .. {R - 1}, the rows of the tables, got {low} .. {high}")
+
+
+def _check(row: Tensor, streams: dict[str, Tensor], tables: dict[str, Tensor], dtype: torch.dtype | None = None):
+    """ValueError unless all streams are (B, L, D), all tables (B, R, D), and row (B, F), on one device."""
+    for name, a in (streams | tables | {"row": row}).items():
+        if not isinstance(a, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(a).__name__}")
+    if len({a.device for a in (row, *streams.values(), *tables.values())}) > 1:
+        places = ", ".join(f"{name} on {a.device}" for name, a in ({"row": row} | streams | tables).items())
+        raise ValueError(f"expected all tensors on one device, got {places}")
+    x, table = streams["x"], next(iter(tables.values()))
+    if x.ndim != 3 or not x.numel() or x.shape[2] > MAX_WIDTH:
+        raise ValueError(f"x: expected a non-empty (B, L, D), D at most {MAX_WIDTH}, got {tuple(x.shape)}")
+    (B, L, D), R = x.shape, table.shape[1] or 1 if table.ndim == 3 else "R"
+    for name, a in (streams | tables).items():
+        expected = (B, L, D) if name in streams else (B, R, D)
+        if a.shape != expected or not a.is_floating_point():
+            raise ValueError(f"{name}: expected floating point {expected}, got {a.dtype} {tuple(a.shape)}")
     if row.ndim != 2 or row.shape[0] != B or row.dtype not in INTEGERS:
         raise ValueError(f"row: expected an integer (B={B}, F), got {row.dtype} {tuple(row.shape)}")
     if row.shape[1] == 0 or L % row.shape[1]:
         raise ValueError(f"row: expected a number of frames F that divides L={L} tokens, got F={row.shape[1]}")
-    if torch.compiler.is_compiling() or (row.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return  # a graph cannot look at values
-    version = None if row.is_inference() else row._version  # inference tensors do not tell whether they changed
-    if version is None or getattr(row, "_read", [None])[0] != version:
-        # kept on the tensor: once for a tensor and not once a call, as on CUDA it waits for the device
-        row._read = [version, *map(int, row.aminmax())]
-    _, low, high = row._read
-    if low < 0 or high >= R:
-        raise ValueError(f"row: expected values 0 .. {R - 1}, the rows of the tables, got {low} .. {high}")
-
-
-def _check(x: Tensor, row: Tensor, tables: dict[str, Tensor | None], h: Tensor | None = None) -> None:
-    if len(tables) == 3 and tables["gate"] is None:  # residual_ln_modulate's may be None
-        del tables["gate"]
-    streams = {"x": x} if h is None else {"x": x, "h": h}
-    for name, a in (streams | tables | {"row": row}).items():
-        if not isinstance(a, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(a).__name__}")
-    for name, a in (streams | tables).items():
-        if a.ndim != 3 or not a.is_floating_point() or not a.numel():
-            sizes = "(B, L, D)" if name in streams else "(B, R, D)"
-            raise ValueError(f"{name}: expected a non-empty floating point {sizes}, got {a.dtype} {tuple(a.shape)}")
-    if len({a.device for a in (row, *streams.values(), *tables.values())}) != 1:
-        places = ", ".join(f"{name} on {a.device}" for name, a in ({"row": row} | streams | tables).items())
-        raise ValueError(f"expected one device for all, got {places}")
-    B, L, D = x.shape
-    if D > MAX_WIDTH:
-        raise ValueError(f"x: expected a width D of at most {MAX_WIDTH}, got {D}")
-    if h is not None and h.shape != x.shape:
-        raise ValueError(f"h: expected x's {tuple(x.shape)}, got {tuple(h.shape)}")
-    R = next(iter(tables.values())).shape[1]
-    for name, a in tables.items():
-        if a.shape != (B, R, D):
-            raise ValueError(f"{name}: expected (B={B}, R, D={D}), one R for all tables, got {tuple(a.shape)}")
-    _check_row(row, B, L, R)
-
-
-def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, *STREAMS, torch.float64):
         raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
+    _check_row(row, R)
 
 
-def _run(x, h, gate, shift, scale, row, eps, dtype) -> tuple[Tensor, ...]:
-    """The kernels. float64 is the definitions' alone."""
+def _run(x, h, gate, shift, scale, row, eps=0.0, dtype=None) -> tuple[Tensor, ...]:
+    """The kernels. Only the definitions take float64."""
     for name, a in {"x": x, "h": h}.items():
         if a is not None and a.dtype not in STREAMS:
             raise ValueError(f"{name}: expected bfloat16, float16 or float32, got {a.dtype}; KERNELS=torch takes it")
@@ -386,10 +367,10 @@ def ln_modulate(
 
     x (B, L, D) bfloat16, float16 or float32, L = F * tokens a frame, frame-major, D up to 8192; shift, scale (B, R, D)
     float32; row (B, F) integer in 0 .. R-1. Returns (B, L, D) in `dtype`, x's own by default. ValueError for shapes,
-    dtypes, devices or rows that do not fit; inside torch.compile and CUDA graphs the values of `row` are not looked at.
+    dtypes or devices that do not fit, and on the CPU for values of `row`. On CUDA they are not read back: a value out
+    of range there makes the kernel read outside the tables.
     """
-    _check(x, row, {"shift": shift, "scale": scale})
-    _check_dtype(dtype)
+    _check(row, {"x": x}, {"shift": shift, "scale": scale}, dtype)
     if implementation(x.device) == "torch":
         return ln_modulate_ref(x, shift, scale, row, eps, dtype)
     return _run(x, None, None, shift, scale, row, eps, dtype)[0]
@@ -401,11 +382,11 @@ def residual_ln_modulate(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x_out = x + gate[row] * h (gate None: x + h), y = ln_modulate(x_out). Returns (y, x_out), both (B, L, D).
 
-    h (B, L, D) floating point, x_out in x's dtype, y in `dtype` (x's by default), gate (B, R, D) float32 or None; the
-    rest as in `ln_modulate`. y is the norm of x_out as it is rounded to x's dtype.
+    h (B, L, D) floating point, gate (B, R, D) float32 or None; x_out in x's dtype, y in `dtype`, x's own by default.
+    The rest is as in `ln_modulate`. y is the norm of x_out after its rounding to x's dtype.
     """
-    _check(x, row, {"gate": gate, "shift": shift, "scale": scale}, h)
-    _check_dtype(dtype)
+    tables = {"shift": shift, "scale": scale} | ({} if gate is None else {"gate": gate})
+    _check(row, {"x": x, "h": h}, tables, dtype)
     if implementation(x.device) == "torch":
         return residual_ln_modulate_ref(x, h, gate, shift, scale, row, eps, dtype)
     return _run(x, h, gate, shift, scale, row, eps, dtype)
@@ -413,85 +394,65 @@ def residual_ln_modulate(
 
 def gate_residual(x: Tensor, h: Tensor, gate: Tensor, row: Tensor) -> Tensor:
     """x + gate[row] * h: x, h (B, L, D), gate (B, R, D) float32, row (B, F). Returns (B, L, D) in x's dtype."""
-    _check(x, row, {"gate": gate}, h)
+    _check(row, {"x": x, "h": h}, {"gate": gate})
     if implementation(x.device) == "torch":
         return gate_residual_ref(x, h, gate, row)
-    return _run(x, h, gate, None, None, row, 0.0, None)[0]
+    return _run(x, h, gate, None, None, row)[0]
 
 
 # ---- check and time --------------------------------------------------------------------------------------------------
 
-
-def _case(shape: tuple[int, int, int, int], dtype: torch.dtype, device) -> tuple[list[Tensor], Tensor]:
-    """x, h, gate, shift, scale, all asking for gradients, and row: every frame takes row 0 or 1."""
-    B, frames, tokens, D = shape
-    streams = torch.randn(2, B, frames * tokens, D, device=device).to(dtype)
-    tables = torch.randn(B, 2, 3, D, device=device).unbind(2)
-    leaves = [a.detach().requires_grad_() for a in (*streams, *tables)]
-    return leaves, torch.randint(0, 2, (B, frames), dtype=torch.int32, device=device)
-
-
-FORMS = {  # name -> (x, h, gate, shift, scale, row) to (y, x_out), by the kernels' functions and by the definitions
-    "ln_modulate": (
-        lambda x, h, gate, shift, scale, row: (ln_modulate(x, shift, scale, row), None),
-        lambda x, h, gate, shift, scale, row: (ln_modulate_ref(x, shift, scale, row), None),
-    ),
-    "residual_ln_modulate": (residual_ln_modulate, residual_ln_modulate_ref),
-    "residual_ln_modulate, gate None": (
-        lambda x, h, gate, *rest: residual_ln_modulate(x, h, None, *rest),
-        lambda x, h, gate, *rest: residual_ln_modulate_ref(x, h, None, *rest),
-    ),
-    "gate_residual": (
-        lambda x, h, gate, shift, scale, row: (None, gate_residual(x, h, gate, row)),
-        lambda x, h, gate, shift, scale, row: (None, gate_residual_ref(x, h, gate, row)),
-    ),
+KERNEL = (ln_modulate, residual_ln_modulate, gate_residual)
+DEFINITION = (ln_modulate_ref, residual_ln_modulate_ref, gate_residual_ref)
+FORMS = {  # what is called, of KERNEL or DEFINITION, and the streams that forward and backward move at least
+    "ln_modulate": (lambda f, x, h, gate, *rest: (f[0](x, *rest),), 5),
+    "residual_ln_modulate": (lambda f, *rest: f[1](*rest), 10),
+    "residual_ln_modulate, no gate": (lambda f, x, h, gate, *rest: f[1](x, h, None, *rest), 8),
+    "gate_residual": (lambda f, x, h, gate, shift, scale, row, *_: (f[2](x, h, gate, row),), 6),
 }
 
-# Streams read and written, forward and backward, if each is read or written once.
-PASSES = {"ln_modulate": 5, "residual_ln_modulate": 10, "residual_ln_modulate, gate None": 8, "gate_residual": 6}
+
+def _case(shape: tuple[int, int, int, int], dtype: torch.dtype, device) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """x, h, gate, shift, scale, which ask for gradients; row, of 0 and 1; and gradients of two outputs."""
+    B, frames, tokens, D = shape
+    x, h, *gradients = torch.randn(4, B, frames * tokens, D, device=device).to(dtype)
+    tables = torch.randn(B, 2, 3, D, device=device).unbind(2)
+    leaves = [a.detach().requires_grad_() for a in (x, h, *tables)]
+    return leaves, torch.randint(0, 2, (B, frames), dtype=torch.int32, device=device), gradients
 
 
-def _step(function, leaves: list[Tensor], row: Tensor, weights: Tensor) -> list[Tensor]:
+def _step(call, functions: tuple, leaves: list[Tensor], row: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """Outputs, and the gradients of all inputs that the function reads."""
-    outputs = [a for a in function(*leaves, row) if a is not None]
-    gradients = torch.autograd.grad(outputs, leaves, list(weights[: len(outputs)]), allow_unused=True)
-    return outputs + [a for a in gradients if a is not None]
+    outputs = call(functions, *leaves, row)
+    found = torch.autograd.grad(outputs, leaves, weights[: len(outputs)], allow_unused=True)
+    return [*outputs, *(a for a in found if a is not None)]
 
 
 def check(device: torch.device, shape: tuple[int, int, int, int] = (2, 5, 7, 200)) -> None:
-    """Largest error against float64 of every output and gradient, ours beside the definition's in the same dtype."""
+    """Largest error against float64 of outputs and gradients: at most twice the definition's in the same dtype."""
     for dtype in STREAMS:
-        leaves, row = _case(shape, dtype, device)
-        weights = torch.randn(2, *leaves[0].shape, device=device).to(dtype)
+        leaves, row, weights = _case(shape, dtype, device)
         exact = [a.detach().double().requires_grad_() for a in leaves]
-        for name, (ours, definition) in FORMS.items():
-            truth = _step(definition, exact, row, weights.double())
+        for name, (call, _) in FORMS.items():
+            truth = _step(call, DEFINITION, exact, row, [a.double() for a in weights])
             error, eager = (
-                max((a - b).abs().max().item() for a, b in zip(_step(f, leaves, row, weights), truth))
-                for f in (ours, definition)
+                max((a - b).abs().max().item() for a, b in zip(_step(call, f, leaves, row, weights), truth))
+                for f in (KERNEL, DEFINITION)
             )
             print(f"{name:32s} {str(dtype)[6:]:9s} error {error:.1e}, of the definition {eager:.1e}")
             assert error <= 2 * eager + 1e-6, "expected at most twice the definition's error"
 
 
-def _bench(name: str, runs: dict, least: int) -> dict[str, float]:
-    """Milliseconds of each way, the better of two rounds; printed with the rate at which `least` bytes would move."""
-    rounds = [{way: triton.testing.do_bench(run) for way, run in runs.items()} for _ in range(2)]
-    took = {way: min(r[way] for r in rounds) for way in runs}
-    for way, ms in took.items():
-        print(f"{name:32s} {way:13s} {ms:.3f} ms, {least / ms / 1e6:5.0f} GB/s, {ms / took['kernel']:.2f}x the kernel")
-    return took
-
-
 def time(device: torch.device, shape: tuple[int, int, int, int] = (2, 13, 576, 1536)) -> dict[str, dict[str, float]]:
-    """Forward and backward at Wan2.1-1.3B's shape, in bfloat16: ours, the definition, torch.compile of it."""
-    leaves, row = _case(shape, torch.bfloat16, device)
-    weights = torch.randn(2, *leaves[0].shape, device=device).bfloat16()
+    """Milliseconds of forward and backward at Wan2.1-1.3B's shape in bfloat16, the better of two rounds."""
+    leaves, row, weights = _case(shape, torch.bfloat16, device)
+    ways = {"kernel": KERNEL, "eager": DEFINITION, "torch.compile": tuple(map(torch.compile, DEFINITION))}
     took = {}
-    for name, (ours, definition) in FORMS.items():
-        ways = {"kernel": ours, "eager": definition, "torch.compile": torch.compile(definition)}
-        runs = {way: lambda f=f: _step(f, leaves, row, weights) for way, f in ways.items()}
-        took[name] = _bench(name, runs, PASSES[name] * leaves[0].nbytes)
+    for name, (call, streams) in FORMS.items():
+        runs = {way: partial(_step, call, f, leaves, row, weights) for way, f in ways.items()}
+        took[name] = {way: min(triton.testing.do_bench(run) for _ in range(2)) for way, run in runs.items()}
+        for way, ms in took[name].items():
+            print(f"{name:32s} {way:13s} {ms:.3f} ms, {streams * leaves[0].nbytes / ms / 1e6:5.0f} GB/s")
     return took
 
 

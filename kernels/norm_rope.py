@@ -1,24 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm of queries or keys and their 3-D rotary embedding (RoPE) in one pass, forward and backward.
 
     n = x / sqrt(mean(x²) + eps) * weight                      mean over all D channels, heads together
     y[2i] + j y[2i+1] = (n[2i] + j n[2i+1]) * (cos + j sin)    adjacent channels are a pair; all heads turn alike
 
-Arithmetic is float32 whatever x's dtype; what is rounded is y, once.
+Arithmetic is float32 whatever x's dtype; y is rounded once, at the end.
 
 Where it is used: q and k of every self-attention in model.py, and, without the rotation, of every cross-attention.
-Why fused: norm, casts and rotation are separate passes in PyTorch, over a complex copy in float32 among them; here x is
-read once and y written once (kernels/README.md counts it).
 
-Kept for backward: x and one float32 number a token. The weight's gradient is partial sums, one a program, folded by a
-second kernel: no atomics, the same bits every run.
+How to call it elsewhere:
 
-`python norm_rope.py` checks and times the file. `norm_rope_ref` is the definition, in PyTorch: it runs on CPU, and on
-CUDA with KERNELS=torch in the environment. The file needs torch, and on CUDA triton; it works copied alone.
+    from norm_rope import norm_rope
+    angle = position[:, None] * frequency                          # (L, K / 2)
+    rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)  # (L, K) float32
+    q = norm_rope(q, q_weight, rope)                               # q (B, L, D), D = heads * K; q_weight (D,)
+
+Why fused: in PyTorch norm, casts and rotation are separate passes, one of them over a complex copy in float32. Here x
+is read once and y written once (kernels/README.md counts it).
+
+Limits: D up to 8192; bfloat16, float16 or float32; no gradient of rope, no second derivative. Backward keeps x and one
+float32 number a token. The weight's gradient is partial sums, one a program, which a second kernel adds up: no atomics,
+the same bits every run.
+
+`python norm_rope.py` checks and times the file. `norm_rope_ref` is the definition, in PyTorch. It runs on the CPU, and
+on CUDA if KERNELS=torch is in the environment. The file needs torch, and on CUDA triton; it works alone.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +38,9 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ImportError:  # no Triton for this platform: the definition remains
-
-    def jit(function):
-        return function
-
     triton = tl = None
+jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
 MAX_WIDTH = 8192  # largest D
@@ -44,7 +50,7 @@ MAX_WIDTH = 8192  # largest D
 
 
 def _wide(a: Tensor) -> Tensor:
-    """float32, or float64 where that is what came in: nothing is computed in less."""
+    """float32, or float64 if a is float64: nothing is computed in less."""
     return a if a.dtype == torch.float64 else a.float()
 
 
@@ -179,7 +185,7 @@ class _NormRope(torch.autograd.Function):
 
 
 def implementation(device: torch.device) -> str:
-    """Who computes: "triton" on CUDA devices, "torch" (the definition) on others and where KERNELS=torch is set.
+    """Who computes: "triton" on CUDA, "torch" (the definition) elsewhere and if KERNELS=torch is set.
 
     RuntimeError for CUDA without Triton: a slower path is never taken silently. ValueError for another KERNELS.
     """
@@ -219,8 +225,8 @@ def norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float = 1e-6)
     _check(x, weight, rope)
     if implementation(x.device) == "torch":
         return norm_rope_ref(x, weight, rope, eps)
-    if x.dtype == torch.float64 or (rope is not None and rope.dtype == torch.float64):
-        raise ValueError("x, rope: expected at most float32, got float64; KERNELS=torch takes it")
+    if x.dtype == torch.float64:  # rope then is, too
+        raise ValueError("x: expected bfloat16, float16 or float32, got float64; KERNELS=torch takes it")
     rope = None if rope is None else rope.contiguous()
     if torch.compiler.is_compiling():  # a compiled graph launches on its own device
         return _NormRope.apply(x, weight, rope, eps)
@@ -231,52 +237,44 @@ def norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float = 1e-6)
 # ---- check and time --------------------------------------------------------------------------------------------------
 
 
-def _case(shape: tuple[int, int, int, int], dtype: torch.dtype, device) -> tuple[list[Tensor], Tensor]:
-    """x and weight, asking for gradients, and rope."""
+def _case(shape: tuple[int, int, int, int], dtype: torch.dtype, device) -> tuple[list[Tensor], Tensor, Tensor]:
+    """x and weight, which ask for gradients; rope; and a gradient of y."""
     B, L, heads, K = shape
-    x = torch.randn(B, L, heads * K, device=device).to(dtype).requires_grad_()
+    x, dy = torch.randn(2, B, L, heads * K, device=device).to(dtype)
     angle = 6 * torch.rand(L, K // 2, device=device)
     rope = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
-    return [x, torch.randn(heads * K, device=device, requires_grad=True)], rope
+    leaves = [a.detach().requires_grad_() for a in (x, torch.randn(heads * K, device=device))]
+    return leaves, rope, dy
 
 
-def _step(function, leaves: list[Tensor], rope: Tensor, weights: Tensor) -> list[Tensor]:
+def _step(function, leaves: list[Tensor], rope: Tensor, dy: Tensor) -> list[Tensor]:
     """The output and both gradients."""
     y = function(*leaves, rope)
-    return [y, *torch.autograd.grad(y, leaves, weights)]
+    return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
 def check(device: torch.device, shape: tuple[int, int, int, int] = (2, 35, 5, 40)) -> None:
-    """Largest error against float64 of the output and gradients, ours beside the definition's in the same dtype."""
+    """Largest error against float64 of output and gradients: at most twice the definition's in the same dtype."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        leaves, rope = _case(shape, dtype, device)
-        weights = torch.randn_like(leaves[0])
-        exact = [a.detach().double().requires_grad_() for a in leaves]
-        truth = _step(norm_rope_ref, exact, rope.double(), weights.double())
+        leaves, rope, dy = _case(shape, dtype, device)
+        truth = _step(norm_rope_ref, [a.detach().double().requires_grad_() for a in leaves], rope.double(), dy.double())
         error, eager = (
-            max((a - b).abs().max().item() for a, b in zip(_step(f, leaves, rope, weights), truth))
+            max((a - b).abs().max().item() for a, b in zip(_step(f, leaves, rope, dy), truth))
             for f in (norm_rope, norm_rope_ref)
         )
         print(f"norm_rope {str(dtype)[6:]:9s} error {error:.1e}, of the definition {eager:.1e}")
         assert error <= 2 * eager + 1e-6, "expected at most twice the definition's error"
 
 
-def _bench(name: str, runs: dict, least: int) -> dict[str, float]:
-    """Milliseconds of each way, the better of two rounds; printed with the rate at which `least` bytes would move."""
-    rounds = [{way: triton.testing.do_bench(run) for way, run in runs.items()} for _ in range(2)]
-    took = {way: min(r[way] for r in rounds) for way in runs}
-    for way, ms in took.items():
-        print(f"{name:32s} {way:13s} {ms:.3f} ms, {least / ms / 1e6:5.0f} GB/s, {ms / took['kernel']:.2f}x the kernel")
-    return took
-
-
 def time(device: torch.device, shape: tuple[int, int, int, int] = (2, 7488, 12, 128)) -> dict[str, dict[str, float]]:
-    """Forward and backward at Wan2.1-1.3B's shape, in bfloat16: ours, the definition, torch.compile of it."""
-    leaves, rope = _case(shape, torch.bfloat16, device)
-    weights = torch.randn_like(leaves[0])
+    """Milliseconds of forward and backward at Wan2.1-1.3B's shape in bfloat16, the better of two rounds."""
+    leaves, rope, dy = _case(shape, torch.bfloat16, device)
     ways = {"kernel": norm_rope, "eager": norm_rope_ref, "torch.compile": torch.compile(norm_rope_ref)}
-    runs = {way: lambda f=f: _step(f, leaves, rope, weights) for way, f in ways.items()}
-    return {"norm_rope": _bench("norm_rope", runs, 5 * leaves[0].nbytes)}  # x, y; x, dy, dx
+    runs = {way: partial(_step, f, leaves, rope, dy) for way, f in ways.items()}
+    took = {way: min(triton.testing.do_bench(run) for _ in range(2)) for way, run in runs.items()}
+    for way, ms in took.items():  # at least x, y; x, dy, dx move
+        print(f"norm_rope {way:13s} {ms:.3f} ms, {5 * dy.nbytes / ms / 1e6:5.0f} GB/s")
+    return {"norm_rope": took}
 
 
 if __name__ == "__main__":

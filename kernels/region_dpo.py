@@ -1,22 +1,27 @@
-"""The asymmetric DPO loss: a region-masked, length-normalised reduction over the latent frames where a pair differs.
+# SPDX-License-Identifier: Apache-2.0
+"""The errors of policy and reference in each latent frame, in one pass; and Asymmetrical DPO's loss on them.
 
-    e_i(f; x) = mean over C, H, W of (target_i − f_i)²                      i: latent frame
-    d_i       = e_i(policy; x) − e_i(ref; x) = mean (v − r)·((v − target) + (r − target))
-    S         = Σ_{i ≥ start} (d_i^w − d_i^l),   K = F − start              w: winner, l: loser
-    outside:  loss = softplus(β·S) / K            inside:  loss = softplus(β·S / K)
+    frame_errors   e_i(f; x) = mean over C, H, W of (target_i − f_i)²                     i: latent frame
+                   d_i       = e_i(policy; x) − e_i(ref; x) = mean of (v − r)·((v − target) + (r − target))
+    region_dpo     S         = Σ_{i ≥ start} (d_i^w − d_i^l),   K = F − start             w: winner, l: loser
+                   outside:  loss = softplus(β·S) / K           inside:  loss = softplus(β·S / K)
 
-Frames before `start` are selected away, never multiplied by zero, and the kernels never read them: whatever stands
-there, NaN included, reaches neither the loss nor a gradient, and the gradient there is exactly 0. d is accumulated as
-the product of differences, not as the difference of two errors: exactly 0 where policy equals reference, and far closer
-to float64 near it.
+Frames before `start` are left out by selection, never by a product with zero, and the kernels never read them: whatever
+stands there, NaN included, reaches neither the loss nor a gradient, and the gradient there is exactly 0. d is summed as
+the product of differences, not as the difference of two errors: it is exactly 0 where policy equals reference, and far
+closer to float64 near it.
 
-Where it is used: asymdpo.py. Why fused: PyTorch makes some sixty operations of what one pass can reduce, and moves 17
-times its bytes (kernels/README.md counts them). For one sample and channel the frames from `start` on are one
-contiguous run of memory, so excluding frames costs no index and keeps 16-byte loads. Partial sums are folded by a
-second kernel: no atomics, the same bits every run.
+    from region_dpo import region_dpo          # copy this file; it needs torch, and on CUDA triton
+    w, l = ((1 - t) * x0 + t * noise for x0 in (winner, loser))        # t (B, 1, 1, 1, 1), the rest (B, C, F, H, W)
+    loss, parts = region_dpo(policy(w), policy(l), ref(w), ref(l), noise - winner, noise - loser, start, beta=800.0)
+    loss.mean().backward()
 
-`python region_dpo.py` checks and times the file. `region_dpo_ref` is the definition, in PyTorch: it runs on CPU, and on
-CUDA with KERNELS=torch in the environment. The file needs torch, and on CUDA triton; it works copied alone.
+Used in asymdpo.py, and by the baselines in experiments/. Why fused: PyTorch makes some sixty operations of it and moves
+17 times the bytes (kernels/README.md counts them). One program sums one frame of one channel, which lies in one piece
+of memory; there are no atomics, so every run gives the same bits.
+
+`python region_dpo.py` checks and times the file. `frame_errors_ref` is the definition, in PyTorch: it runs on the CPU,
+and on CUDA with KERNELS=torch in the environment.
 """
 
 from __future__ import annotations
@@ -30,214 +35,120 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ImportError:  # no Triton for this platform: the definition remains
-
-    def jit(function):
-        return function
-
     triton = tl = None
+jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
-INPUTS = ("v_w", "v_l", "ref_w", "ref_l", "target_w", "target_l")
-METRICS = ("err/w_policy", "err/l_policy", "err/w_ref", "err/l_ref", "margin", "S")
-BLOCK = 1024  # values of one sample and channel that a program takes
+BLOCK = 1024  # values that a program handles at a time
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
 
 
 def _wide(a: Tensor) -> Tensor:
-    """float32, or float64 where that is what came in: nothing is computed in less."""
+    """float32, or float64 if a is float64: nothing is computed in less."""
     return a if a.dtype == torch.float64 else a.float()
 
 
-def frame_errors(v: Tensor, ref: Tensor, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per latent frame, 0 before start: policy error, reference error, and their difference d, each (B, F) float32."""
+def frame_errors_ref(v: Tensor, ref: Tensor, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     keep = torch.arange(v.shape[2], device=v.device) >= start[:, None]
     v, ref, target = (torch.where(keep[:, None, :, None, None], _wide(a), 0) for a in (v, ref, target))
     policy_error, ref_error = v - target, ref - target
-    difference = (v - ref) * (policy_error + ref_error)
-    return tuple(a.mean(dim=(1, 3, 4)) for a in (policy_error.square(), ref_error.square(), difference))
-
-
-def region_dpo_ref(
-    v_w: Tensor, v_l: Tensor, ref_w: Tensor, ref_l: Tensor, target_w: Tensor, target_l: Tensor,
-    start: Tensor, beta: float, form: str = "outside",
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    policy_w, reference_w, d_w = frame_errors(v_w, ref_w, target_w, start)
-    policy_l, reference_l, d_l = frame_errors(v_l, ref_l, target_l, start)
-    K = v_w.shape[2] - start
-    S = (d_w - d_l).sum(1)
-    loss = F.softplus(beta * S) / K if form == "outside" else F.softplus(beta * S / K)
-    averages = [a.sum(1) / K for a in (policy_w, policy_l, reference_w, reference_l)]
-    return loss, {name: a.detach() for name, a in zip(METRICS, (*averages, -beta * S / K, S))}
+    d = ((v - ref) * (policy_error + ref_error)).mean(dim=(1, 3, 4))
+    return d, *(a.detach().square().mean(dim=(1, 3, 4)) for a in (policy_error, ref_error))
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
 @jit
-def _sums(v, ref, target, at, kept, sums, slot, sign):
-    target_ = tl.load(target + at, kept, other=0.0).to(tl.float32)
-    v_ = tl.load(v + at, kept, other=0.0).to(tl.float32)
-    ref_ = tl.load(ref + at, kept, other=0.0).to(tl.float32)
-    policy_error, ref_error = v_ - target_, ref_ - target_
-    tl.store(sums, tl.sum(policy_error * policy_error, 0))
-    tl.store(sums + slot, tl.sum(ref_error * ref_error, 0))
-    tl.store(sums + 2 * slot, sign * tl.sum((v_ - ref_) * (policy_error + ref_error), 0))
+def _errors_kernel(v, ref, target, start, partial, C, FRAMES, HW, SLOT, BLOCK: tl.constexpr):
+    """One program: one frame f of one channel c of one sample b.
 
-
-@jit
-def _sums_kernel(v_w, v_l, ref_w, ref_l, target_w, target_l, start, partial, C, N, HW, BLOCK: tl.constexpr):
-    """One program: BLOCK of the N = F * HW values of one sample and channel, of the winner or of the loser.
-
-    Writes the sums of both errors and of d, the loser's d negated: partial (3, 2, B, C * blocks).
+    Writes its share of d, of the policy's error and of the reference's: partial (3, B, FRAMES, C), SLOT apart.
     """
-    plane = tl.program_id(0)  # b * C + c
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    kept = (columns >= tl.load(start + plane // C).to(tl.int32) * HW) & (columns < N)
-    at = plane.to(tl.int64) * N + columns
-    slot = tl.num_programs(0) * tl.num_programs(1)
-    sums = partial + tl.program_id(2) * slot + plane * tl.num_programs(1) + tl.program_id(1)
-    if tl.program_id(2) == 0:
-        _sums(v_w, ref_w, target_w, at, kept, sums, 2 * slot, 1.0)
-    else:
-        _sums(v_l, ref_l, target_l, at, kept, sums, 2 * slot, -1.0)
+    f = tl.program_id(0) % FRAMES
+    plane = tl.program_id(0) // FRAMES  # b * C + c
+    at = tl.program_id(0).to(tl.int64) * HW
+    d, policy, reference = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    end = tl.where(f >= tl.load(start + plane // C), HW, 0)  # a frame before start is not read
+    for first in range(0, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        target_ = tl.load(target + at + i, i < HW, other=0.0).to(tl.float32)
+        v_ = tl.load(v + at + i, i < HW, other=0.0).to(tl.float32)
+        ref_ = tl.load(ref + at + i, i < HW, other=0.0).to(tl.float32)
+        policy_error, ref_error = v_ - target_, ref_ - target_
+        d += (v_ - ref_) * (policy_error + ref_error)
+        policy += policy_error * policy_error
+        reference += ref_error * ref_error
+    place = partial + ((plane // C) * FRAMES + f) * C + plane % C
+    tl.store(place, tl.sum(d, 0) / (C * HW))
+    tl.store(place + SLOT, tl.sum(policy, 0) / (C * HW))
+    tl.store(place + 2 * SLOT, tl.sum(reference, 0) / (C * HW))
 
 
 @jit
-def _fold(partial, M, BLOCK: tl.constexpr):
-    """The sum of M numbers."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, M, BLOCK):
-        m = first + tl.arange(0, BLOCK)
-        total += tl.load(partial + m, m < M, other=0.0)
-    return tl.sum(total, 0)
+def _gradient_kernel(v, ref, target, start, d_d, dv, dref, dtarget, C, FRAMES, HW, BLOCK: tl.constexpr):
+    """One program: the gradients of d in one frame of one channel, 0 before start; those that are None are not made.
+
+    dd/dv = 2 (v - target), dd/dref = -2 (ref - target), dd/dtarget = -2 (v - ref), over C * HW.
+    """
+    f = tl.program_id(0) % FRAMES
+    b = tl.program_id(0) // FRAMES // C
+    at = tl.program_id(0).to(tl.int64) * HW
+    kept = f >= tl.load(start + b)
+    factor = 2 * tl.load(d_d + b * FRAMES + f) / (C * HW)
+    for first in range(0, HW, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        read = (i < HW) & kept
+        if (dv is not None) or (dtarget is not None):
+            v_ = tl.load(v + at + i, read, other=0.0).to(tl.float32)
+        if (dref is not None) or (dtarget is not None):
+            ref_ = tl.load(ref + at + i, read, other=0.0).to(tl.float32)
+        if (dv is not None) or (dref is not None):
+            target_ = tl.load(target + at + i, read, other=0.0).to(tl.float32)
+        if dv is not None:
+            tl.store(dv + at + i, (factor * (v_ - target_)).to(dv.dtype.element_ty), i < HW)
+        if dref is not None:
+            tl.store(dref + at + i, (factor * (target_ - ref_)).to(dref.dtype.element_ty), i < HW)
+        if dtarget is not None:
+            tl.store(dtarget + at + i, (factor * (ref_ - v_)).to(dtarget.dtype.element_ty), i < HW)
 
 
-@jit
-def _loss_kernel(
-    partial, start, loss, out, B, M, FRAMES, FRAME, BETA: tl.constexpr, INSIDE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program: one sample's M partial sums -> loss (B), and out (7, B): METRICS, dloss/dS. FRAME = C * H * W."""
-    b = tl.program_id(0)
-    K = (FRAMES - tl.load(start + b)).to(tl.float32)
-    w = partial + b * M
-    l = partial + (B + b) * M  # noqa: E741
-    S = (_fold(w + 4 * B * M, M, BLOCK) + _fold(l + 4 * B * M, M, BLOCK)) / FRAME
-    margin = -BETA * S / K
-    z = -margin if INSIDE else BETA * S
-    # softplus(z) = max(z, 0) + log1p(e), e = exp(-|z|); log1p(e) = log(u) * e / (u - 1) with u = 1 + e rounded
-    e = tl.exp(-tl.abs(z))
-    u = 1 + e
-    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
-    softplus = tl.maximum(z, 0.0) + log1p
-    tl.store(loss + b, softplus if INSIDE else softplus / K)
-    tl.store(out + b, _fold(w, M, BLOCK) / (FRAME * K))
-    tl.store(out + B + b, _fold(l, M, BLOCK) / (FRAME * K))
-    tl.store(out + 2 * B + b, _fold(w + 2 * B * M, M, BLOCK) / (FRAME * K))
-    tl.store(out + 3 * B + b, _fold(l + 2 * B * M, M, BLOCK) / (FRAME * K))
-    tl.store(out + 4 * B + b, margin)
-    tl.store(out + 5 * B + b, S)
-    tl.store(out + 6 * B + b, tl.where(z >= 0, 1.0, e) / u * (BETA / K))
-
-
-@jit
-def _gradients(v, ref, target, dv, dref, dtarget, at, kept, inside, factor):
-    """dS/dv = 2 (v - target), dS/dref = -2 (ref - target), dS/dtarget = -2 (v - ref), over FRAME: those asked for."""
-    if (dv is not None) or (dtarget is not None):
-        v_ = tl.load(v + at, kept, other=0.0).to(tl.float32)
-    if (dref is not None) or (dtarget is not None):
-        ref_ = tl.load(ref + at, kept, other=0.0).to(tl.float32)
-    if (dv is not None) or (dref is not None):
-        target_ = tl.load(target + at, kept, other=0.0).to(tl.float32)
-    if dv is not None:
-        tl.store(dv + at, (factor * (v_ - target_)).to(dv.dtype.element_ty), inside)
-    if dref is not None:
-        tl.store(dref + at, (factor * (target_ - ref_)).to(dref.dtype.element_ty), inside)
-    if dtarget is not None:
-        tl.store(dtarget + at, (factor * (ref_ - v_)).to(dtarget.dtype.element_ty), inside)
-
-
-@jit
-def _gradient_kernel(
-    v_w, v_l, ref_w, ref_l, target_w, target_l, start, d_loss, slope,
-    dv_w, dv_l, dref_w, dref_l, dtarget_w, dtarget_l, C, N, HW, FRAME, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: the gradients of what `_sums_kernel` summed, 0 before start; those that are None are not made."""
-    plane = tl.program_id(0)
-    b = plane // C
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < N
-    kept = (columns >= tl.load(start + b).to(tl.int32) * HW) & inside
-    at = plane.to(tl.int64) * N + columns
-    factor = 2 * tl.load(d_loss + b) * tl.load(slope + b) / FRAME
-    if tl.program_id(2) == 0:
-        _gradients(v_w, ref_w, target_w, dv_w, dref_w, dtarget_w, at, kept, inside, factor)
-    else:
-        _gradients(v_l, ref_l, target_l, dv_l, dref_l, dtarget_l, at, kept, inside, -factor)
-
-
-# ---- autograd --------------------------------------------------------------------------------------------------------
-
-
-def _sizes(v_w: Tensor) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Grid, and C, N = F * H * W, H * W."""
-    B, C, frames, H, W = v_w.shape
-    N = frames * H * W
-    return (B * C, triton.cdiv(N, BLOCK), 2), (C, N, H * W)
-
-
-class _RegionDPO(torch.autograd.Function):
-    """(loss, out (7, B)) of the six tensors; out holds METRICS and dloss/dS, and has no gradient."""
+class _FrameErrors(torch.autograd.Function):
+    """(3, B, F): d, the policy's error, the reference's; only d has a gradient."""
 
     @staticmethod
-    def forward(ctx, v_w, v_l, ref_w, ref_l, target_w, target_l, start, beta, inside):
-        tensors = [a.contiguous() for a in (v_w, v_l, ref_w, ref_l, target_w, target_l)]
-        start = start.contiguous()
-        B, C, frames, H, W = v_w.shape
-        grid, sizes = _sizes(v_w)
-        partial = v_w.new_empty(3, *grid, dtype=torch.float32)
-        loss, out = v_w.new_empty(B, dtype=torch.float32), v_w.new_empty(7, B, dtype=torch.float32)
-        _sums_kernel[grid](*tensors, start, partial, *sizes, BLOCK=BLOCK, num_warps=4)
-        _loss_kernel[(B,)](
-            partial,
-            start,
-            loss,
-            out,
-            B,
-            C * grid[1],
-            frames,
-            C * H * W,
-            BETA=beta,
-            INSIDE=inside,
-            BLOCK=512,
-            num_warps=4,
+    def forward(ctx, v, ref, target, start):
+        v, ref, target, start = (a.contiguous() for a in (v, ref, target, start))
+        B, C, frames, H, W = v.shape
+        partial = v.new_empty(3, B, frames, C, dtype=torch.float32)
+        _errors_kernel[(B * C * frames,)](
+            v, ref, target, start, partial, C, frames, H * W, B * frames * C, BLOCK=BLOCK, num_warps=4
         )
-        ctx.save_for_backward(*tensors, start, out)
-        ctx.mark_non_differentiable(out)
-        return loss, out
+        ctx.save_for_backward(v, ref, target, start)
+        d, policy, reference = partial.sum(-1).unbind(0)
+        ctx.mark_non_differentiable(policy, reference)
+        return d, policy, reference
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss, _):
-        *tensors, start, out = ctx.saved_tensors
+    def backward(ctx, d_d, _policy, _reference):
+        *tensors, start = ctx.saved_tensors
         gradients = [torch.empty_like(a) if needed else None for a, needed in zip(tensors, ctx.needs_input_grad)]
-        grid, sizes = _sizes(tensors[0])
-        frame = sizes[0] * sizes[2]
-        _gradient_kernel[grid](
-            *tensors, start, d_loss.contiguous(), out[6], *gradients, *sizes, frame, BLOCK=BLOCK, num_warps=4
+        B, C, frames, H, W = tensors[0].shape
+        _gradient_kernel[(B * C * frames,)](
+            *tensors, start, d_d.contiguous(), *gradients, C, frames, H * W, BLOCK=BLOCK, num_warps=4
         )
-        return *gradients, None, None, None
+        return *gradients, None
 
 
-# ---- the function ----------------------------------------------------------------------------------------------------
+# ---- the functions ---------------------------------------------------------------------------------------------------
 
 
 def implementation(device: torch.device) -> str:
-    """Who computes: "triton" on CUDA devices, "torch" (the definition) on others and where KERNELS=torch is set.
+    """Who computes: "triton" on CUDA, "torch" (the definition) elsewhere and if KERNELS=torch is set.
 
     RuntimeError for CUDA without Triton: a slower path is never taken silently. ValueError for another KERNELS.
     """
@@ -250,99 +161,100 @@ def implementation(device: torch.device) -> str:
     return "triton"
 
 
-def _check(tensors: dict[str, Tensor], start: Tensor, beta: float, form: str) -> None:
-    v_w = tensors["v_w"]
-    for name, a in (tensors | {"start": start}).items():
-        if not isinstance(a, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(a).__name__}")
-    for name, a in tensors.items():
-        if a.ndim != 5 or a.shape != v_w.shape or not a.is_floating_point() or a.device != v_w.device or not a.numel():
-            expected = f"{tuple(v_w.shape)}" if v_w.ndim == 5 and v_w.numel() else "non-empty (B, C, F, H, W)"
+def _check(v: Tensor, ref: Tensor, target: Tensor, start: Tensor) -> None:
+    for name, a in {"v": v, "ref": ref, "target": target}.items():
+        if a.ndim != 5 or a.shape != v.shape or not a.is_floating_point() or a.device != v.device or not a.numel():
+            expected = f"{tuple(v.shape)}" if v.ndim == 5 and v.numel() else "non-empty (B, C, F, H, W)"
             got = f"{a.dtype} {tuple(a.shape)} on {a.device}"
-            raise ValueError(f"{name}: expected floating point {expected} on {v_w.device}, got {got}")
-    B, _, frames, _, _ = v_w.shape
+            raise ValueError(f"{name}: expected floating point {expected} on {v.device}, got {got}")
+    if not isinstance(start, Tensor):
+        raise ValueError(f"start: expected a tensor of integers, got {type(start).__name__}")
+    B, frames = len(v), v.shape[2]
     integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if start.shape != (B,) or start.dtype not in integers or start.device != v_w.device:
+    if start.shape != (B,) or start.dtype not in integers or start.device != v.device:
         got = f"{start.dtype} {tuple(start.shape)} on {start.device}"
-        raise ValueError(f"start: expected integers ({B},) on {v_w.device}, got {got}")
-    if not 0 < beta < float("inf") or form not in ("outside", "inside"):
-        raise ValueError(f"expected beta > 0 and form 'outside' or 'inside', got {beta}, {form!r}")
-    if torch.compiler.is_compiling() or (start.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return  # a graph cannot look at values
-    if ((start < 0) | (start >= frames)).any():
-        raise ValueError(f"start: expected 0 … {frames - 1}, got {start.tolist()}: an empty region has no loss")
+        raise ValueError(f"start: expected integers ({B},) on {v.device}, got {got}")
+    inside = (start.long() >= 0) & (start.long() < frames)  # widened: 130 frames are none of int8's numbers
+    if start.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
+        raise ValueError(f"start: expected 0 … {frames - 1}, got {start.tolist()}: an empty region has no error")
+
+
+def frame_errors(v: Tensor, ref: Tensor, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each latent frame from `start` on says of policy and reference; 0 before it.
+
+    v, ref, target (B, C, F, H, W) bfloat16, float16 or float32, each its own: the velocities of policy and reference,
+    and noise − x0. start (B,) integer in 0 … F−1. Returns d, the policy's error and the reference's, each (B, F)
+    float32; d alone has a gradient. ValueError for shapes, dtypes, devices or values that do not fit; the values of
+    `start` are looked at on the CPU only, as elsewhere the host would have to wait for them.
+    """
+    _check(v, ref, target, start)
+    if implementation(v.device) == "torch":
+        return frame_errors_ref(v, ref, target, start)
+    if torch.float64 in (v.dtype, ref.dtype, target.dtype):
+        raise ValueError("expected bfloat16, float16 or float32, got float64; KERNELS=torch takes it")
+    if torch.compiler.is_compiling():  # a compiled graph launches on its own device
+        return _FrameErrors.apply(v, ref, target, start)
+    with torch.cuda.device_of(v):  # Triton launches on the current one
+        return _FrameErrors.apply(v, ref, target, start)
 
 
 def region_dpo(
     v_w: Tensor, v_l: Tensor, ref_w: Tensor, ref_l: Tensor, target_w: Tensor, target_l: Tensor,
     start: Tensor, beta: float, form: str = "outside",
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The loss of each pair.
+    """Asymmetrical DPO's loss of each pair, (B,) float32, and its detached parts.
 
-    v_*, ref_*, target_* (B, C, F, H, W) bfloat16, float16 or float32, each its own: velocity of policy and reference,
-    and noise − x0, for the winner (w) and the loser (l); start (B,) integer in 0 … F−1: first frame in the loss;
-    beta > 0; form "outside" or "inside". Returns loss (B,) float32 and detached (B,) metrics: `err/{w,l}_{policy,ref}`
-    averaged over frames ≥ start, `S`, and `margin` = −β·S/K, positive where the policy prefers the winner. ValueError
-    for shapes, dtypes, devices or values that do not fit; `start` is not looked at in torch.compile and CUDA graphs.
+    v_*, ref_*, target_*, start: as in `frame_errors`, of the winner (w) and the loser (l). beta > 0; form "outside" or
+    "inside". The parts: `err/{w,l}_{policy,ref}` and `diff/{w,l}` (B, F), 0 before start; `S` (B,); `margin` (B,) =
+    −β·S/K, positive where the policy prefers the winner. ValueError as `frame_errors`, and for another beta or form.
     """
-    tensors = dict(zip(INPUTS, (v_w, v_l, ref_w, ref_l, target_w, target_l)))
-    _check(tensors, start, beta, form)
-    if implementation(v_w.device) == "torch":
-        return region_dpo_ref(*tensors.values(), start, beta, form)
-    if wrong := [name for name, a in tensors.items() if a.dtype == torch.float64]:
-        raise ValueError(f"{wrong[0]}: expected bfloat16, float16 or float32, got float64; KERNELS=torch takes it")
-    if torch.compiler.is_compiling():  # a compiled graph launches on its own device
-        loss, out = _RegionDPO.apply(*tensors.values(), start, float(beta), form == "inside")
-    else:
-        with torch.cuda.device_of(v_w):  # Triton launches on the current one
-            loss, out = _RegionDPO.apply(*tensors.values(), start, float(beta), form == "inside")
-    return loss, dict(zip(METRICS, out))
+    if not 0 < beta < float("inf") or form not in ("outside", "inside"):
+        raise ValueError(f"expected beta > 0 and form 'outside' or 'inside', got {beta}, {form!r}")
+    d_w, policy_w, reference_w = frame_errors(v_w, ref_w, target_w, start)
+    d_l, policy_l, reference_l = frame_errors(v_l, ref_l, target_l, start)
+    S = (d_w - d_l).sum(1)
+    K = v_w.shape[2] - start.long()
+    loss = F.softplus(beta * S) / K if form == "outside" else F.softplus(beta * S / K)
+    parts = {
+        "err/w_policy": policy_w, "err/w_ref": reference_w, "diff/w": d_w,
+        "err/l_policy": policy_l, "err/l_ref": reference_l, "diff/l": d_l, "S": S, "margin": -beta * S / K,
+    }  # fmt: skip
+    return loss, {name: a.detach() for name, a in parts.items()}
 
 
 # ---- check and time --------------------------------------------------------------------------------------------------
 
 
-def _step(function, tensors: list[Tensor], start: Tensor, beta: float, form: str = "outside") -> list[Tensor]:
-    """Loss, metrics, and the gradients of the six tensors that ask for one."""
-    loss, metrics = function(*tensors, start, beta, form)
-    return [loss, *metrics.values(), *torch.autograd.grad(loss.sum(), [a for a in tensors if a.requires_grad])]
+def _step(function, tensors: list[Tensor], start: Tensor) -> list[Tensor]:
+    """d and both errors, and the gradients of the three tensors."""
+    d, *errors = function(*tensors, start)
+    return [d, *errors, *torch.autograd.grad((d * torch.linspace(1, 2, d.numel()).view_as(d).to(d)).sum(), tensors)]
 
 
 def check(device: torch.device, shape: tuple[int, ...] = (3, 4, 5, 6, 9)) -> None:
-    """Largest error against float64 of loss, metrics and gradients, ours beside the definition's in the same dtype."""
+    """Largest error against float64 of values and gradients, ours beside the definition's in the same dtype."""
     start = torch.arange(shape[0], device=device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        tensors = [a.to(dtype).requires_grad_() for a in torch.randn(6, *shape, device=device)]
-        exact = [a.detach().double().requires_grad_() for a in tensors]
-        for form in ("outside", "inside"):
-            truth = _step(region_dpo_ref, exact, start, 2.0, form)
-            error, eager = (
-                max((a - b).abs().max().item() for a, b in zip(_step(f, tensors, start, 2.0, form), truth))
-                for f in (region_dpo, region_dpo_ref)
-            )
-            print(f"region_dpo, {form:8s} {str(dtype)[6:]:9s} error {error:.1e}, of the definition {eager:.1e}")
-            assert error <= 2 * eager + 1e-6, "expected at most twice the definition's error"
-
-
-def _bench(name: str, runs: dict, least: int) -> dict[str, float]:
-    """Milliseconds of each way, the better of two rounds; printed with the rate at which `least` bytes would move."""
-    rounds = [{way: triton.testing.do_bench(run) for way, run in runs.items()} for _ in range(2)]
-    took = {way: min(r[way] for r in rounds) for way in runs}
-    for way, ms in took.items():
-        print(f"{name:32s} {way:13s} {ms:.3f} ms, {least / ms / 1e6:5.0f} GB/s, {ms / took['kernel']:.2f}x the kernel")
-    return took
+        tensors = [a.to(dtype).requires_grad_() for a in torch.randn(3, *shape, device=device)]
+        truth = _step(frame_errors_ref, [a.detach().double().requires_grad_() for a in tensors], start)
+        error, eager = (
+            max((a - b).abs().max().item() for a, b in zip(_step(f, tensors, start), truth))
+            for f in (frame_errors, frame_errors_ref)
+        )
+        print(f"frame_errors {str(dtype)[6:]:9s} error {error:.1e}, of the definition {eager:.1e}")
+        assert error <= 2 * eager + 1e-6, "expected at most twice the definition's error"
 
 
 def time(device: torch.device, shape: tuple[int, ...] = (2, 16, 13, 36, 64)) -> dict[str, dict[str, float]]:
-    """Forward and backward at Wan2.1's latents of 49x288x512, bfloat16, float32 targets: ours, definition, compiled."""
-    tensors = [torch.randn(shape, device=device).bfloat16() for _ in range(4)]
-    tensors = [a.requires_grad_(i < 2) for i, a in enumerate(tensors)] + list(torch.randn(2, *shape, device=device))
-    start = torch.full(shape[:1], 5, device=device)
-    ways = {"kernel": region_dpo, "eager": region_dpo_ref, "torch.compile": torch.compile(region_dpo_ref)}
-    runs = {way: lambda f=f: _step(f, tensors, start, 2000.0) for way, f in ways.items()}
-    v, target, kept = tensors[0].nbytes, tensors[4].nbytes, 1 - 5 / shape[2]
-    least = kept * (4 * v + 2 * target) + kept * (2 * v + 2 * target) + 2 * v  # forward; backward, and its gradients
-    return {"region_dpo": _bench("region_dpo", runs, int(least))}
+    """Milliseconds of forward and backward at Wan2.1's latents of 49x288x512, the better of two rounds."""
+    v, ref = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
+    target, start = torch.randn(shape, device=device), torch.full(shape[:1], 5, device=device)
+    ways = {"kernel": frame_errors, "eager": frame_errors_ref, "torch.compile": torch.compile(frame_errors_ref)}
+    runs = {way: lambda f=f: f(v.requires_grad_(), ref, target, start)[0].sum().backward() for way, f in ways.items()}
+    took = {way: min(triton.testing.do_bench(run) for _ in range(2)) for way, run in runs.items()}
+    for way, ms in took.items():
+        print(f"frame_errors {way:13s} {ms:.3f} ms")
+    return {"frame_errors": took}
 
 
 if __name__ == "__main__":

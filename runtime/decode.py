@@ -1,18 +1,18 @@
-"""The program that video.Decoder runs and may kill: reads clips out of video files, and refuses what cannot be trusted.
+"""The program behind video.Decoder: reads clips out of video files and refuses what cannot be trusted.
 
-A request is a line of JSON on stdin. The answer on stdout is a line of JSON, {"error": why} or {"clips": [...]}, and
-after it the pictures of each clip, (T, h, w, 3) uint8 RGB.
+A request is a line of JSON on stdin. The answer on stdout is a line of JSON, {"clips": [facts or {"error": reason}],
+"shape": [T, h, w, 3]}, and after it the pictures of each clip without an error, uint8 RGB.
 
-decord reads one run of frames from the file's first and never jumps: after a jump in open-GOP HEVC it returns other
-frames than were asked for, without an error. Neither it nor FFmpeg raises an error for a picture that was lost or made
-up. So what decord returns is accepted only if
+decord reads, because it is fast. But neither decord nor FFmpeg raises an error for a picture that was lost or made up,
+and after a jump in open-GOP HEVC decord returns the wrong frames. So it reads one run of frames from the file's first,
+and its pictures are accepted only if
 
-    its frame times are those of the file's packets    (a stream-copied cut is padded with its last frame)
+    its frame times are those of the file's packets    (it pads a stream-copied cut with the last frame)
     its decoder printed no complaint                   (damaged parts of a picture are concealed: only the log says so)
-    its first and its last key frame are PyAV's        (the first frames of an MPEG-2 file may be lost)
+    its first and its last key frame are PyAV's        (it may lose the first frames of an MPEG-2 file)
 
-What decord cannot read, or not so, is read by PyAV under the same rules. Of either, a clip in which the picture stands
-still for more than 4 frames is refused, and one with a gap in an otherwise steady rate.
+PyAV reads the files that fail these checks, and the time of each of its frames is checked. Of either reader a clip is
+refused if its picture stands still for more than 4 frames, or if a frame is missing from an otherwise steady rate.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -37,11 +38,12 @@ except ImportError:  # it has no wheel for ARM
 MAX_PICTURE = 2**25  # pixels of a picture: 8192 x 4096
 MAX_PIXELS = 2**36  # pixels decoded of a video: 20 minutes of 1080p at 27 frames a second
 MAX_MEMORY = 2**33  # bytes of address space
-STILL = 4  # frames in a row that may be alike
+STILL = 4  # equal frames in a row that are accepted
 REPEATS = 0.1  # share of a clip's frames that resampling may show twice
-SLACK = 0.002  # s that a timestamp may be late: some containers round to a millisecond
+SLACK = 0.002  # s by which a timestamp may be off: some containers round to a millisecond
 BATCH = 32  # frames decoded at a time
-HARMLESS = ("[swscaler", "deprecated pixel format")  # what FFmpeg says about sound files, too
+UNREADABLE = (av.FFmpegError, OSError, IndexError)  # the last when damage in a transport stream looks like a new stream
+HARMLESS = ("[swscaler", "deprecated pixel format")  # FFmpeg prints these for healthy files, too
 
 
 class Refused(Exception):
@@ -50,13 +52,13 @@ class Refused(Exception):
 
 @dataclasses.dataclass
 class Source:
-    """What a file says before its pictures are decoded, and PyAV's first picture. Times are in seconds."""
+    """An open file, its first picture by PyAV, and the times (s) of its frames, before the others are decoded."""
 
     file: av.container.InputContainer
     stream: av.video.stream.VideoStream
     first: av.VideoFrame
     times: np.ndarray  # of the frames that are shown, rising, from the first that can be decoded
-    keys: np.ndarray  # of those that need no other frame
+    keys: np.ndarray  # of the key frames
     lost: int  # frames before the first that can be decoded
 
     @property
@@ -64,35 +66,36 @@ class Source:
         """Quarter turns to the left that show the picture upright."""
         return round(self.first.rotation / 90) % 4
 
-    @property
-    def shown(self) -> tuple[int, int]:
-        """(h, w) of the picture upright and with square pixels."""
-        h, w = self.first.height, round(self.first.width * (self.stream.sample_aspect_ratio or Fraction(1)))
-        return (w, h) if self.turns % 2 else (h, w)
+    def sizes(self, size: list[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The size (h, w) to return, by default the file's own, and the size to resize to, which covers it."""
+        h, w = self.first.height, self.first.width
+        if size:
+            w = round(w * (self.stream.sample_aspect_ratio or Fraction(1)))  # square pixels
+        upright = (w, h) if self.turns % 2 else (h, w)
+        wanted = size or upright
+        scale = max(a / b for a, b in zip(wanted, upright))
+        return tuple(wanted), tuple(max(a, round(b * scale)) for a, b in zip(wanted, upright))
 
 
-# ---- what the file says ----------------------------------------------------------------------------------------------
+# ---- the file and its frames' times ----------------------------------------------------------------------------------
 
 
 def open_video(path: str):
-    """PyAV's container and its largest moving picture."""
+    """PyAV's container and its one video stream; a cover picture does not count."""
     try:
         file = av.open(path)
     except (av.FFmpegError, ValueError) as error:
-        raise Refused(f"FFmpeg knows no such video: {said(error)}") from None
+        raise Refused(f"FFmpeg cannot open it: {said(error)}") from None
     streams = [s for s in file.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not streams:
-        raise Refused("there is no video in it")
-    stream = max(streams, key=lambda s: (s.width or 0) * (s.height or 0))
-    if len(streams) > 1:
-        raise Refused(f"there are {len(streams)} videos in it")
-    check_size(stream.width, stream.height)
-    stream.codec_context.thread_count = 1
-    return file, stream
+    if len(streams) != 1:
+        raise Refused(f"it holds {len(streams) or 'no'} video streams")
+    check_size(streams[0].width, streams[0].height)
+    streams[0].codec_context.thread_count = 1
+    return file, streams[0]
 
 
 def check_size(width: int, height: int, frames: int = 1) -> None:
-    """Refuses a decode bomb by its header, before its pictures take memory."""
+    """Refuses a decompression bomb by its header, before its pictures take memory."""
     if not (width and height):
         raise Refused("its header gives no picture size")
     if width * height > MAX_PICTURE or width * height * frames > MAX_PIXELS:
@@ -100,7 +103,7 @@ def check_size(width: int, height: int, frames: int = 1) -> None:
 
 
 def look(path: str, seconds: float) -> Source:
-    """The times of a file's frames, at least of its first `seconds`, from its packets, and its first picture."""
+    """Reads the packets of at least the first `seconds` of a file, and decodes its first picture."""
     file, stream = open_video(path)
     times, keys, first = [], [], None
     try:
@@ -114,7 +117,7 @@ def look(path: str, seconds: float) -> Source:
             keys += times[-1:] if packet.is_keyframe else []
             if first is not None and times[-1] > times[0] + seconds + 2:  # B-frames come late: 2 s are plenty
                 break
-    except (av.FFmpegError, OSError) as error:
+    except UNREADABLE as error:
         raise Refused(f"PyAV cannot read it: {said(error)}") from None
     if first is None or not times:
         raise Refused("no picture in it can be decoded")
@@ -123,67 +126,62 @@ def look(path: str, seconds: float) -> Source:
         raise Refused(f"it is turned by {first.rotation} degrees")
     matrix = first.side_data.get("DISPLAYMATRIX")
     if matrix and np.linalg.det(np.frombuffer(bytes(matrix), np.int32).reshape(3, 3)[:2, :2]) < 0:
-        raise Refused("it is to be shown mirrored")
+        raise Refused("it is meant to be shown mirrored")
     if len(set(times)) < len(times):
-        raise Refused("two of its frames have one timestamp")
+        raise Refused("two of its frames have the same timestamp")
     begin = min(times) if first.time is None else float(first.time)
     times, lost = np.sort(times), int((np.array(times) <= begin - SLACK).sum())
     return Source(file, stream, first, times[lost:], np.sort(keys), lost)
 
 
-def plan(times: np.ndarray, frames: int | None, fps: float | None, clips: int, exact: bool) -> list[np.ndarray]:
-    """Which frame each picture of each clip shows: with fps, the one on the screen at that time."""
+def plan(times: np.ndarray, frames: int | None, fps: float | None, clips: int) -> np.ndarray:
+    """Which frame each picture of each clip shows, (clips, frames): with fps the one on the screen at its time."""
     index = np.arange(len(times))
     if fps:
         count = math.floor((times[-1] - times[0] + SLACK) * fps) + 1
         index = np.searchsorted(times, times[0] + np.arange(count) / fps + SLACK, side="right") - 1
     frames = frames or len(index)
-    wanted = f"{frames} frames" + (f" at {fps:g} a second" if fps else "")
     if len(index) < frames:
-        raise Refused(f"too short: expected {wanted}, got {len(index)}")
-    if exact and len(index) != frames:
-        raise Refused(f"wrong frame count: expected {wanted}, got {len(index)}")
-    clips = min(clips, len(index) // frames)
-    starts = np.linspace(0, len(index) - frames, clips).round().astype(int)
-    chosen = [index[start : start + frames] for start in starts]
-    repeats = max(int((np.diff(c) == 0).sum()) for c in chosen)
+        rate = f" at {fps:g} a second" if fps else ""
+        raise Refused(f"too short: expected {frames} frames{rate}, got {len(index)}")
+    starts = np.linspace(0, len(index) - frames, min(clips, len(index) // frames)).round().astype(int)
+    chosen = index[starts[:, None] + np.arange(frames)]
+    repeats = int((np.diff(chosen) == 0).sum(1).max())
     if repeats > REPEATS * frames:
         raise Refused(f"slower than {fps:g} frames a second: {repeats} of {frames} pictures would be shown twice")
     return chosen
 
 
-# ---- its pictures ----------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def by_decord(path: str, source: Source, last: int, size: tuple[int, int]):
-    """Frames 0 ... last at size (h, w), in order, once decord's account of the file is PyAV's."""
+    """Frames 0 … last at size (h, w), in order, by decord, checked against PyAV."""
     if decord is None:
         raise Refused("decord is not installed")
     if source.turns or source.lost or source.stream.codec_context.name == "vp9":
         raise Refused("decord does not read such a file reliably")
     try:
         reader = decord.VideoReader(path, width=size[1], height=size[0], num_threads=1)
-        if len(reader) <= last:
-            raise Refused(f"decord finds {len(reader)} frames")
         times = reader.get_frame_timestamp(range(last + 1))[:, 0]
         if np.abs((times - times[0]) - (source.times[: last + 1] - source.times[0])).max() > SLACK:
             raise Refused("decord finds other timestamps")
-        spots = {0: source.first, **key_frame(source, last)}
+        known = {0: source.first, **last_key_frame(source, last)}
         for start in range(0, last + 1, BATCH):
             pictures = reader.get_batch(range(start, min(start + BATCH, last + 1))).asnumpy()
-            for i in spots.keys() & set(range(start, start + len(pictures))):
-                compare(to_rgb(spots[i], size), pictures, i - start)
+            for i in known.keys() & set(range(start, start + len(pictures))):
+                compare(to_rgb(known[i], size), pictures, i - start)
             yield from pictures
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         raise Refused(f"decord cannot read it: {said(error)}") from None
 
 
-def key_frame(source: Source, last: int) -> dict[int, av.VideoFrame]:
-    """PyAV's picture of the last key frame up to `last` by its number, if there is one after the first frame."""
+def last_key_frame(source: Source, last: int) -> dict[int, av.VideoFrame]:
+    """PyAV's picture of the last key frame in 1 … last, by its number; empty if there is none."""
     keys = source.keys[(source.keys > source.times[0] + SLACK) & (source.keys < source.times[last] + SLACK)]
     if not len(keys):
         return {}
-    with contextlib.suppress(av.FFmpegError, OSError):
+    with contextlib.suppress(*UNREADABLE):
         source.file.seek(round(keys[-1] / source.stream.time_base), stream=source.stream)
         for _, frame in zip(range(16), source.file.decode(source.stream)):
             if frame.time is not None and abs(frame.time - keys[-1]) < SLACK:
@@ -192,7 +190,7 @@ def key_frame(source: Source, last: int) -> dict[int, av.VideoFrame]:
 
 
 def compare(picture: np.ndarray, pictures: np.ndarray, i: int) -> None:
-    """Refuses unless pictures[i] is the picture, but for rounding, and its neighbours are farther from it."""
+    """Refuses unless pictures[i] equals `picture` up to rounding, and is closer to it than its neighbours are."""
     near = range(max(0, i - 1), min(len(pictures), i + 2))
     some = (slice(None, None, 4),) * 2  # a sixteenth of the pixels will do
     distance = {j: np.abs(pictures[j][some].astype(np.int16) - picture[some]).mean() for j in near}
@@ -201,7 +199,7 @@ def compare(picture: np.ndarray, pictures: np.ndarray, i: int) -> None:
 
 
 def by_pyav(path: str, source: Source, last: int, size: tuple[int, int]):
-    """The same by PyAV, every frame by its own timestamp."""
+    """Frames 0 … last at size (h, w), in order, by PyAV, each checked by its timestamp."""
     file, stream = open_video(path)
     size = size[::-1] if source.turns % 2 else size
     with file:
@@ -215,17 +213,16 @@ def by_pyav(path: str, source: Source, last: int, size: tuple[int, int]):
                 if (frame.width, frame.height) != (source.first.width, source.first.height):
                     raise Refused(f"the picture's size changes {at}")
                 yield np.rot90(to_rgb(frame, size), source.turns)
-        except (av.FFmpegError, OSError) as error:
+        except UNREADABLE as error:
             raise Refused(f"PyAV cannot read it: {said(error)}") from None
 
 
 def decoded(file, stream):
-    """Its frames. VP9's by libvpx, which refuses most damage; FFmpeg's own decoder, as in decord, shows it."""
-    name = stream.codec_context.name
-    try:
-        decoder = av.CodecContext.create("libvpx-vp9", "r") if name == "vp9" else stream
-    except av.codec.codec.UnknownCodecError:  # another build of FFmpeg
-        decoder = stream
+    """The frames of a stream. libvpx decodes VP9: it refuses most damage, which FFmpeg's own decoder lets pass."""
+    decoder = stream
+    if stream.codec_context.name == "vp9":
+        with contextlib.suppress(av.codec.codec.UnknownCodecError):  # FFmpeg may be built without it
+            decoder = av.CodecContext.create("libvpx-vp9", "r")
     for packet in file.demux(stream):
         yield from decoder.decode(packet)
 
@@ -235,29 +232,31 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
 
 
-def collect(pictures, chosen: list[np.ndarray], size: tuple[int, int], log) -> list[list[np.ndarray]]:
-    """Clip by clip, the chosen of all frames that an iterator gives, cut to size (h, w).
+def gather(frames, chosen: np.ndarray, size: tuple[int, int], log) -> np.ndarray:
+    """The chosen (clips, T) of an iterator's frames, cut at the centre: (clips, T, h, w, 3) uint8.
 
-    Refuses what the decoder complained of.
+    Refuses the file if its decoder complained in the log or if the frames end too early.
     """
-    wanted, kept, i = set(np.concatenate(chosen).tolist()), {}, -1
+    pictures, count = np.empty((*chosen.shape, *size, 3), np.uint8), 0
     log.seek(0)
     log.truncate()
-    for i, picture in enumerate(pictures):
-        if i in wanted:
-            top, left = (picture.shape[0] - size[0]) // 2, (picture.shape[1] - size[1]) // 2
-            kept[i] = picture[top : top + size[0], left : left + size[1]]
+    for count, frame in enumerate(frames, 1):
+        top, left = (frame.shape[0] - size[0]) // 2, (frame.shape[1] - size[1]) // 2
+        pictures[chosen == count - 1] = frame[top : top + size[0], left : left + size[1]]
     log.seek(0)
     complaints = [line for line in log.read().splitlines() if line.strip() and not any(h in line for h in HARMLESS)]
     if complaints:
         raise Refused(f"its decoder complains: {complaints[0].strip()[:160]}")
-    if wanted - kept.keys():
-        raise Refused(f"its pictures end after {i + 1} frames")
-    return [[kept[i] for i in clip] for clip in chosen]
+    if count <= chosen.max():
+        raise Refused(f"its pictures end after {count} frames")
+    return pictures
 
 
-def stands_still(clip: list[np.ndarray]) -> int:
-    """The longest run of pictures that are the same in every byte."""
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+
+def longest_still(clip: np.ndarray) -> int:
+    """The longest run of equal pictures."""
     longest = run = 1
     for a, b in zip(clip, clip[1:]):
         run = run + 1 if np.array_equal(a[0], b[0]) and np.array_equal(a, b) else 1
@@ -266,10 +265,11 @@ def stands_still(clip: list[np.ndarray]) -> int:
 
 
 def missing(source: Source, clip: np.ndarray) -> float | None:
-    """When (s) a frame is missing, by a gap in an otherwise steady rate, that pictures of the clip may be made from.
+    """The time (s) of the first missing frame that may have spoilt a picture of the clip, or None.
 
-    Only H.264 and HEVC number their frames: where another decoder misses one, it says nothing and shows a wrong picture
-    until the next key frame. So does H.264's where a key frame is missing.
+    A frame is missing where there is a gap in an otherwise steady rate. Only H.264 and HEVC number their frames: other
+    decoders do not notice the loss and show wrong pictures until the next key frame. So does H.264's after a lost key
+    frame.
     """
     times, steps = source.times, np.diff(source.times)
     if len(times) < 3 or (np.abs(steps - np.median(steps)) > SLACK).mean() > 0.1:  # the rate varies
@@ -279,51 +279,35 @@ def missing(source: Source, clip: np.ndarray) -> float | None:
     return float(times[gaps[0]] + np.median(steps)) if len(gaps) else None
 
 
-def fit(source: Source, size: list[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The size (h, w) to return, the file's own if none is asked for, and the one to resize to, which covers it."""
-    if size is None:
-        h, w = source.first.height, source.first.width
-        return (((w, h) if source.turns % 2 else (h, w)),) * 2
-    scale = max(size[0] / source.shown[0], size[1] / source.shown[1])
-    return tuple(size), tuple(max(a, round(b * scale)) for a, b in zip(size, source.shown))
-
-
-# ---- requests --------------------------------------------------------------------------------------------------------
-
-
-def read(request: dict, log) -> tuple[dict, list[np.ndarray]]:
-    """The answer to a request, and the pictures of its clips that are accepted, in one list."""
-    path, frames, fps = request["path"], request["frames"], request["fps"]
-    everything = not frames or request["clips"] > 1 or request["exact"]
-    source = look(path, math.inf if everything else frames / (fps or 1e-3))
+def read(request: dict, log) -> tuple[list[dict], list[np.ndarray]]:
+    """The facts of each clip that is asked for, or why it is refused, and the pictures of each that is accepted."""
+    path, frames, fps, clips = (request[key] for key in ("path", "frames", "fps", "clips"))
+    source = look(path, frames / (fps or 1e-3) if frames and clips == 1 else math.inf)
     with source.file:
-        chosen = plan(source.times, frames, fps, request["clips"], request["exact"])
-        last = max(int(clip[-1]) for clip in chosen)
+        chosen = plan(source.times, frames, fps, clips)
+        last = int(chosen.max())
         check_size(source.first.width, source.first.height, last + 1)
-        size, cover = fit(source, request["size"])
-        by, clips = "decord", None
+        size, cover = source.sizes(request["size"])
+        reader, pictures = "decord", None
         with contextlib.suppress(Refused):
-            clips = collect(by_decord(path, source, last, cover), chosen, size, log)
-        if clips is None:  # not in an exception's handler: it would keep decord's threads alive, and complaining
-            by, clips = "PyAV", collect(by_pyav(path, source, last, cover), chosen, size, log)
-    answer, kept = [], []
-    for index, clip in zip(chosen, clips):
-        start = round(float(source.times[index[0]] - source.times[0]), 3)
-        rate = round(1 / float(np.median(np.diff(source.times))), 3) if len(source.times) > 1 else 0.0
-        facts = {"start": start, "index": index.tolist(), "reader": by, "rate": rate}
-        facts["shape"] = (len(clip), *clip[0].shape)
-        if (frames or 0) > STILL and (still := stands_still(clip)) > STILL:
-            facts["error"] = f"the picture stands still for {still} frames"
-        elif (hole := missing(source, index)) is not None:
-            facts["error"] = f"the frame at {hole:.2f} s is missing"
+            pictures = gather(by_decord(path, source, last, cover), chosen, size, log)
+        if pictures is None:  # outside the exception's handler, which would keep decord's threads alive and complaining
+            reader, pictures = "PyAV", gather(by_pyav(path, source, last, cover), chosen, size, log)
+    facts, kept = [], []
+    for index, clip in zip(chosen, pictures):
+        if frames and frames > STILL and (still := longest_still(clip)) > STILL:
+            facts.append({"error": f"the picture stands still for {still} frames"})
+        elif (time := missing(source, index)) is not None:
+            facts.append({"error": f"the frame at {time:.2f} s is missing"})
         else:
-            kept += clip
-        answer.append(facts)
-    return {"clips": answer}, kept
+            start = round(float(source.times[index[0]] - source.times[0]), 3)
+            facts.append({"start": start, "index": index.tolist(), "reader": reader})
+            kept.append(clip)
+    return facts, kept
 
 
 def said(error: Exception) -> str:
-    """The last line of an error that says something."""
+    """The last line of an error's text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:160] if lines else type(error).__name__
 
@@ -331,35 +315,33 @@ def said(error: Exception) -> str:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     log = tempfile.TemporaryFile("w+", errors="replace")
-    for printed in (1, 2):  # what the libraries print is read here
+    for printed in (1, 2):  # whatever the libraries print goes to the log
         os.dup2(log.fileno(), printed)
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows
-        import resource
-
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     av.logging.restore_default_callback()
     av.logging.set_libav_level(av.logging.ERROR)
     if decord:
-        decord.logging.set_level(decord.logging.INFO)  # what FFmpeg conceals it says at this level
+        decord.logging.set_level(decord.logging.INFO)  # the level at which FFmpeg says what it conceals
     answers.write(b"ready\n")
     answers.flush()
-    alarm = getattr(signal, "alarm", lambda seconds: None)  # not on Windows
     for line in sys.stdin:
-        request = json.loads(line)
-        alarm(math.ceil(request["deadline"]) + 10)  # should the parent be gone: a decoder that spins lets no Python run
+        request, pictures = json.loads(line), []
+        signal.alarm(math.ceil(request["deadline"]) + 10)  # in case the parent is gone and a decoder spins
         try:
-            answer, pictures = read(request, log)
+            clips, pictures = read(request, log)
         except Refused as error:
-            answer, pictures = {"error": str(error)}, []
-        except IndexError:  # by PyAV, where damage in a transport stream looks like another stream
-            answer, pictures = {"error": "another stream begins in its middle"}, []
-        except Exception as error:  # of damaged files anything may come; the run must go on, and this stands out
-            answer, pictures = {"error": f"decode.py failed: {type(error).__name__}: {said(error)}"}, []
+            clips = [{"error": str(error)}]
+        except MemoryError:
+            clips = [{"error": f"too large: its pictures take more than {MAX_MEMORY / 2**30:g} GiB"}]
+        except Exception as error:  # a damaged file may cause any error, and the run must go on; this text stands out
+            clips = [{"error": f"decode.py failed: {type(error).__name__}: {said(error)}"}]
+        answer = {"clips": clips, "shape": pictures[0].shape if pictures else None}
         answers.write(json.dumps(answer).encode() + b"\n")
-        for picture in pictures:
-            answers.write(np.ascontiguousarray(picture).data)
+        for clip in pictures:
+            answers.write(clip.data)
         answers.flush()
-        alarm(0)
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

@@ -14,33 +14,21 @@ Shard k holds what was kept of items k·size … (k+1)·size − 1, so it does n
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from flow import generator
-from runtime import run as common
-from runtime.run import UserError
+from runtime.files import fingerprint, read_manifest, write_json, write_jsonl, write_tensors
+from runtime.group import Group, local_batch
+from runtime.options import UserError
+from runtime.run import Run
 
 
 def shard_name(k: int) -> str:
     return f"shard-{k:05d}"
-
-
-def video_name(place: int, row: dict, field: str, segment: int | None = None) -> str:
-    """The file in which sample.py --decode shows a field of sample `place`, whole or one segment of it."""
-    return "-".join([f"{place:05d}", Path(row["id"]).name, *[field] * (field != "x0")]) + (
-        ".mp4" if segment is None else f"-s{segment}.mp4"
-    )
-
-
-def segment_cuts(frames: int, segments: int) -> list[int]:
-    """Where `segments` pieces of a clip's latent frames begin, and the end: 13 frames in 5: 0, 3, 6, 9, 11, 13."""
-    size, longer = divmod(frames, segments)
-    return [k * size + min(k, longer) for k in range(segments + 1)]
 
 
 def pixel_frames(first: int, end: int) -> slice:
@@ -49,16 +37,16 @@ def pixel_frames(first: int, end: int) -> slice:
 
 
 def write_shard(
-    folder: Path, k: int, rows: list[dict], fields: dict[str, list[Tensor]], text: list[Tensor], rejects: list[dict]
+    folder: Path, k: int, rows: list[dict], fields: dict[str, Sequence[Tensor]], text: list[Tensor], rejects: list[dict]
 ) -> None:
     """Writes shard k: rows[i] describes sample i, fields[name][i] and text[i] (S, text_dim) are its tensors."""
     path = folder / f"{shard_name(k)}.safetensors"
-    tensors = {name: torch.stack(values) for name, values in fields.items() if values}
+    tensors = {name: torch.stack(tuple(values)) for name, values in fields.items() if len(values)}
     if text:
         tensors["text"] = torch.cat(text)
         tensors["text_start"] = torch.tensor([0] + [len(t) for t in text]).cumsum(0)
-    common.write_tensors(path, tensors)
-    common.write_json(path.with_suffix(".json"), {**common.fingerprint(path), "rows": rows, "rejects": rejects})
+    write_tensors(path, tensors)
+    write_json(path.with_suffix(".json"), {**fingerprint(path), "rows": rows, "rejects": rejects})
 
 
 def shard_is_whole(folder: Path, k: int) -> bool:
@@ -68,9 +56,23 @@ def shard_is_whole(folder: Path, k: int) -> bool:
         return False
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        return common.fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
+        return fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def unfinished(run: Run, items: int, size: int, unit: str) -> Iterator[tuple[int, range]]:
+    """Yields k and the items of every shard that this process has to make, under a progress bar that counts items.
+
+    Shards of `size` items are dealt to the processes in turn; those that an earlier run finished are kept. It ends when
+    all processes have made theirs.
+    """
+    with run.progress(items, unit=unit) as bar:
+        for k in range(run.group.rank, -(-items // size), run.group.size):
+            if not shard_is_whole(run.folder, k):
+                yield k, range(k * size, min((k + 1) * size, items))
+            bar.update(min(size * run.group.size, items - bar.n))
+    run.group.barrier()
 
 
 def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:
@@ -88,7 +90,7 @@ def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int
         metrics.append({"step": k, "kept": len(rows), "rejected": len(facts["rejects"]), **means})
         rejects += facts["rejects"]
     for name, lines in (("rejects.jsonl", rejects), ("metrics.jsonl", metrics)):
-        common.write_text(folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_jsonl(folder / name, lines)
     return files, sum(m["kept"] for m in metrics), len(rejects)
 
 
@@ -104,15 +106,14 @@ class Shards:
         UserError if the folder is missing, unfinished or damaged, or has no sample of that split.
         """
         self.folder = Path(folder)
-        self.manifest = common.read_manifest(folder, made_by, verify)
+        self.manifest = read_manifest(folder, made_by, verify)
         self.rows, self._where, self._open, splits = [], [], {}, set()
         for name in sorted(n for n in self.manifest["files"] if n.startswith("shard-") and n.endswith(".json")):
             for i, row in enumerate(json.loads((self.folder / name).read_text())["rows"]):
                 splits.add(str(row.get("split")))
                 if split in (None, row.get("split")):
                     self.rows.append(row)
-                    self._where.append((self.folder / name).with_suffix(".safetensors"))
-                    row["index"] = i
+                    self._where.append(((self.folder / name).with_suffix(".safetensors"), i))
         if not self.rows:
             wanted, got = f" of split {split!r}" if split else "", ", ".join(sorted(splits)) or "none"
             raise UserError(f"{folder}: expected samples{wanted}, its splits are {got}; see its rejects.jsonl")
@@ -120,51 +121,62 @@ class Shards:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _shard(self, path: Path):
+    def _sample(self, i: int):
+        """The open file that holds sample i, its place there, and where the text states of the file's samples start."""
+        path, place = self._where[i]
         if path not in self._open:
             file = safe_open(path, "pt")
             self._open[path] = file, (file.get_tensor("text_start").tolist() if "text_start" in file.keys() else [])
-        return self._open[path]
+        file, start = self._open[path]
+        return file, place, start
 
     def get(self, field: str, index: Sequence[int]) -> Tensor:
         """A field of the samples index, stacked: (B, *shape)."""
-        return torch.stack([self._shard(self._where[i])[0].get_slice(field)[self.rows[i]["index"]] for i in index])
+        samples = (self._sample(i) for i in index)
+        return torch.stack([file.get_slice(field)[place] for file, place, _ in samples])
 
     def states(self, index: Sequence[int]) -> list[Tensor]:
         """Text states of the samples index, each (S, text_dim) at its true length."""
-        states = []
-        for i in index:
-            file, start = self._shard(self._where[i])
-            row = self.rows[i]["index"]
-            states.append(file.get_slice("text")[start[row] : start[row + 1]])
-        return states
+        samples = (self._sample(i) for i in index)
+        return [file.get_slice("text")[start[place] : start[place + 1]] for file, place, start in samples]
 
     def text(self, index: Sequence[int]) -> Tensor:
         """Text states (B, S, text_dim) of the samples index, padded with zeros to the longest."""
         return torch.nn.utils.rnn.pad_sequence(self.states(index), batch_first=True)
 
     def fields(self) -> list[str]:
-        """Names of what a sample holds."""
-        return list(self._shard(self._where[0])[0].keys())
+        """Names of a sample's tensors, its text states left out."""
+        return sorted(set(self._sample(0)[0].keys()) - {"text", "text_start"})
 
     def shape(self, field: str) -> tuple[int, ...]:
         """Shape of one sample's field."""
-        return tuple(self._shard(self._where[0])[0].get_slice(field).get_shape()[1:])
+        return tuple(self._sample(0)[0].get_slice(field).get_shape()[1:])
 
 
-def batch_order(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The samples of global batch `step`: each epoch is a permutation of 0 … n−1 drawn from (seed, epoch), read
-    on and on.
+def batch_order(n: int, batch_size: int, step: int, seed: int, generator: Callable) -> list[int]:
+    """The samples of global batch `step`: each epoch is a permutation of 0 … n−1, and they are read one after another.
 
-    A function of its arguments alone, so a resumed run and a run on another number of processes see the same batches.
+    generator(*key) gives a torch.Generator; the key is ("order", seed, epoch). The batches are a function of the
+    arguments alone, so a resumed run and a run on another number of processes see the same ones.
     """
     order = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(position, n)
-        order.append(_permutation(n, seed, epoch)[i])
+        order.append(_permutation(n, seed, epoch, generator)[i])
     return order
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+def _permutation(n: int, seed: int, epoch: int, generator: Callable) -> list[int]:
     return torch.randperm(n, generator=generator("order", seed, epoch)).tolist()
+
+
+def micro_batches(n: int, step: int, cfg, group: Group, generator: Callable) -> list[list[int]]:
+    """This process's share of global batch `step` of n samples, one list of sample numbers for each forward.
+
+    cfg: batch_size, micro_batch, seed; generator: as in `batch_order`.
+    """
+    per_process, micro = local_batch(cfg, group)
+    order = batch_order(n, cfg.batch_size, step, cfg.seed, generator)
+    first = group.rank * per_process
+    return [order[i : i + micro] for i in range(first, first + per_process, micro)]

@@ -46,10 +46,10 @@ def chain(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def made(chain, tmp_path_factory) -> dict[str, Path]:
     """The baselines' folders: pairs of both kinds and their labels by exact physics. Read only."""
-    root = tmp_path_factory.mktemp("labels")
+    root = tmp_path_factory.mktemp("baselines")
     at = {name: root / name for name in ("flow", "structural", "by_clip", "by_segment")}
     for kind in ("flow", "structural"):
-        make_samples(chain, at[kind], pairs=kind)
+        make_samples(chain, at[kind], kind=kind)
     labelled(chain, at["flow"], at["by_clip"])
     labelled(chain, at["structural"], at["by_segment"], segments=5)
     return at

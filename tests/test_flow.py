@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import refused
 
 import flow
 
@@ -16,19 +17,14 @@ def draw(n: int = 4):
     return x0, flow.draw_noise(SHAPE, [("test", i) for i in range(n)])
 
 
-# ---- the path --------------------------------------------------------------------------------------------------------
+def test_path():
+    """t = 0 is data and t = 1 is noise, bit for bit: guards the time convention.
 
-
-def test_ends_of_the_path_are_exact():
-    """t = 0 is data and t = 1 is noise, bit for bit: guards the time convention."""
+    With a time for each frame, frames at time 0 enter clean, the others as on the path of one time.
+    """
     x0, noise = draw()
     assert torch.equal(flow.add_noise(x0, noise, torch.zeros(4)), x0)
     assert torch.equal(flow.add_noise(x0, noise, torch.ones(4)), noise)
-
-
-def test_a_time_for_each_frame_noises_each_frame():
-    """Frames at time 0 enter clean, the others as the one-time path has them."""
-    x0, noise = draw()
     t, given = torch.rand(4), torch.arange(4) < 2
     x_t = flow.add_noise(x0, noise, t[:, None] * ~given)
     assert torch.equal(x_t[:, :, given], x0[:, :, given])
@@ -43,25 +39,17 @@ def test_velocity_is_the_derivative_of_the_path():
     assert torch.allclose(slope, flow.velocity(x0, noise), atol=1e-9)
 
 
-# ---- the solvers -----------------------------------------------------------------------------------------------------
-
-
 solvers = pytest.mark.parametrize("solver", flow.SOLVERS)
 
 
 @pytest.mark.parametrize("t_shift", [1.0, 4.0, 5.0])
 @pytest.mark.parametrize("nfe", [1, 2, 7, 50])
 @solvers
-def test_exact_on_a_straight_path(solver, nfe, t_shift):
-    """With the constant velocity noise − x0 a solver must land on x0: guards sign, step sizes and end points."""
-    x0, noise = draw()
-    made = flow.SOLVERS[solver](lambda x, t, text: noise - x0, noise, torch.zeros(4, 1, 1), nfe, t_shift)
-    assert (made - x0).abs().max() < 1e-5  # 50 float32 additions
+def test_straight_path(solver, nfe, t_shift):
+    """With the constant velocity noise − x0 a solver must land on x0: guards sign, step sizes and end points.
 
-
-@solvers
-def test_the_network_is_handed_the_time_of_the_state(solver):
-    """Each evaluation must see x_t at its own t (of the interval's noisy end)."""
+    On the way, each evaluation must see x_t at its own t, the noisy end of its interval.
+    """
     x0, noise = draw()
     seen = []
 
@@ -70,15 +58,18 @@ def test_the_network_is_handed_the_time_of_the_state(solver):
         seen.append(t[0].item())
         return noise - x0
 
-    flow.SOLVERS[solver](net, noise, torch.zeros(4, 1, 1), 5, 4.0)
-    assert seen == flow.time_grid(5, 4.0)[1].tolist() == flow.time_grid(5, 4.0)[0][:-1].tolist()
+    levels = flow.time_grid(nfe, t_shift)
+    assert (flow.SOLVERS[solver](net, noise, None, levels) - x0).abs().max() < 1e-5  # 50 float32 additions
+    assert seen == levels[1].tolist() == levels[0][:-1].tolist()
 
 
 @pytest.mark.parametrize("wild", [1e3, float("nan")])
 @solvers
 def test_given_frames_come_out_bitwise_and_go_in_clean(solver, wild):
-    """The given frames are the real ones at every step: bit for bit, whatever the velocity there, which no other
-    frame feels."""
+    """The given frames are the real ones at every step, bit for bit.
+
+    The velocity there may be anything: no other frame feels it.
+    """
     x0, noise = draw()
     cond_mask = torch.arange(4) < torch.tensor([1, 2, 3, 0])[:, None]
     given = cond_mask[:, None, :, None, None].expand_as(x0)
@@ -87,10 +78,11 @@ def test_given_frames_come_out_bitwise_and_go_in_clean(solver, wild):
         assert torch.equal(mask, cond_mask) and torch.equal(x[given], x0[given])
         return torch.where(given, wild, (x * t.view(-1, 1, 1, 1, 1)).cos())  # would carry them away
 
-    made = flow.SOLVERS[solver](net, noise, torch.zeros(4, 1, 1), 5, 4.0, x0, cond_mask)
-    free = flow.SOLVERS[solver](
-        lambda x, t, text: net(torch.where(given, x0, x), t, text, cond_mask), noise, None, 5, 4.0
-    )
+    def pasted(x, t, text):
+        return net(torch.where(given, x0, x), t, text, cond_mask)
+
+    solve, levels = flow.SOLVERS[solver], flow.time_grid(5, 4.0)
+    made, free = solve(net, noise, None, levels, x0, cond_mask), solve(pasted, noise, None, levels)
     assert torch.equal(made[given], x0[given]) and torch.equal(made[~given], free[~given])
 
 
@@ -117,9 +109,6 @@ def test_shift_t_fixed_points_inverse_and_direction():
     assert flow.shift_t(torch.tensor(0.5), 4.0).item() == pytest.approx(0.8)
 
 
-# ---- guidance --------------------------------------------------------------------------------------------------------
-
-
 def test_guidance():
     """1 is the network itself, at one evaluation; otherwise u + g·(c − u), given frames in both branches."""
     calls = []
@@ -135,11 +124,7 @@ def test_guidance():
     cond, uncond = net(x, t, text), x * negative.sum()
     assert torch.allclose(got, uncond + 5 * (cond - uncond), atol=1e-4)
     assert calls[0] is mask and calls[1] is mask
-    with pytest.raises(ValueError, match="unconditional"):
-        flow.guided(net, 5.0)
-
-
-# ---- draws -----------------------------------------------------------------------------------------------------------
+    refused("unconditional", flow.guided, net, 5.0, kind=ValueError)
 
 
 @pytest.mark.parametrize("draw_one", [lambda keys: flow.draw_noise((3, 2), keys), flow.draw_t], ids=["noise", "t"])
@@ -150,22 +135,18 @@ def test_a_draw_depends_on_its_key_alone(draw_one):
     torch.manual_seed(123)
     alone = torch.cat([draw_one([key]) for key in reversed(keys)]).flip(0)
     assert torch.equal(together, alone)
-    assert len(together.flatten(1).unique(dim=0) if together.ndim > 1 else together.unique()) == 5
+    assert len(together.reshape(5, -1).unique(dim=0)) == 5
     for other in ((1, 7, "clip-0"), (0, 8, "clip-0"), (0, 7, "clip-00")):
         assert not torch.equal(draw_one([other]), draw_one(keys[:1]))
 
 
-def test_noise_and_time_of_one_key_are_independent():
+def test_noise_is_standard_normal_and_independent_of_the_time():
     """The same key serves noise and t: they must not come from one and the same stream."""
     keys = [(0, i, "clip") for i in range(2000)]
-    first = flow.draw_noise((1,), keys)[:, 0]
-    as_uniform = 0.5 * (1 + torch.erf(first / math.sqrt(2)))
-    assert abs(torch.corrcoef(torch.stack([as_uniform, flow.draw_t(keys)]))[0, 1]) < 0.08
-
-
-def test_noise_is_standard_normal():
-    noise = flow.draw_noise((16,), [("n", i) for i in range(2000)])
+    noise = flow.draw_noise((16,), keys)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    as_uniform = 0.5 * (1 + torch.erf(noise[:, 0] / math.sqrt(2)))
+    assert abs(torch.corrcoef(torch.stack([as_uniform, flow.draw_t(keys)]))[0, 1]) < 0.08
 
 
 def test_distribution_of_training_times():

@@ -4,29 +4,21 @@ Tolerance 1e-5 in float32. That the golden has teeth is a test of its own: one w
 must move the output by more than that.
 """
 
-import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
-from safetensors import safe_open
-from safetensors.torch import load_file
+from helpers import golden
 
 import model
 
-GOLDEN = Path(__file__).parent / "golden" / "dit.safetensors"
 TOLERANCE = 1e-5
 
 
 def load(**changes):
-    tensors = load_file(GOLDEN)
-    with safe_open(GOLDEN, "pt") as file:
-        metadata = file.metadata()
-    config = dataclasses.replace(model.DiTConfig(**json.loads(metadata["config"])), **changes)
-    net = model.DiT(config)
-    net.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")})
+    weights, tensors, metadata = golden("dit")
+    net = model.DiT(model.DiTConfig(**json.loads(metadata["config"]) | changes))
+    net.load_state_dict(weights)
     return net, tensors, json.loads(metadata["text_lens"])
 
 
@@ -37,35 +29,21 @@ def error(net, tensors, time: str = "t", out: str = "out") -> float:
     return (v - tensors[out]).abs().max().item()
 
 
-def test_one_time_for_the_clip():
-    """Guards every architecture fact on the text-to-video path."""
+def test_wans_outputs():
+    """One time for the clip; and a time for each frame, against Wan2.2's code for a time for each token.
+
+    The second would be no test of its own if its times were those of the clip, so the two goldens must differ.
+    """
     net, tensors, _ = load()
-    assert error(net, tensors) < TOLERANCE
-
-
-def test_a_time_for_each_frame():
-    """Guards the per-frame path (given frames at time 0), against Wan2.2's code for a time for each token."""
-    net, tensors, _ = load()
-    assert error(net, tensors, "t_frames", "out_frames") < TOLERANCE
-
-
-def test_the_two_goldens_differ():
-    """The per-frame golden would be no test of its own if its times were those of the clip."""
-    _, tensors, _ = load()
+    assert error(net, tensors) < TOLERANCE and error(net, tensors, "t_frames", "out_frames") < TOLERANCE
     assert (tensors["out"] - tensors["out_frames"]).abs().max() > 0.01
 
 
 # ---- mutations: each makes one fact wrong ----------------------------------------------------------------------------
 
 
-def sin_before_cos(monkeypatch):
-    original = model.sinusoid
-    monkeypatch.setattr(model, "sinusoid", lambda position, dim: original(position, dim).roll(dim // 2, -1))
-    return load()[0]
-
-
-def rope_by_halves(monkeypatch):
-    def halves(x, weight, rope, eps):
+def rope_by_halves(original):
+    def wrong(x, weight, rope, eps):
         y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
         if rope is None:
             return y
@@ -73,79 +51,54 @@ def rope_by_halves(monkeypatch):
         turned = torch.complex(a, b) * torch.view_as_complex(rope.unflatten(-1, (-1, 2))).unsqueeze(1)
         return torch.cat([turned.real, turned.imag], -1).flatten(2)
 
-    monkeypatch.setattr(model, "norm_rope", halves)
-    return load()[0]
+    return wrong
 
 
-def rope_split_reversed(monkeypatch):
-    original = model.rope_split
-    monkeypatch.setattr(model, "rope_split", lambda head_dim: original(head_dim)[::-1])
-    return load()[0]
-
-
-def eps_too_large(monkeypatch):
-    return load(eps=1e-5)[0]
-
-
-def exact_gelu(monkeypatch):
-    net = load()[0]
-    for module in net.modules():
-        if isinstance(module, nn.GELU):
-            module.approximate = "none"
-    return net
-
-
-def shift_and_scale_swapped(monkeypatch):
-    original = model.ln_modulate
-    monkeypatch.setattr(model, "ln_modulate", lambda x, shift, scale, *rest: original(x, scale, shift, *rest))
-    return load()[0]
-
-
-def norm_of_each_head(monkeypatch):
-    original = model.norm_rope
-
-    def forward(self, x, rope=None):
+def norm_of_each_head(original):
+    def wrong(x, weight, rope, eps):
         heads = x.unflatten(-1, (2, -1))
-        y = torch.nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps).flatten(-2)
+        y = torch.nn.functional.rms_norm(heads, heads.shape[-1:], eps=eps).flatten(-2)
         rms = y.square().mean(-1, keepdim=True).sqrt()  # the norm over all heads that follows divides by it
-        return original(y, self.weight, rope, 0.0) * rms
+        return original(y, weight, rope, 0.0) * rms
 
-    monkeypatch.setattr(model.RMSNorm, "forward", forward)
-    return load()[0]
-
-
-def time_not_in_thousands(monkeypatch):
-    original = model.sinusoid
-    monkeypatch.setattr(model, "sinusoid", lambda position, dim: original(position / 1000, dim))
-    return load()[0]
+    return wrong
 
 
-MUTATIONS = [
-    sin_before_cos, rope_by_halves, rope_split_reversed, eps_too_large, exact_gelu, shift_and_scale_swapped,
-    norm_of_each_head, time_not_in_thousands,
-]  # fmt: skip
+MUTATIONS = {  # what is wrong -> a function of model.py, and what takes its place
+    "sin before cos": ("sinusoid", lambda f: lambda position, dim: f(position, dim).roll(dim // 2, -1)),
+    "time not in thousands": ("sinusoid", lambda f: lambda position, dim: f(position / 1000, dim)),
+    "rope by halves": ("norm_rope", rope_by_halves),
+    "rope split reversed": ("rope_split", lambda f: lambda head_dim: f(head_dim)[::-1]),
+    "norm of each head": ("norm_rope", norm_of_each_head),
+    "shift and scale swapped": ("ln_modulate", lambda f: lambda x, shift, scale, *rest: f(x, scale, shift, *rest)),
+}
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
-def test_a_wrong_fact_shows(mutation, monkeypatch):
+@pytest.mark.parametrize("wrong", MUTATIONS)
+def test_a_wrong_function_shows(wrong, monkeypatch):
     """Guards the guard: with one fact wrong, the comparison above fails."""
-    net = mutation(monkeypatch)
-    assert error(net, load()[1]) > 2 * TOLERANCE
+    name, wrapped = MUTATIONS[wrong]
+    net, tensors, _ = load()
+    monkeypatch.setattr(model, name, wrapped(getattr(model, name)))
+    assert error(net, tensors) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("name, wrong", [("eps", 1e-5), ("approximate", "none")])
+def test_a_wrong_setting_shows(name, wrong):
+    """The same for the eps of all norms and the GELU's approximation."""
+    net, tensors, _ = load()
+    changed = [module for module in net.modules() if hasattr(module, name)]
+    for module in changed:
+        setattr(module, name, wrong)
+    assert changed and error(net, tensors) > 2 * TOLERANCE
 
 
 @torch.no_grad()
-def test_unattended_padding_shows(monkeypatch):
-    """Text is padded with zeros and the padding is attended: leaving it out must show, sample by sample."""
-    net, tensors, text_lens = load()
-    monkeypatch.setattr(model.DiT, "_context", lambda self, text: self.text_embedding(text))  # no padding
-    for i, length in enumerate(text_lens):
-        v = net(tensors["x"][i : i + 1], tensors["t"][i : i + 1].double() / 1000, tensors["text"][i : i + 1, :length])
-        assert (v - tensors["out"][i : i + 1]).abs().max() > 0.01
-
-
-def test_short_text_is_padded_by_the_network():
-    """Callers pass text at its true length: the network must pad it as the golden's text is padded."""
+def test_text_is_padded_and_the_padding_attended():
+    """The network pads text of its true length as the golden's is padded. Without the padding, every sample moves."""
     net, tensors, text_lens = load()
     assert max(text_lens) < tensors["text"].shape[1]
-    tensors["text"] = tensors["text"][:, : max(text_lens)]
-    assert error(net, tensors) < TOLERANCE
+    assert error(net, {**tensors, "text": tensors["text"][:, : max(text_lens)]}) < TOLERANCE
+    for i, length in enumerate(text_lens):
+        alone = {name: tensors[name][i : i + 1] for name in ("x", "t", "out")}
+        assert error(load(text_len=length)[0], {**alone, "text": tensors["text"][i : i + 1, :length]}) > 0.01

@@ -1,17 +1,16 @@
-"""The PTX emulator itself (ptx.py): each check catches a kernel that deserves it, its arithmetic is PTX's, and what the
-kernels' functions compute on it is what their definitions do."""
+"""The PTX emulator itself: each check catches a kernel that deserves it, and its arithmetic is PTX's. What the kernels
+compute on it, test_kernels.py compares."""
 
 import math
 import re
 from fractions import Fraction
 
-import aot
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from emulator import ptx
+from emulator import aot, ptx
 
 from kernels import modulate, norm_rope, region_dpo
 
@@ -98,28 +97,17 @@ def test_flags(body, error, says):
         run(MINE + body, torch.zeros(64))
 
 
-def test_a_barrier_between_warps():
-    out = torch.zeros(64, dtype=torch.int32)
-    run(MINE + SWAP, out)
-    assert out.tolist() == [*range(32, 64), *range(32)]
-    with pytest.raises(ptx.Race):
-        run(MINE + SWAP.replace("bar.sync 0;", ""), out)
-
-
-def test_a_warp_barrier_where_a_cta_is_one_warp():
-    swap = SWAP.replace("bar.sync 0;", "bar.warp.sync -1;").replace("128", "4")
-    out = torch.zeros(32, dtype=torch.int32)
-    run(MINE + swap, out, threads=32)
-    assert out.tolist() == [i ^ 1 for i in range(32)]
-    with pytest.raises(ptx.Race):
-        run(MINE + swap.replace("bar.warp.sync -1;", ""), out, threads=32)
-
-
-def test_a_read_before_a_write_needs_a_barrier():
+@pytest.mark.parametrize("threads, barrier", [(64, "bar.sync 0;\n"), (32, "bar.warp.sync -1;\n")])
+def test_a_barrier(threads, barrier):
+    """Between a write and another thread's read, and between a read and another's write; of one warp, too."""
+    swap = MINE + SWAP.replace("bar.sync 0;\n", barrier).replace("128", str(2 * threads))
     again = "st.shared.b32 [%r10], %r1;\n"
-    run(MINE + SWAP + "bar.sync 0;\n" + again, torch.zeros(64))
-    with pytest.raises(ptx.Race):
-        run(MINE + SWAP + again, torch.zeros(64))
+    out = torch.zeros(threads, dtype=torch.int32)
+    run(swap + barrier + again, out, threads=threads)
+    assert out.tolist() == [i ^ threads // 2 for i in range(threads)]
+    for missing in (swap.replace(barrier, ""), swap + again):
+        with pytest.raises(ptx.Race):
+            run(missing, out, threads=threads)
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -401,19 +389,6 @@ def test_ldmatrix(count):
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-MODULES = (modulate, norm_rope, region_dpo)
-
-
-def stand_in(monkeypatch, make) -> dict:
-    """make(kernel) in place of every kernel; by file and name."""
-    made = {}
-    for module in MODULES:
-        monkeypatch.setattr(module, "implementation", lambda device: "triton")
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            made[module, name] = make(getattr(module, name))
-            monkeypatch.setattr(module, name, made[module, name])
-    return made
-
 
 class WithoutEach:
     """Stands in for a kernel: runs without one barrier after the other, each of which is missed, and then with all."""
@@ -433,34 +408,18 @@ class WithoutEach:
         return launch
 
 
-def modulation(D: int, tokens: int, dtype):
-    """x, h, gate, shift, scale and row: two tables of two rows."""
-    x, h = (torch.randn(2, 2 * tokens, D).to(dtype).requires_grad_() for _ in range(2))
-    return x, h, *torch.randn(3, 2, 2, D).requires_grad_(), torch.tensor([[0, 1], [1, 0]])
-
-
-def test_every_barrier_is_needed(monkeypatch):
+def test_every_barrier_is_needed():
     """And whatever is missing where one is left out is found."""
-    made = stand_in(monkeypatch, WithoutEach)
-    x, h, gate, shift, scale, row = modulation(300, 40, torch.bfloat16)
-    modulate.residual_ln_modulate(x, h, gate, shift, scale, row)[0].float().sum().backward()
-    modulate.ln_modulate(x, shift, scale, row).float().sum().backward()
-    for heads, K in ((30, 10), (20, 10)):  # several warps, one warp
-        x, weight = torch.randn(2, 40, heads * K).requires_grad_(), torch.ones(heads * K, requires_grad=True)
-        norm_rope.norm_rope(x, weight, torch.randn(40, K)).sum().backward()
-    pair = torch.randn(6, 2, 3, 5, 40, 40).bfloat16()
-    region_dpo.region_dpo(*(a.requires_grad_() for a in pair), torch.tensor([1, 3]), 1.5)[0].sum().backward()
-    barriers = {f"{module.__name__}.{name}": kernel.barriers for (module, name), kernel in made.items()}
-    assert [name for name, found in barriers.items() if not found] == ["kernels.region_dpo._gradient_kernel"]
-    assert {text.split()[0] for found in barriers.values() for text in found} == {"bar.sync", "bar.warp.sync"}
-
-
-def test_wan_shape_is_coalesced(monkeypatch):
-    """Wan2.1-1.3B's width, a few tokens: 16 bytes a thread, and no sector that is not used whole."""
-    emulated = stand_in(monkeypatch, ptx.Emulated)[modulate, "_forward_kernel"]
-    x, _, _, shift, scale, row = modulation(1536, 8, torch.bfloat16)
-    modulate.ln_modulate(x, shift, scale, row)
-    [(name, grid, traffic)] = emulated.launches
-    assert name == "_forward_kernel" and traffic["y"].written == traffic["x"].read == 2 * x.numel()
-    for a in (traffic["x"], traffic["y"]):
-        assert a.widths == {16} and 32 * a.sectors == a.read + a.written
+    x, h = (torch.randn(1, 20, 300).bfloat16().requires_grad_() for _ in range(2))
+    gate, shift, scale = torch.randn(3, 1, 2, 300).requires_grad_()
+    row = torch.tensor([[0, 1]])
+    with aot.replaced(WithoutEach) as made:
+        modulate.residual_ln_modulate(x, h, gate, shift, scale, row)[0].float().sum().backward()
+        modulate.ln_modulate(x, shift, scale, row).float().sum().backward()
+        for heads, K in ((30, 10), (20, 10)):  # several warps, one warp
+            q, weight = torch.randn(1, 20, heads * K).requires_grad_(), torch.ones(heads * K, requires_grad=True)
+            norm_rope.norm_rope(q, weight, torch.randn(20, K)).sum().backward()
+        v, ref, target = torch.randn(3, 2, 1, 5, 40, 40).bfloat16()
+        region_dpo.frame_errors(v.requires_grad_(), ref, target, torch.tensor([1, 3]))[0].sum().backward()
+    assert [name for name, kernel in made.items() if not kernel.barriers] == [("region_dpo", "_gradient_kernel")]
+    assert {text.split()[0] for kernel in made.values() for text in kernel.barriers} == {"bar.sync", "bar.warp.sync"}

@@ -8,14 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import helpers
 import pytest
-from helpers import command_line, contents, copy, cut, environment, flip_bit, metrics, run_stage, stage, stop_at
+import torch
+from helpers import contents, copy, cut, flip_bit, metrics, refused, run_stage, some_clips, stage, stop_at
 
-from runtime import run as common
-from runtime import shards as data
-from runtime.run import UserError
+import make_pairs
+import prepare
+import runtime.run
+from runtime.run import Run
 
-TRAINED = ("sft", "continuation", "asymdpo")
+TRAINED = ("base", "sft", "continuation", "asymdpo")
 SIX = dict(steps=6, save_every=2)
 
 
@@ -24,79 +27,81 @@ def straight(chain, tmp_path_factory) -> Path:
     """A folder with an uninterrupted run of six steps of every training stage."""
     root = tmp_path_factory.mktemp("straight")
     for name in TRAINED:
-        run_stage(chain, name, out=str(root / name), **SIX)
+        run_stage(chain, name, out=root / name, **SIX)
     return root
 
 
-def interrupted(chain, name, out, monkeypatch, logged: int = 4, **changes):
+def interrupted(chain, name, out, monkeypatch, logged: int = 4):
     """Runs a stage until it has logged `logged` steps, then interrupts it."""
-    with stop_at(monkeypatch, common.Run, "log", logged), pytest.raises(KeyboardInterrupt):
-        run_stage(chain, name, out=str(out), **{**SIX, **changes})
-    assert not (out / "MANIFEST.json").exists() and not (out / "lora.safetensors").exists()
+    with stop_at(monkeypatch, Run, "log", logged), pytest.raises(KeyboardInterrupt):
+        run_stage(chain, name, out=out, **SIX)
+    assert not (out / "MANIFEST.json").exists() and not list(out.glob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def stopped(chain, tmp_path_factory) -> Path:
+    """A folder with sft, stopped after its fourth step. Read only."""
+    root = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(chain, "sft", root / "sft", patch)
+    return root
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_stopped_run_ends_like_a_straight_one(name, chain, straight, tmp_path, monkeypatch):
     """Weights, optimiser, order, noise and log: stopped between two checkpoints, resumed, equal bit for bit."""
-    interrupted(chain, name, tmp_path / name, monkeypatch, logged=5)
-    assert sorted(p.name for p in (tmp_path / name / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
-    run_stage(chain, name, out=str(tmp_path / name), **SIX)
-    assert contents(tmp_path / name) == contents(straight / name)
-    assert [row["step"] for row in metrics(tmp_path / name)] == [1, 2, 3, 4, 5, 6]
-    assert not (tmp_path / name / "checkpoints").exists()
+    out = tmp_path / name
+    interrupted(chain, name, out, monkeypatch, logged=5)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-0000002", "step-0000004"]
+    run_stage(chain, name, out=out, **SIX)
+    assert contents(out) == contents(straight / name)
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert not (out / "checkpoints").exists()
 
 
-def test_all_weights_resume(chain, tmp_path, monkeypatch):
-    """Training from scratch, every weight: its checkpoint must hold them all."""
-    run_stage(chain, "base", out=str(tmp_path / "straight"), **SIX)
-    with stop_at(monkeypatch, common.Run, "log", 3), pytest.raises(KeyboardInterrupt):
-        run_stage(chain, "base", out=str(tmp_path / "base"), **SIX)
-    run_stage(chain, "base", out=str(tmp_path / "base"), **SIX)
-    assert contents(tmp_path / "base") == contents(tmp_path / "straight")
-
-
-def test_a_run_stopped_before_its_first_checkpoint_starts_anew(chain, straight, tmp_path, monkeypatch):
-    """No line logged before may stay: step 1 once, not twice."""
-    interrupted(chain, "sft", tmp_path / "sft", monkeypatch, logged=1)
-    run_stage(chain, "sft", out=str(tmp_path / "sft"), **SIX)
+@pytest.mark.parametrize("logged", [(1,), (3, 3)], ids=["before the first checkpoint", "twice"])
+def test_stopped_early_or_twice(logged, chain, straight, tmp_path, monkeypatch):
+    """Without a checkpoint it starts anew, and no line logged before stays; a resumed run resumes again."""
+    for steps in logged:
+        interrupted(chain, "sft", tmp_path / "sft", monkeypatch, steps)
+    run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
     assert contents(tmp_path / "sft") == contents(straight / "sft")
-
-
-def test_stopped_twice(chain, straight, tmp_path, monkeypatch):
-    """A resumed run that is stopped again resumes again."""
-    for _ in range(2):
-        interrupted(chain, "asymdpo", tmp_path / "run", monkeypatch, logged=2 + 1)
-    run_stage(chain, "asymdpo", out=str(tmp_path / "run"), **SIX)
-    assert contents(tmp_path / "run") == contents(straight / "asymdpo")
 
 
 def test_a_process_killed_at_any_moment_ends_like_a_straight_run(chain, tmp_path):
     """kill -9 of a real process, at another moment each time this test runs."""
-    changes = dict(steps=40, save_every=3, out=str(tmp_path / "killed"))
+    changes = dict(steps=20, save_every=3, out=tmp_path / "killed")
     main, cfg = stage(chain, "asymdpo", **changes)
-    child = subprocess.Popen(
-        [sys.executable, *command_line("asymdpo", cfg)],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    log, lines, deadline = tmp_path / "killed" / "metrics.jsonl", random.randint(3, 12), time.time() + 120
+    words = [sys.executable, *helpers.command_line("asymdpo", cfg)]
+    child = subprocess.Popen(words, env=helpers.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        log, lines = tmp_path / "killed" / "metrics.jsonl", random.randint(3, 25)
-        deadline = time.time() + 120
-        while (
-            time.time() < deadline
-            and child.poll() is None
-            and (not log.exists() or log.read_bytes().count(b"\n") < lines)
-        ):
+        while time.time() < deadline and child.poll() is None:
+            if log.exists() and log.read_bytes().count(b"\n") >= lines:
+                break
             time.sleep(0.005)
-        time.sleep(random.random() * 0.1)
+        time.sleep(random.random() * 0.05)
     finally:
         os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (tmp_path / "killed" / "MANIFEST.json").exists()
     main(cfg)
-    straight = run_stage(chain, "asymdpo", **{**changes, "out": str(tmp_path / "straight")})
+    straight = run_stage(chain, "asymdpo", **{**changes, "out": tmp_path / "straight"})
     assert contents(tmp_path / "killed") == contents(straight), f"killed after {lines} lines"
+
+
+def test_all_of_the_state_goes_to_the_parameters_device():
+    """Fused AdamW on a GPU refuses a step that was left on the CPU; the meta device stands for the GPU."""
+    there = {"w": torch.nn.Parameter(torch.ones(3))}
+    optimizer = torch.optim.AdamW(there.values(), fused=True)
+    there["w"].sum().backward()
+    optimizer.step()
+    state = runtime.run._pack(there, optimizer)
+    here = {"w": torch.nn.Parameter(torch.ones(3, device="meta"))}
+    resumed = torch.optim.AdamW(here.values())
+    runtime.run._unpack(state, here, resumed)
+    assert {a.device.type for a in resumed.state[here["w"]].values()} == {"meta"}
+    assert resumed.state[here["w"]].keys() == optimizer.state[there["w"]].keys()
 
 
 DAMAGE = {
@@ -108,121 +113,93 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, chain, straight, tmp_path, monkeypatch, capsys):
-    """The newest checkpoint is damaged: it says so, goes on from the one before, and ends in the same bytes."""
-    interrupted(chain, "asymdpo", tmp_path / "run", monkeypatch)
-    DAMAGE[how](tmp_path / "run" / "checkpoints" / "step-0000004")
-    capsys.readouterr()
-    run_stage(chain, "asymdpo", out=str(tmp_path / "run"), **SIX)
+@pytest.mark.parametrize("how, damaged", [*((how, [4]) for how in DAMAGE), ("flipped bit", [2, 4])])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, damaged, chain, straight, stopped, tmp_path, capsys):
+    """It is named; the run goes on from the one before, or without one anew, and ends in the same bytes."""
+    copy(stopped, tmp_path, "sft")
+    for step in damaged:
+        DAMAGE[how](tmp_path / "sft" / "checkpoints" / f"step-000000{step}")
+    run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
     said = capsys.readouterr().err
-    assert "damaged checkpoint" in said and "step-0000004" in said
-    assert contents(tmp_path / "run") == contents(straight / "asymdpo")
-
-
-def test_two_damaged_checkpoints_start_anew(chain, straight, tmp_path, monkeypatch, capsys):
-    interrupted(chain, "sft", tmp_path / "sft", monkeypatch)
-    for step in (tmp_path / "sft" / "checkpoints").iterdir():
-        flip_bit(step / "state.safetensors")
-    run_stage(chain, "sft", out=str(tmp_path / "sft"), **SIX)
-    assert capsys.readouterr().err.count("damaged checkpoint") == 2
+    assert said.count("damaged checkpoint") == len(damaged) and "step-0000004" in said
     assert contents(tmp_path / "sft") == contents(straight / "sft")
 
 
 def test_half_a_checkpoint_is_none(chain, straight, tmp_path, monkeypatch):
     """Stopped while a checkpoint was written: what is there of it is not taken for one."""
-    with stop_at(monkeypatch, common, "write_manifest", 1), pytest.raises(KeyboardInterrupt):
-        run_stage(chain, "sft", out=str(tmp_path / "sft"), **SIX)
+    with stop_at(monkeypatch, runtime.run, "write_manifest", 1), pytest.raises(KeyboardInterrupt):
+        run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
     assert (tmp_path / "sft" / "checkpoints" / ".step-0000004.tmp" / "state.safetensors").exists()
-    run_stage(chain, "sft", out=str(tmp_path / "sft"), **SIX)
+    run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
     assert contents(tmp_path / "sft") == contents(straight / "sft")
 
 
-@pytest.mark.parametrize("name", ["shards", "sft", "pairs", "asymdpo", "eval"])
-def test_a_finished_run_does_nothing(name, chain, tmp_path, capsys):
+@pytest.mark.parametrize("name", helpers.STAGES)
+def test_a_finished_run_does_nothing(name, chain, capsys):
     """The second call says so and touches no file."""
-    root = copy(chain, tmp_path, *("clips", "shards", "base", "sft", "continuation", "pairs", "asymdpo", "eval"))
-    before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
-    # prepare's folder is an option that makes the result, so it is asked for where the chain's was
-    run_stage(root, name, **({"videos": str(chain / "clips")} if name == "shards" else {}))
+    before = {p: p.stat().st_mtime_ns for p in chain.rglob("*")}
+    run_stage(chain, name)
     assert "finished already" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
+    assert {p: p.stat().st_mtime_ns for p in chain.rglob("*")} == before
 
 
 # ---- stages that write shards ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, size", [("shards", 30), ("pairs", 4)])
-def test_shards_cut_between_two_are_resumed(name, size, chain, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["shards", "pairs"])
+def test_shards_cut_between_two_are_resumed(name, chain, tmp_path, monkeypatch):
     """prepare and make_pairs, stopped after the first shard: it is kept, all bytes are those of a straight run."""
-    with stop_at(monkeypatch, data, "write_shard", 1), pytest.raises(KeyboardInterrupt):
-        run_stage(chain, name, out=str(tmp_path / "out"), shard_size=size)
-    kept = tmp_path / "out" / "shard-00000.safetensors"
+    owner, options, straight, out = make_pairs, {}, chain / "pairs", tmp_path / "out"
+    if name == "shards":
+        owner, options = prepare, dict(videos=some_clips(chain, tmp_path / "clips", 6), shard_size=2)
+        straight = run_stage(chain, "shards", out=tmp_path / "straight", **options)
+    with stop_at(monkeypatch, owner, "write_shard", 1), pytest.raises(KeyboardInterrupt):
+        run_stage(chain, name, out=out, **options)
+    kept = out / "shard-00000.safetensors"
     before = kept.stat().st_mtime_ns
-    assert not (tmp_path / "out" / "MANIFEST.json").exists() and len(list((tmp_path / "out").glob("shard-*"))) == 2
-    run_stage(chain, name, out=str(tmp_path / "out"), shard_size=size)
-    assert contents(tmp_path / "out") == contents(chain / name)
-    assert kept.stat().st_mtime_ns == before
+    assert not (out / "MANIFEST.json").exists() and len(list(out.glob("shard-*"))) == 2
+    run_stage(chain, name, out=out, **options)
+    assert contents(out) == contents(straight) and kept.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
     "harm, file", [(cut, "safetensors"), (flip_bit, "safetensors"), (cut, "json"), (Path.unlink, "json")]
 )
 def test_a_damaged_shard_of_an_unfinished_run_is_made_again(harm, file, chain, tmp_path, monkeypatch):
-    with stop_at(monkeypatch, data, "write_shard", 1), pytest.raises(KeyboardInterrupt):
-        run_stage(chain, "pairs", out=str(tmp_path / "out"))
-    harm(tmp_path / "out" / f"shard-00000.{file}")
-    run_stage(chain, "pairs", out=str(tmp_path / "out"))
-    assert contents(tmp_path / "out") == contents(chain / "pairs")
+    with stop_at(monkeypatch, make_pairs, "write_shard", 1), pytest.raises(KeyboardInterrupt):
+        run_stage(chain, "pairs", out=tmp_path)
+    harm(tmp_path / f"shard-00000.{file}")
+    run_stage(chain, "pairs", out=tmp_path)
+    assert contents(tmp_path) == contents(chain / "pairs")
 
 
 # ---- folders of another run ------------------------------------------------------------------------------------------
 
-CHANGES = [
-    ("sft", "lr", 0.5),
-    ("sft", "seed", 1),
-    ("asymdpo", "beta", 26.0),
-    ("pairs", "n1_max", 6),
-    ("continuation", "rank", 5),
-]
 
-
-@pytest.mark.parametrize("name, field, value", CHANGES)
+@pytest.mark.parametrize("name, field, value", [("sft", "lr", 0.5), ("sft", "rank", 5), ("pairs", "n1_max", 6)])
 def test_a_folder_of_another_configuration_is_refused(name, field, value, chain):
     """By the name of the field and both values: results of two configurations never mix."""
-    with pytest.raises(UserError, match=f"was made with config {field} = .*, now {value}"):
-        run_stage(chain, name, **{field: value})
-
-
-def test_a_folder_of_another_stage_is_refused(chain):
-    with pytest.raises(UserError, match="was made with stage = 'sft', now 'continuation'"):
-        run_stage(chain, "continuation", out=str(chain / "sft"))
+    refused(f"was made with config {field} = .*, now {value}", run_stage, chain, name, **{field: value})
 
 
 def test_a_folder_of_something_else_is_refused(chain, tmp_path):
+    """Of another stage, or of nothing that a run wrote."""
+    refused("was made with stage = 'sft', now 'continuation'", run_stage, chain, "continuation", out=chain / "sft")
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(UserError, match="expected an empty folder or an earlier sft run"):
-        run_stage(chain, "sft", out=str(tmp_path))
+    refused("expected an empty folder or an earlier sft run", run_stage, chain, "sft", out=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-def test_changed_inputs_are_refused(chain, tmp_path):
-    """Pairs made anew with another seed: the run that began on the old ones does not go on."""
-    root = copy(chain, tmp_path, "shards", "base", "sft", "continuation", "asymdpo")
-    run_stage(root, "pairs", seed=1)
-    with pytest.raises(UserError, match="was made with inputs pairs"):
-        run_stage(root, "asymdpo")
-
-
-def test_moved_inputs_are_accepted(chain, tmp_path, capsys):
-    """Inputs count by content: the same pairs in another place are the same pairs."""
-    root = copy(chain, tmp_path, "base", "sft", "pairs", "asymdpo")
-    run_stage(root, "asymdpo")
+def test_inputs_count_by_content(chain, tmp_path, capsys):
+    """The same pairs in another place are the same pairs; pairs of another seed in their place are refused."""
+    run_stage(chain, "asymdpo", pairs=copy(chain, tmp_path, "pairs") / "pairs")
     assert "finished already" in capsys.readouterr().out
+    other = run_stage(chain, "pairs", out=tmp_path / "other", seed=1)
+    refused("was made with inputs pairs", run_stage, chain, "asymdpo", pairs=other)
 
 
-def test_options_without_effect_may_change(chain, straight, tmp_path, monkeypatch):
+def test_options_without_effect_may_change(chain, straight, stopped, tmp_path):
     """save_every and micro_batch change no result's meaning: a run may go on with others."""
-    interrupted(chain, "sft", tmp_path / "sft", monkeypatch)
-    run_stage(chain, "sft", out=str(tmp_path / "sft"), **{**SIX, "save_every": 3, "micro_batch": 4})
+    copy(stopped, tmp_path, "sft")
+    run_stage(chain, "sft", out=tmp_path / "sft", **{**SIX, "save_every": 3, "micro_batch": 4})
     assert contents(tmp_path / "sft") == contents(straight / "sft")

@@ -4,19 +4,27 @@ import ast
 import dataclasses
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, script
+from helpers import ROOT, copy, script
 
-from runtime import run as common
+import asymdpo
+from runtime.options import field_comments, parse, resolve
 
-GROUND = {"model", "flow", "generate"}
-STAGES = {"prepare", "sft", "continuation", "make_pairs", "asymdpo", "sample"}
-COMMANDS = ["tiny.balls", "wan.export"] + [
-    f"experiments.{n}" for n in ("evaluate", "labels", "page", "benchmarks", "metrics")
-]
+STAGES = ["prepare", "sft", "continuation", "make_pairs", "asymdpo", "sample"]
+COMMANDS = ["tiny.balls", "wan.export", *(f"experiments.{name}" for name in (
+    "evaluate", "pairs", "labels", "baselines", "tables", "page", "benchmarks", "decode"
+))]  # fmt: skip
+ROOMS = {"kernels", "flow", "model", "runtime", "wan", "tiny", "experiments", "bench", "tests", "scripts"}
+MAY_IMPORT = {  # room -> rooms of the project that it imports
+    "kernels": set(), "flow": set(), "model": {"kernels", "flow"}, "runtime": {"runtime"},
+    "wan": {"wan", "model", "flow", "runtime"}, "tiny": {"tiny", "model", "flow", "runtime"},
+    "scripts": {"model", "flow", "kernels", "runtime", "wan", "tiny"},
+    "experiments": ROOMS - {"bench", "tests"}, "bench": ROOMS,
+}  # fmt: skip
 
 
 def imports(path) -> set[str]:
@@ -26,29 +34,48 @@ def imports(path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." if node.level else node.module.split(".")[0])
+            found.add("tests" if node.level else node.module.split(".")[0])
     return found
 
 
 def test_imports_run_one_way():
-    """kernels → torch, triton; ground floor → no stage; stage → no other stage; nothing → tests."""
-    tests = {p.stem for p in (ROOT / "tests").glob("*.py")} | {"tests"}
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert imports(path) - set(sys.stdlib_module_names) <= {"torch", "triton"}, path
-    for path in ROOT.glob("*.py"):
+    """By room. At the top stand six scripts, which do not import each other, model.py and flow.py."""
+    assert {path.stem for path in ROOT.glob("*.py")} == {*STAGES, "model", "flow"}
+    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"emulator"}
+    for path in (p for room in ("*.py", *(f"{r}/*.py" for r in ROOMS - {"tests"})) for p in ROOT.glob(room)):
+        room = path.parent.name if path.parent != ROOT else path.stem if path.stem in ROOMS else "scripts"
         found = imports(path)
-        assert path.stem in GROUND | STAGES, f"{path.name} is new: is it ground floor or a stage?"
-        assert not found & (tests | {"."}), path
-        assert not found & (STAGES - {path.stem} if path.stem in STAGES else STAGES), path
+        of_ours = {"scripts" if name in STAGES else "tests" if name in helpers else name for name in found}
+        assert of_ours & ROOMS <= MAY_IMPORT[room], f"{path}: {of_ours & ROOMS - MAY_IMPORT[room]}"
+        if room == "kernels":
+            assert found - set(sys.stdlib_module_names) <= {"torch", "triton"}, path
+
+
+COPIED = """
+import model, torch
+net = model.load_model("base")
+x, t, text = torch.randn(1, 48, 13, 2, 2), torch.rand(1), torch.randn(1, 5, 32)
+assert net(x, t, text).shape == x.shape
+model.add_lora(net, 4, 4)
+net(x, t, text).sum().backward()
+model.export_lora(net, "lora.safetensors")
+model.load_lora(model.load_model("base"), "lora.safetensors")
+"""
+
+
+def test_a_copied_model_works(chain, tmp_path):
+    """What readers copy: the network alone loads a checkpoint and trains a LoRA."""
+    (tmp_path / "kernels").mkdir()
+    for file in ("model.py", "flow.py", "kernels/modulate.py", "kernels/norm_rope.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
+    done = script("-c", COPIED, cwd=copy(chain, tmp_path, "base"))
+    assert done.returncode == 0, done.stderr
 
 
 def test_file_map_is_true():
     """README's file map names the Python files of the top level and of kernels/, all of them and no other."""
-    section = re.search(
-        r"^## File map\n(.*?)(?=^## |\Z)", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M
-    )
-    assert section, "README.md has no section '## File map'"
-    named = set(re.findall(r"`([\w/]+\.py)`", section[1]))
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## File map\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+\.py)`", section))
     there = {str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"))}
     assert named == there - {"kernels/__init__.py"}
 
@@ -56,102 +83,75 @@ def test_file_map_is_true():
 # ---- blocks that stages share, word for word -------------------------------------------------------------------------
 
 
-def between(stage: str, first: str, last: str) -> str:
-    """The lines of a stage's source from the one that begins with `first` to the one that begins with `last`."""
-    lines = (ROOT / f"{stage}.py").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
-    end = next(i for i in range(start, len(lines)) if lines[i].strip().startswith(last))
+def between(stage: str, first: str, last: str = "") -> str:
+    """The lines of a stage's source from the one that begins with `first` to the next that begins with `last`."""
+    lines = [line.strip() for line in (ROOT / f"{stage}.py").read_text(encoding="utf-8").splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith(first))
+    end = next(i for i in range(start, len(lines)) if lines[i].startswith(last))
     return "\n".join(lines[start : end + 1])
-
-
-def function(stage: str, name: str) -> str:
-    source = (ROOT / f"{stage}.py").read_text(encoding="utf-8")
-    node = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name)
-    return ast.get_source_segment(source, node)
 
 
 def test_shared_blocks_are_identical():
     """`diff` of two stages shows the method only if what they share is the same text."""
-    trained = ("sft", "continuation", "asymdpo")
-    for first, last in [
-        ("# ---- what is trained", "names, parameters"),
-        ("first, state = run.resume()", "common.unpack_state"),
-        ("bar = run.progress", "for step in range"),
-        ("mine = order[", "mine = order["),
+    everywhere = [
+        ("# ---- what is trained", "trained = "),
+        ("first = run.resume", "for step in range"),
         ("group.sum_gradients", "optimizer.zero_grad()"),
-        ("if (step + 1) % cfg.save_every", "bar.close()"),
-    ]:
-        assert len({between(stage, first, last) for stage in trained}) == 1, first
-    assert between("sft", "optimizer = ", "optimizer = ") == between("continuation", "optimizer = ", "optimizer = ")
-    assert between("sft", "# ---- log, save", "bar.close()") == between(
-        "continuation", "# ---- log, save", "bar.close()"
-    )
-    assert function("sft", "learning_rate") == function("continuation", "learning_rate")
-    assert len({between(stage, "checkpointing: bool", "checkpointing: bool") for stage in trained}) == 1
+        ("bar.update()", "bar.close()"),
+        *((f"{field}: ",) for field in ("preset", "layers", "steps", "t_mean", "t_shift", "checkpointing")),
+    ]
+    of_two = [
+        ("optimizer = ", "for index in micro_batches"),
+        ("total += ", "bar.close()"),
+        ("def learning_rate", "return"),
+    ]
+    for block in everywhere + of_two:
+        stages = ("sft", "continuation", "asymdpo") if block in everywhere else ("sft", "continuation")
+        assert len({between(stage, *block) for stage in stages}) == 1, block
 
 
 # ---- help and docstrings ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [*sorted(STAGES), *COMMANDS])
+@pytest.mark.parametrize("stage", [*STAGES, *COMMANDS])
 def test_help(stage, capsys):
     """--help works, starts with what the stage does, and every option has a sentence."""
     module = importlib.import_module(stage)
     with pytest.raises(SystemExit) as caught:
-        common.parse(module.Config, ["--help"], module.__doc__)
+        parse(module.Config, ["--help"], module.__doc__)
     printed = capsys.readouterr().out
     assert caught.value.code == 0 and module.__doc__.strip().splitlines()[0] in printed
-    comments = common.field_comments(module.Config)
+    comments = field_comments(module.Config)
     for field in dataclasses.fields(module.Config):
         assert len(comments.get(field.name, "")) > 1, f"{stage}: --{field.name} has no help"
         assert f"--{field.name}" in printed
     for preset in (getattr(module, "PRESETS", {}) | getattr(module, "FROM_SCRATCH", {})).values():
-        assert set(preset) <= {f.name for f in dataclasses.fields(module.Config)}
+        assert all(hasattr(module.Config(), name) for name in preset)
 
 
-def test_command_line(tmp_path):
+def test_command_line():
     """Types, flags, dashes for underscores, and None where an option is not given; what is not an option is refused."""
-    import asymdpo
-
-    cfg = common.parse(
-        asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--out=a-b", "--steps", "7"], ""
-    )
-    assert (cfg.beta, cfg.reference_free, cfg.region, cfg.steps, cfg.lr) == (500.0, True, "3", 7, None)
-    assert cfg.out == "a-b"
-    assert (
-        common.resolve(cfg, asymdpo.PRESETS).lr == asymdpo.PRESETS["tiny"]["lr"]
-        and common.resolve(cfg, asymdpo.PRESETS).steps == 7
-    )
+    cfg = parse(asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--out=a-b", "--steps", "7"], "")
+    found = (cfg.beta, cfg.reference_free, cfg.region, cfg.steps, cfg.lr, cfg.out)
+    assert found == (500.0, True, "3", 7, None, "a-b")
+    resolved = resolve(cfg, asymdpo.PRESETS)
+    assert resolved.lr == asymdpo.PRESETS["tiny"]["lr"] and resolved.steps == 7
     for wrong in (["--betta", "5"], ["--steps", "many"], ["--steps"]):
         with pytest.raises(SystemExit) as caught:
-            common.parse(asymdpo.Config, wrong, "")
+            parse(asymdpo.Config, wrong, "")
         assert caught.value.code == 2
 
 
-def test_help_of_a_real_script(tmp_path):
-    """As a program, from another folder: the scripts find their modules."""
-    done = script(str(ROOT / "asymdpo.py"), "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--self_test" in done.stdout and "--reference_free" in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize(
-    "path", sorted([*(ROOT / "kernels").glob("*.py"), ROOT / "model.py", ROOT / "flow.py"]), ids=lambda p: p.stem
-)
-def test_public_functions_have_docstrings(path):
-    """All public functions of the files that are read or copied on their own; a `*_ref` shares its public twin's."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert path.name == "__init__.py" or ast.get_docstring(tree)
-    functions = {
-        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
-    }
-    for name, node in functions.items():
-        twin = functions.get(name.removesuffix("_ref"), node)
-        assert ast.get_docstring(node) or ast.get_docstring(twin), f"{path.name}: {name}"
-
-
-def test_every_python_file_says_what_it_is():
-    for path in (*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")):
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+def test_docstrings():
+    """Every file says what it is; the files that are copied, all their public functions: a `*_ref` its twin's."""
+    copied = [*(ROOT / "kernels").glob("*.py"), ROOT / "model.py", ROOT / "flow.py"]
+    for path in {*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py"), *copied} - {ROOT / "kernels/__init__.py"}:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        for name in functions if path in copied else ():
+            twin = functions.get(name.removesuffix("_ref"), functions[name])
+            assert name.startswith("_") or ast.get_docstring(functions[name]) or ast.get_docstring(twin), (path, name)
 
 
 def test_the_chain_runs_in_makefiles_order():

@@ -1,19 +1,19 @@
-"""One checkpoint, or one LoRA, out of a base and the LoRAs that were trained on it: what other programs open.
+"""Fuses LoRAs into their base, or several LoRAs into one, for other programs to open.
 
-    W' = round(W + Σ (alpha_i / rank_i)·B_i·A_i)    the sum in float32, rounded once
+    W' = round(W + Σ (alpha_i / rank_i)·B_i·A_i)    the sum is float32 and rounded once
 
-    python merge.py --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/lora --layout lora --dtype bfloat16
-    python merge.py --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/merged --layout wan
-    python merge.py --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/diffusers --layout diffusers
+    python -m wan.export --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/lora --layout lora --dtype bfloat16
+    python -m wan.export --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/merged --layout wan
+    python -m wan.export --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/diffusers --layout diffusers
 
-A LoRA of asymdpo.py stands on its cold start: give both, as above.
+The LoRA of asymdpo.py was trained on top of its cold start, so give both, as above.
 
-In    a model folder or file, of which `--layout lora` reads the names and shapes alone; folders with a
-      lora.safetensors, or LoRA files of any program that model.read_lora knows
-Out   lora       lora.safetensors: the LoRAs as one, their ranks side by side, for ComfyUI, diffusers and others
+In    a model folder or file (--layout lora reads only its tensors' names and shapes); folders with lora.safetensors,
+      or LoRA files of any program that wan.lora.read_lora knows
+Out   lora       lora.safetensors: one LoRA with the ranks of all, for ComfyUI, diffusers and others
       wan        config.json and diffusion_pytorch_model*.safetensors under Wan's names, for Wan's code and ComfyUI
       diffusers  transformer/, for diffusers.WanTransformer3DModel.from_pretrained(out, subfolder="transformer")
-Cost  one pass over the weights; in memory the LoRAs and one file of at most 5 GB, beside the base as it is mapped
+Cost  one pass over the weights; memory for the LoRAs and one file of at most 5 GB, beside the memory-mapped base
 """
 
 import dataclasses
@@ -28,13 +28,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 import model
-from runtime import run as common
-from runtime.run import UserError
-from wan import checkpoint as weights
+from runtime.files import verified, whole_file, write_json
+from runtime.group import alone
+from runtime.options import UserError, option, program, resolve
+from runtime.run import Run
+from wan.checkpoint import Checkpoint, match, write_checkpoint
+from wan.lora import LoRA, lora_files, read_lora
 
 LAYOUTS = ("wan", "diffusers", "lora")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer -> A, B, alpha / rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +44,64 @@ class Config:
 
     base: str = "out/demo/base"  # model folder or file, in the layout of Wan, diffusers or ComfyUI
     lora: str = "out/demo/sft,out/demo/asymdpo"  # folders with lora.safetensors, or files, separated by commas
-    out: str = "out/merged"  # folder to write
-    layout: str = "wan"  # wan or diffusers: the whole model under their names; lora: one LoRA file
-    dtype: str = "float32"  # of what is written: float32 or bfloat16
+    out: str = option("out/merged", neutral=True)  # folder to write
+    layout: str = option("wan", choices=LAYOUTS)  # wan or diffusers: the whole model, by their names; lora: one LoRA
+    dtype: str = option("float32", choices=("float32", "bfloat16"))  # of what is written
+
+
+def open_model(path: str | Path) -> tuple[model.DiT, Checkpoint, dict[str, str]]:
+    """The model of a file or folder, opened without reading its weights.
+
+    Returns the network, on the meta device; the checkpoint; and the network's name of each tensor -> the checkpoint's.
+    UserError for anything but a text-to-video transformer of Wan's.
+    """
+    path = verified(path, "sft.py or wan.export")
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    source = Checkpoint(path)
+    shape = {model.wan_name(name): source.shape(name) for name in source}
+    try:
+        config = model.read_config(shape, (path if path.is_dir() else path.parent) / "config.json")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        net = model.DiT(config)
+    return net, source, match(net, source, model.wan_name)
+
+
+def diffusers_name(name: str) -> str:
+    """Wan's name of a tensor -> diffusers'."""
+    return model.rename(name, [(ours, theirs) for theirs, ours in model.DIFFUSERS_NAMES])
+
+
+def diffusers_config(config: model.DiTConfig) -> dict:
+    """config.json of diffusers' layout. Any text_len but 512 is unknown to diffusers, but kept for our own loader."""
+    same = ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size", "eps")
+    same += ("text_len",) * (config.text_len != model.DiTConfig.text_len)
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.dim // config.num_heads,
+        "in_channels": config.in_dim,
+        "out_channels": config.out_dim,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        **{name: getattr(config, name) for name in same},
+    }
 
 
 def cold_start(file: Path) -> str:
-    """The LoRA below this one, as the header of one of asymdpo.py tells it; of others nothing."""
+    """The cold start that a LoRA of asymdpo.py was trained on, from its header; "" for other LoRAs."""
     with safe_open(file, "pt") as opened:
         told = (opened.metadata() or {}).get("dynamicsboost", "{}")
     return json.loads(told).get("sft", "")
 
 
 def joined(net: model.DiT, loras: list[LoRA]) -> model.DiT:
-    """net, on the meta device, with the LoRAs' sum as one LoRA: A (Σ rank, in), B (out, Σ rank).
+    """net, on the meta device, with the sum of the LoRAs as one LoRA: A (Σ rank, in), B (out, Σ rank).
 
-    Layers with fewer ranks get zeros: older diffusers takes the first layer's rank for every layer's alpha
-    (utils/peft_utils.py, get_peft_kwargs).
+    Every layer gets the same rank, where necessary with zeros: older diffusers takes the first layer's rank for every
+    layer's alpha (utils/peft_utils.py, get_peft_kwargs).
     """
     parts = {name: [lora[name] for lora in loras if name in lora] for lora in loras for name in lora}
     rank = max(sum(len(A) for A, _, _ in part) for part in parts.values())
@@ -72,37 +114,35 @@ def joined(net: model.DiT, loras: list[LoRA]) -> model.DiT:
 
 
 def main(cfg: Config) -> None:
-    # ---- what to do, checked before anything is loaded
-    if cfg.layout not in LAYOUTS:
-        raise UserError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {cfg.layout!r}")
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
-    files = model.lora_files(cfg.lora)
-    if not files:
+    # ---- the options, checked before anything is loaded
+    cfg = resolve(cfg)
+    files, dtype = lora_files(cfg.lora), getattr(torch, cfg.dtype)
+    if not files and cfg.layout == "lora":
         raise UserError("--lora: expected folders or files, separated by commas, got none")
-    run = common.Run(cfg, "merge", common.Group(0, 1, None), {"base": cfg.base} | {str(file): file for file in files})
+    run = Run(cfg, "wan.export", alone(), {"base": cfg.base} | {str(file): file for file in files})
     if run.done:
         return
-    net, source, names = model.open_model(cfg.base)
-    loras = [model.read_lora(net, file) for file in files]
+    net, source, names = open_model(cfg.base)
+    loras = [read_lora(net, file) for file in files]
     if len(files) == 1 and (below := cold_start(files[0])):
-        print(f"merge: note: {files[0]} was trained on top of {below}; give both, that one first", file=sys.stderr)
+        print(f"{run.stage}: {files[0]} was trained on top of {below}; give both, that one first", file=sys.stderr)
     run.claim()
 
     # ---- one LoRA
     if cfg.layout == "lora":
-        model.export_lora(joined(net, loras), run.folder / "lora.safetensors", DTYPES[cfg.dtype], lora=cfg.lora)
+        with whole_file(run.folder / "lora.safetensors") as file:
+            model.export_lora(joined(net, loras), file, dtype, lora=cfg.lora)
         run.finish(["lora.safetensors"])
-        print(f"merge: {run.folder / 'lora.safetensors'}")
+        print(f"{run.stage}: wrote {run.folder / 'lora.safetensors'}")
         return
 
     # ---- the whole model
     wan = cfg.layout == "wan"
-    ours = {name if wan else model.diffusers_name(name): name for name in names}
+    ours = {name if wan else diffusers_name(name): name for name in names}
     shapes = {name: source.shape(names[ours[name]]) for name in ours}
     bar = run.progress(len(ours), unit="tensor")
 
-    def merged(name: str) -> Tensor:
+    def fused(name: str) -> Tensor:
         weight, layer = source[names[ours[name]]].float(), ours[name].removesuffix(".weight")
         for A, B, scale in (lora[layer] for lora in loras if layer in lora):
             weight = weight + scale * (B @ A)
@@ -110,13 +150,13 @@ def main(cfg: Config) -> None:
         return weight
 
     folder = "" if wan else "transformer/"
-    config = model.wan_config(net.config) if wan else model.diffusers_config(net.config)
-    common.write_json(run.folder / folder / "config.json", config)
-    written = weights.write_checkpoint(run.folder / folder, shapes, merged, DTYPES[cfg.dtype])
+    config = model.wan_config(net.config) if wan else diffusers_config(net.config)
+    write_json(run.folder / folder / "config.json", config)
+    written = write_checkpoint(run.folder / folder, shapes, fused, dtype)
     bar.close()
     run.finish([folder + file for file in ("config.json", *written)])
-    print(f"merge: {run.folder / folder}")
+    print(f"{run.stage}: wrote {run.folder / folder}")
 
 
 if __name__ == "__main__":
-    common.run(main, Config, __doc__)
+    program(main, Config, __doc__)

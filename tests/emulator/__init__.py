@@ -1,1 +1,1 @@
-"""PTX on the CPU: what a compiled kernel reads, writes and computes, one lane a CUDA thread."""
+"""What proves the kernels without a GPU: Triton's compiler (aot), its interpreter, repaired, and an emulator of PTX."""

@@ -1,6 +1,6 @@
 """Executes the PTX that Triton makes of a kernel, on the CPU, in NumPy: one lane for each CUDA thread.
 
-`Emulated(kernel)[grid](*args, **kwargs)` compiles what that launch would compile (tests/aot.py) and runs it in place on
+`Emulated(kernel)[grid](*args, **kwargs)` compiles what that launch would compile (aot.py) and runs it in place on
 CPU tensors. Lanes of many CTAs advance together, the lowest program counter first; registers are arrays over the lanes.
 
 Proven for the launch that ran: every access lies inside the storage of the tensor whose pointer it derives from, and is
@@ -17,10 +17,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import aot
 import numpy as np
 import torch
 
+from . import aot
 from .ptx_ops import KINDS, OPS
 
 

@@ -1,0 +1,204 @@
+"""The baselines: DPO on two samples of which a scorer says who won. Read it beside asymdpo.py: the rest is the same.
+
+    e_i(f; x) = mean over C, H, W of (v_i − f(x_t, t, text)_i)²           v = noise − x0, one t for the clip
+    d_i       = e_i(policy; x) − e_i(ref; x)
+    label_i   = 1 where the first sample won, −1 where the second did, 0 for a tie; one for the clip or for each segment
+    S         = Σ_i label_i · (d_i^first − d_i^second),   K = number of frames that are not tied
+
+    --loss flow    L = softplus(β/2 · S / K)     Flow-DPO (arXiv 2501.13918); StructuralDPO on structural pairs
+    --loss dense   L = softplus(β · S / K)       DenseDPO (arXiv 2506.03517), on structural pairs labelled by segment
+
+    python -m experiments.pairs --kind flow --lora out/demo/sft --out out/baseline/pairs
+    python -m experiments.labels --pairs out/baseline/pairs --scorer exact --out out/baseline/labels
+    python -m experiments.baselines --loss flow --beta 100 --pairs out/baseline/pairs --labels out/baseline/labels \\
+        --sft out/demo/sft --out out/baseline/dpo
+
+How this differs from asymdpo.py: a label says who won, and all frames but the tied ones are in the loss. As in
+DenseDPO, a clip is left out unless more than a fifth of its frames has a label.
+
+What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2.
+
+In    a model folder, a finished sft.py folder (its LoRA), pairs of experiments.pairs, labels of experiments.labels
+Out   lora.safetensors (on top of base + SFT), metrics.jsonl
+Cost  two forwards and backwards of the policy and two forwards of the reference a pair
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flow
+import model
+from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, names, predict
+from kernels.modulate import implementation
+from kernels.region_dpo import frame_errors
+from runtime.files import read_jsonl, read_manifest, whole_file
+from runtime.group import local_batch, start_group
+from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.run import Run
+from runtime.shards import Shards, micro_batches
+
+LABELLED = 0.2  # a clip is kept if more than this share of its frames has a label
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains the text-to-video model by Flow-DPO or DenseDPO."""
+
+    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    base: str = "out/demo/base"  # model folder; its weights stay frozen
+    sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
+    pairs: str = "out/baseline/pairs"  # folder of experiments.pairs
+    labels: str = "out/baseline/labels"  # folder of experiments.labels
+    out: str = option("out/baseline/dpo", neutral=True)  # folder to write
+    loss: str = option("flow", choices=("flow", "dense"))  # flow: Flow-DPO, a label a clip; dense: DenseDPO
+    beta: float | None = option(above=0)  # DPO temperature; flow halves it
+    layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
+    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    batch_size: int | None = option(least=1)  # pairs a step, over all processes
+    micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
+    steps: int | None = option(least=1)  # optimiser steps
+    lr: float | None = option(above=0)  # learning rate of AdamW
+    warmup: int | None = option(least=0)  # steps of linear warm-up; constant after
+    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
+    save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
+    seed: int = 0  # of initialisation, order, noise and times
+
+    form, reference_free, sft_weight = "inside", False, 0.0  # not options: asymdpo.explain asks for them
+
+
+def baseline_loss(cfg, prediction, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss (B,) of the pairs, and its detached parts: by frame, 0 where it is tied, or by pair.
+
+    prediction: `asymdpo.predict` of first and second. label (B, F): 1 where first won, -1 where second did, 0 for a
+    tie; no pair may be tied everywhere.
+    """
+    labelled, first_won = label != 0, label > 0
+    # selected before anything is computed: whatever stands in a tied frame reaches no gradient
+    prediction = [torch.where(labelled[:, None, :, None, None], a, 0) for a in prediction]
+    start = torch.zeros(len(label), dtype=torch.int64, device=label.device)
+    first, second = (frame_errors(*prediction[side::2], start) for side in (0, 1))  # v, ref, target of each
+    d_w, policy_w, reference_w = (torch.where(first_won, a, b) for a, b in zip(first, second))
+    d_l, policy_l, reference_l = (torch.where(first_won, b, a) for a, b in zip(first, second))
+    S, K = (d_w - d_l).sum(1), labelled.sum(1)
+    beta = cfg.beta / 2 if cfg.loss == "flow" else cfg.beta
+    loss = F.softplus(beta * S / K)
+    parts = {
+        "err/w_policy": policy_w, "err/w_ref": reference_w, "diff/w": d_w,
+        "err/l_policy": policy_l, "err/l_ref": reference_l, "diff/l": d_l, "S": S, "rewards/margins": -beta * S / K,
+        "rewards/chosen": -beta * d_w.sum(1) / K, "rewards/rejected": -beta * d_l.sum(1) / K,
+    }  # fmt: skip
+    return loss, {name: a.detach() for name, a in parts.items()}
+
+
+def read_labels(cfg, made_of: str) -> Tensor:
+    """A label for each pair and frame (pairs, F): 1 if the first is better, -1 if the second is, 0 for a tie.
+
+    made_of: the identity of the pairs' folder. UserError unless pairs, labels and loss belong together.
+    """
+    manifest = read_manifest(cfg.labels, "experiments.labels")
+    if manifest["inputs"]["pairs"] != made_of:  # equal ids would not do: they are the clips'
+        raise UserError(f"{cfg.labels}: expected labels of {cfg.pairs}, got labels of other pairs")
+    cuts = torch.tensor(manifest["cuts"])
+    if cfg.loss == "flow" and len(cuts) > 2:
+        raise UserError(f"{cfg.labels}: expected a label a clip for --loss flow, got {len(cuts) - 1} segments")
+    rows = read_jsonl(Path(cfg.labels) / "labels.jsonl")
+    return torch.tensor([row["label"] for row in rows]).repeat_interleave(cuts.diff(), dim=1)
+
+
+def decided(labels: Tensor) -> list[int]:
+    """The pairs with enough labels to train on. labels (pairs, F)."""
+    return ((labels != 0).double().mean(1) > LABELLED).nonzero()[:, 0].tolist()
+
+
+def summarise(parts, loss, t, labelled) -> dict[str, Tensor]:
+    """The sum of everything that is logged, and under `name#` how many values are in it: `averages` divides them.
+
+    As in asymdpo.py, but over the frames `labelled` (B, F) and without regions.
+    """
+    bucket = (t * BUCKETS).long().clamp(max=BUCKETS - 1)
+    accuracy, every = (1 - parts["S"].sign()) / 2, torch.ones_like(loss, dtype=torch.bool)
+    logged = {name: (values, labelled if values.ndim == 2 else every) for name, values in parts.items()}
+    logged |= {"loss": (loss.detach(), every), "S_abs": (parts["S"].abs(), every)}
+    logged["rewards/accuracies"] = accuracy, every
+    for b in range(BUCKETS):
+        logged[f"diff/w/t{b}"] = parts["diff/w"], labelled & (bucket == b)[:, None]
+        logged[f"diff/l/t{b}"] = parts["diff/l"], labelled & (bucket == b)[:, None]
+        logged[f"acc/t{b}"] = accuracy, bucket == b
+    sums = {name: torch.where(where, values, 0).sum() for name, (values, where) in logged.items()}
+    return sums | {f"{name}#": where.sum() for name, (_, where) in logged.items()}
+
+
+def main(cfg: Config) -> None:
+    # ---- what to do, checked before anything is loaded
+    cfg = resolve(cfg, PRESETS)
+    group = start_group(implementation)
+    local_batch(cfg, group)
+    starts = {"sft" + "+" * k: name for k, name in enumerate(names(cfg.sft))}
+    inputs = {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, **starts}
+    run = Run(cfg, "experiments.baselines", group, inputs)
+    if run.done:
+        return
+    for name in starts.values():
+        read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
+    pairs = Shards(cfg.pairs, "experiments.pairs", verify=group.main)
+    labels = read_labels(cfg, run.facts["inputs"]["pairs"])
+    usable = decided(labels)
+    if not usable:
+        raise UserError(f"{cfg.labels}: expected pairs that are not tied, got none")
+    with user_errors():
+        net = build(cfg, group, pairs.shape("first"))
+
+    # ---- what is trained, and how far it came before
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    first = run.resume(trained, optimizer)
+
+    # ---- train
+    bar = run.progress(cfg.steps, first)
+    for step in range(first, cfg.steps):
+        sums: dict[str, Tensor] = {}
+        for places in micro_batches(len(usable), step, cfg, group, flow.generator):
+            index = [usable[i] for i in places]
+            keys = [(cfg.seed, step, pairs.rows[i]["id"]) for i in index]
+            one, two, text = pairs.get("first", index), pairs.get("second", index), pairs.text(index)
+            noise = flow.draw_noise(one.shape[1:], keys)
+            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
+            label = labels[index].to(group.device)
+            prediction = predict(net, *(a.to(group.device) for a in (one, two, text, noise, t)))
+            losses, parts = baseline_loss(cfg, prediction, label)
+            (losses.sum() / cfg.batch_size).backward()
+            for name, value in summarise(parts, losses, t.to(group.device), label != 0).items():
+                sums[name] = sums.get(name, 0) + value
+        group.sum_gradients(trained.values())
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # ---- log, save
+        row = averages(group.sum(sums))
+        run.log(step + 1, **row, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+        if group.main and (sentence := explain(cfg, step, row)):
+            bar.write(sentence, file=sys.stderr)
+        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
+        bar.update()
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            run.save(step + 1, trained, optimizer)
+    bar.close()
+
+    # ---- result
+    if group.main:
+        with whole_file(run.folder / "lora.safetensors") as file:
+            model.export_lora(net, file, base=cfg.base, sft=cfg.sft, task="baseline")
+    run.finish(["lora.safetensors"])
+
+
+if __name__ == "__main__":
+    program(main, Config, __doc__)

@@ -1,0 +1,191 @@
+"""Files and folders that are whole or not there.
+
+A file is written under a temporary name, synced and renamed. A folder counts as whole once its MANIFEST.json, written
+last, names every file with its size and sha256. So whatever kills a run, nothing half-written is taken for whole.
+"""
+
+import contextlib
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime.options import UserError
+
+MANIFEST = "MANIFEST.json"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path`, synced to disk, when the block ends well, and is removed when it does not.
+
+    A full disk is an OSError that names `path`, whoever reports it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors leaves its files to the owner alone
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except SafetensorError as error:  # its Rust side reports a full disk as a plain error
+        if "os error 28" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+    except OSError as error:
+        with contextlib.suppress(AttributeError):  # PyAV's cannot be changed
+            error.filename = error.filename or str(path)  # errors of writing and syncing name no file
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without a byte order mark. UserError if there is no such file, or it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a csv table. UserError if it cannot be read."""
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path))))
+    except csv.Error as error:
+        raise UserError(f"{path}: expected a csv table, got: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Rows of a .jsonl file; a last line that a kill cut short is dropped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    with whole_file(path) as temporary:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. UserError if it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: expected a readable safetensors file, got: {error}; make or download it again"
+        ) from None
+
+
+def fingerprint(path: Path) -> dict:
+    """Size in bytes and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def identity(path: Path) -> str:
+    """What tells an input from another: a file's sha256; of a folder its manifest's, or its files' names and sizes.
+
+    UserError if there is nothing at path.
+    """
+    if path.is_file():
+        return fingerprint(path)["sha256"]
+    if (path / MANIFEST).is_file():
+        return fingerprint(path / MANIFEST)["sha256"]
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a folder or a file, got neither")
+    files = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, files: list[str], **facts) -> None:
+    """Marks `folder` as whole: names `files` in it, on disk by then, with size and sha256, beside facts about them."""
+    for name in files:
+        with open(folder / name, "rb") as f:
+            os.fsync(f.fileno())
+    write_json(folder / MANIFEST, {**facts, "files": {name: fingerprint(folder / name) for name in sorted(files)}})
+
+
+def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict:
+    """The manifest of a finished folder, after every file that it names was compared with it.
+
+    made_by: the command that makes such a folder, for the error. verify: compare sha256, too, and not the sizes alone.
+    UserError if the folder is missing, unfinished, damaged or made by another command.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        state = "has no MANIFEST.json: it is unfinished" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; run {made_by} first")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / MANIFEST}: expected a manifest, got damaged text; make the folder again") from None
+    stage = manifest.get("stage", "")
+    if stage and not re.search(rf"\b{re.escape(stage)}\b", made_by):
+        raise UserError(f"{folder}: expected a folder made by {made_by}, got one made by {stage}")
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+            raise UserError(f"{path}: expected {size} bytes, got {got}; delete {folder} and run {made_by} again")
+        if verify and fingerprint(path)["sha256"] != sha256:
+            raise UserError(
+                f"{path}: its sha256 is not the manifest's: damaged; delete {folder} and run {made_by} again"
+            )
+    return manifest
+
+
+def verified(path: str | Path, made_by: str) -> Path:
+    """path, after it was compared with its manifest, if it has one: a folder that others made has none."""
+    if (Path(path) / MANIFEST).is_file():
+        read_manifest(path, made_by)
+    return Path(path)
+
+
+def commit() -> str:
+    """The git commit of this code, with "+" where the tree is changed, or "unknown"."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,92 @@
+"""The processes that torchrun started: who this one is, its device, and the sums over all of them."""
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.options import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """This process among those that torchrun started; alone, on the CPU, by default."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    kernels: str = ""  # who computes: "triton", "torch", or nothing to tell
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        """What a run's first line says."""
+        kernels = {"triton": ", kernels: Triton", "torch": ", kernels: PyTorch definitions"}.get(self.kernels, "")
+        return f"{self.size} process{'es' * (self.size > 1)} on {self.device.type}{kernels}"
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sums the gradients over all processes: each process has scaled its loss by the global batch already."""
+        parameters = list(parameters)
+        if self.size > 1:
+            flat = torch.cat([p.grad.flatten() for p in parameters])
+            dist.all_reduce(flat)
+            for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad.copy_(g.view_as(p.grad))
+
+    def sum(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """The sum of every value () over all processes, which must hold the same keys; one read of the device."""
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values.values()])
+        if self.size > 1:
+            dist.all_reduce(total)
+        return dict(zip(values, total.tolist()))
+
+
+def alone() -> Group:
+    """For a command that runs in one process. UserError under torchrun with several, which would all do its work."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"expected one process, got {os.environ['WORLD_SIZE']}: start this command without torchrun")
+    return Group()
+
+
+def start_group(implementation: Callable[[torch.device], str] | None = None) -> Group:
+    """Joins the process group that torchrun describes: NCCL with CUDA, gloo on the CPU. One process needs no group.
+
+    implementation: names the kernels of a device, or raises what is missing there, which becomes a UserError.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        # the first process reads and hashes whole folders while the others wait; torchrun ends them all if one fails
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    try:
+        return Group(rank, size, device, implementation(device) if implementation else "")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from None
+
+
+def local_batch(cfg, group: Group) -> tuple[int, int]:
+    """Samples of the global batch that this process takes, and how many of them a forward takes.
+
+    cfg: batch_size, and micro_batch, of which 0 means all. UserError if they do not divide.
+    """
+    per_process, rest = divmod(cfg.batch_size, group.size)
+    micro = min(cfg.micro_batch or per_process, per_process)
+    if rest or micro < 1 or per_process % micro:
+        raise UserError(
+            f"batch_size {cfg.batch_size}: expected a multiple of {group.size} process(es) "
+            f"x micro_batch {cfg.micro_batch or 1}; change --batch_size or --micro_batch"
+        )
+    return per_process, micro

@@ -1,0 +1,148 @@
+"""LoRA files, whichever program wrote them, and models with LoRAs fused in.
+
+lora_files("out/sft,style.safetensors")   the files that such an option names; folders are checked
+read_lora(net, path)                      A, B and alpha / rank of each layer
+load_fused(base, files)                   the base with LoRAs fused in
+load_continuation(base, folder)           the continuation model Φ
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import model
+from runtime.files import MANIFEST, read_manifest, read_tensors, verified
+from runtime.options import UserError, user_errors
+
+LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer -> A, B, alpha / rank
+
+
+def lora_file(entry: str) -> Path:
+    """The file that an entry of --lora names.
+
+    UserError if it does not exist, if its folder is unfinished or damaged, and for a continuation model Φ.
+    """
+    path = Path(entry.strip())
+    if any((path / name).is_file() for name in ("run.json", MANIFEST)):  # made by this project
+        read_manifest(path, "sft.py, asymdpo.py, experiments.baselines or wan.export")
+    if (path / "task_prompt.safetensors").is_file():
+        raise UserError(f"{path}: expected a text-to-video LoRA, got a continuation model, which needs task prompts")
+    file = path / "lora.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: expected a LoRA file, or a folder with lora.safetensors, got no such file")
+    return file
+
+
+def lora_files(names: str) -> list[Path]:
+    """The files of a list separated by commas. UserError as `lora_file`."""
+    return [lora_file(entry) for entry in names.split(",") if entry.strip()]
+
+
+def _peft_alpha(path: Path) -> float | None:
+    """The alpha that PEFT keeps in adapter_config.json and diffusers in the header, or None."""
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")  # diffusers, loaders/lora_base.py
+    recipe = path.with_name("adapter_config.json")
+    try:
+        if path.name == "adapter_model.safetensors" and recipe.is_file():  # peft, utils/constants.py
+            text = recipe.read_text(encoding="utf-8")
+        told = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+        alpha = told.get("lora_alpha")
+        alpha = None if alpha is None else float(alpha)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}: expected PEFT's configuration beside it or in its header, got damaged text") from None
+    if told.get("alpha_pattern") or told.get("use_rslora") or told.get("use_dora"):
+        raise UserError(f"{path}: expected a LoRA with one alpha, got alpha_pattern, use_rslora or use_dora")
+    return alpha
+
+
+KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
+
+
+def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None = None) -> LoRA:
+    """What a LoRA file's tensors hold for net: layer -> A (rank, in), B (out, rank), both float32, and alpha / rank.
+
+    Layers have Wan's names, diffusers' or kohya's (lora_unet_blocks_0_…), after `diffusion_model.`, `transformer.`,
+    `base_model.model.` or nothing; lora_A and lora_B, or lora_down and lora_up; with or without a tensor alpha. alpha:
+    that of the layers without one. ValueError if a key does not fit net, or there is none.
+    """
+    linears = {name for name, module in net.named_modules() if isinstance(module, model.Linear)}
+    kohya = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        found = KEY.fullmatch(re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key))
+        if not found:
+            raise ValueError(f"expected a LoRA for this model, got the key {key!r}")
+        layer, down, up, scaled = found.groups()
+        name = model.wan_name(f"{kohya.get(layer or scaled, layer or scaled)}.weight").removesuffix(".weight")
+        parts.setdefault(name, {})["A" if down else "B" if up else "alpha"] = tensor
+    if not parts:
+        raise ValueError("expected a LoRA, got a file without tensors")
+    loras = {}
+    for name, part in sorted(parts.items()):
+        if not {"A", "B"} <= part.keys() or part.get("alpha", torch.ones(1)).numel() != 1:
+            raise ValueError(f"expected a LoRA for this model, got half of one for {name!r}, or a strange alpha")
+        own = part["alpha"].item() if "alpha" in part else alpha
+        loras[name] = part["A"].float(), part["B"].float(), 1.0 if own is None else own / max(1, len(part["A"]))
+    return loras
+
+
+def read_lora(net: model.DiT, path: str | Path) -> LoRA:
+    """What a LoRA file holds for net: layer -> A (rank, in), B (out, rank), both float32, and alpha / rank.
+
+    Keys as in `parse_lora`; alpha may also stand where PEFT keeps it. net may be on the meta device. UserError for
+    anything but a LoRA for net.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: expected a LoRA file, got {'a folder' if path.is_dir() else 'no such file'}")
+    tensors, told = read_tensors(path), _peft_alpha(path)
+    try:
+        loras = parse_lora(net, tensors, told)
+        model.check_lora(net, loras)
+        return loras
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def load_lora(net: model.DiT, path: str | Path) -> model.DiT:
+    """Adds the LoRA of a file to net and returns net. UserError as `read_lora`, and if net has a LoRA already."""
+    with user_errors():
+        return model.attach_lora(net, read_lora(net, path))
+
+
+def load_fused(
+    base: str | Path, loras: list[Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> model.DiT:
+    """The base with these LoRAs fused in, one after the other, frozen.
+
+    UserError for a base that is damaged or no model, and as `read_lora`.
+    """
+    with user_errors():
+        net = model.load_model(verified(base, "sft.py or wan.export"), dtype, device)
+    for file in loras:
+        model.merge_lora(load_lora(net, file))
+    return net.eval().requires_grad_(False)
+
+
+def load_continuation(
+    base: str | Path,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    loras: list[Path] = (),
+) -> model.DiT:
+    """The continuation model Φ, frozen: the base with the LoRA of continuation.py's folder fused in, and its prompts.
+
+    `loras` are fused into the base before it. UserError as `load_fused`, and for task prompts that do not fit.
+    """
+    folder = Path(folder)
+    net = model.merge_lora(load_lora(load_fused(base, loras, dtype, device), folder / "lora.safetensors"))
+    if (folder / "task_prompt.safetensors").exists():
+        with user_errors():
+            model.load_task_prompt(net, folder / "task_prompt.safetensors")
+    return net.eval().requires_grad_(False)
