@@ -23,7 +23,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -457,6 +457,24 @@ def read_config(shape: Mapping[str, tuple[int, ...]], recipe: Path) -> DiTConfig
     return DiTConfig(dim, ffn_dim, heads, layers, in_dim, out, text_dim, text_len, freq_dim, tuple(patch), eps)
 
 
+def check_shapes(net: nn.Module, shape: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError unless a checkpoint's tensors, name -> shape, are exactly net's."""
+    wanted = {name: tuple(a.shape) for name, a in net.state_dict().items()}
+    for name in {**wanted, **shape}:
+        if wanted.get(name) != shape.get(name):
+            want, got = wanted.get(name, "no such tensor"), shape.get(name, "nothing")
+            raise ValueError(f"expected the tensors of this architecture; {name}: expected {want}, got {got}")
+
+
+def fill(net: nn.Module, get: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """Gives net, built on the meta device, the tensors get(name), one at a time, in dtype. Returns net, frozen."""
+    for name in net.state_dict():
+        parent, _, leaf = name.rpartition(".")
+        tensor = get(name).to(device, dtype)
+        setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    return net
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
     """The model of a safetensors file, or of a folder of them with its config.json, in the layout of Wan, of diffusers
     (the folder, or its transformer/) or of ComfyUI; frozen.
@@ -488,20 +506,12 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
     shape = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in source.items()}
     try:
         config = read_config(shape, (path if path.is_dir() else path.parent) / "config.json")
+        with torch.device("meta"):
+            net = DiT(config)
+        check_shapes(net, shape)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        net = DiT(config)
-    wanted = {name: tuple(a.shape) for name, a in net.state_dict().items()}
-    for name in {**wanted, **shape}:
-        if wanted.get(name) != shape.get(name):
-            want, got = wanted.get(name, "no such tensor"), shape.get(name, "nothing")
-            raise ValueError(f"{path}: expected the tensors of this architecture; {name}: expected {want}, got {got}")
-    for name, (file, key) in source.items():
-        parent, _, leaf = name.rpartition(".")
-        tensor = file.get_tensor(key).to(device, dtype)
-        setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
-    return net
+    return fill(net, lambda name: source[name][0].get_tensor(source[name][1]), dtype, device)
 
 
 def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, **provenance: str) -> None:

@@ -1,6 +1,8 @@
 """The method's invariants, checked in seconds on a small random model: for whoever changes the loss or the model.
 
-python -m experiments.invariants       prints each in a sentence; exit code 1 if one does not hold; no options
+    python -m experiments.invariants
+
+prints each in a sentence, and exits with code 1 if one does not hold. It has no options.
 """
 
 import copy

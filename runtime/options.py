@@ -1,11 +1,13 @@
 """The command line of every script: a frozen dataclass becomes options, their help, their checks, one-line errors.
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    steps: int | None = option(least=1)  # the trailing comment is the help; None: the preset says
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        steps: int | None = option(least=1)  # the trailing comment is the help; None: the preset says
 
-if __name__ == "__main__":
-    program(main, Config, __doc__)
+    if __name__ == "__main__":
+        program(main, Config, __doc__)
+
+main(Config(steps=2)) does the same in a program of one's own; it calls `resolve` first.
 """
 
 import argparse
@@ -24,7 +26,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -126,8 +127,8 @@ def program(main: Callable, config: type, doc: str) -> None:
     except KeyboardInterrupt:
         again = "run the same command again to go on from the last checkpoint"
         sys.exit(_last_line(f"{where}interrupted: {again}", 130))
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
             raise
         sys.exit(_last_line(f"{where}error: {_disk_full(error)}", 2))
     finally:
@@ -135,14 +136,13 @@ def program(main: Callable, config: type, doc: str) -> None:
             dist.destroy_process_group()
 
 
-def _disk_full(error: Exception) -> str:
-    name = getattr(error, "filename", None) or "the result"  # safetensors names no file
-    folder = Path(name).absolute()
+def _disk_full(error: OSError) -> str:
+    folder = Path(error.filename or ".").absolute()
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**20
     return (
-        f"disk full writing {name}: {free:.1f} MiB free; free some space and run the same "
+        f"disk full writing {error.filename}: {free:.1f} MiB free; free some space and run the same "
         "command again, what was finished is kept"
     )
 

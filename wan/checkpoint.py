@@ -21,7 +21,7 @@ import torch.nn as nn
 from safetensors import safe_open
 from torch import Tensor
 
-from model import WEIGHTS_NAME
+from model import WEIGHTS_NAME, check_shapes, fill
 from runtime.files import write_json, write_tensors
 from runtime.options import UserError
 
@@ -106,16 +106,12 @@ def match(net: nn.Module, source: Checkpoint, rename: Callable[[str], str]) -> d
 
     rename: the checkpoint's name of a tensor -> net's. UserError if names or shapes are not exactly net's.
     """
-    wanted = {name: tuple(a.shape) for name, a in net.state_dict().items()}
     found = {rename(name): name for name in source}
-    for name in {**wanted, **found}:
-        got = source.shape(found[name]) if name in found else None
-        if got != wanted.get(name):
-            raise UserError(
-                f"{source.path}: expected the tensors of this architecture; {name}: "
-                f"expected {wanted.get(name, 'no such tensor')}, got {got or 'nothing'}"
-            )
-    return {name: found[name] for name in wanted}
+    try:
+        check_shapes(net, {name: source.shape(its_name) for name, its_name in found.items()})
+    except ValueError as error:
+        raise UserError(f"{source.path}: {error}") from None
+    return {name: found[name] for name in net.state_dict()}
 
 
 def load(
@@ -141,11 +137,8 @@ def load(
         raise UserError(f"{path}: expected {what}, found no {error}") from None
     except (ValueError, IndexError):
         raise UserError(f"{path}: expected {what}, its tensors have other shapes") from None
-    for name, its_name in match(net, source, rename).items():
-        parent, _, leaf = name.rpartition(".")
-        tensor = source[its_name].to(device, dtype)
-        setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
-    return net.eval()
+    names = match(net, source, rename)
+    return fill(net, lambda name: source[names[name]], dtype, device).eval()
 
 
 def write_checkpoint(

@@ -1,9 +1,11 @@
 """LoRA files, whichever program wrote them, and models with LoRAs fused in.
 
-lora_files("out/sft,style.safetensors")   the files that such an option names; folders are checked
-read_lora(net, path)                      A, B and alpha / rank of each layer
-load_fused(base, files)                   the base with LoRAs fused in
-load_continuation(base, folder)           the continuation model Φ
+    lora_files("out/sft,style.safetensors")   the files that such an option names; folders are checked
+    read_lora(net, path)                      A, B and alpha / rank of each layer
+    load_fused(base, files)                   the base with LoRAs fused in
+    load_continuation(base, folder)           the continuation model Φ
+
+A file or folder that does not serve is a UserError that names it.
 """
 
 import json
