@@ -12,9 +12,9 @@
     torchrun --nproc_per_node 8 asymdpo.py --preset 1.3b --base Wan2.1-T2V-1.3B --sft out/sft --pairs out/pairs \\
         --out out/asymdpo
 
-How this differs from the loss as the paper prints it: a reference is subtracted (the SFT model, which is fused into the
-base, so that "LoRA off" is the reference), and errors are means over C, H, W, not sums. docs/method.md gives the
-reasons. The forward is plain text-to-video: every frame is noised at one t, no frame is given and there are no task
+How this differs from the loss as the paper prints it: a reference is subtracted (the SFT model, whose LoRA is a part of
+the frozen base, so that "LoRA off" is the reference), and errors are means over C, H, W, not sums. docs/method.md gives
+the reasons. The forward is plain text-to-video: every frame is noised at one t, no frame is given and there are no task
 prompts; only the loss is masked. Winner and loser of a pair see the same noise and the same t.
 
 What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside).
@@ -25,6 +25,7 @@ Cost  two forwards and backwards of the policy and two forwards of the reference
 """
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -36,11 +37,12 @@ import flow
 import model
 from kernels.modulate import implementation
 from kernels.region_dpo import region_dpo
-from runtime.files import read_manifest, verified, whole_file
+from runtime.files import read_manifest, whole_file
 from runtime.group import Group, local_batch, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, micro_batches
+from wan.lora import load_adapted
 
 PRESETS = {  # 1.3b, 14b: the paper's numbers, as its readers report them; tiny: see docs/method.md
     "tiny": dict(
@@ -121,13 +123,18 @@ def learning_rate(step: int, cfg) -> float:
     return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
 
 
+@torch.no_grad()
+def size_of_B(net: model.DiT) -> float:
+    """Root mean square of B in the LoRA that is being trained; 0 at the start."""
+    every = [term.B for term in model.trained_lora(net).values()]
+    return math.sqrt(sum(B.double().square().sum() for B in every) / sum(B.numel() for B in every))
+
+
 def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
-    """The base with the cold start fused in, frozen, and a fresh LoRA: LoRA off is the reference."""
+    """The base with the cold start on it, frozen, and a fresh LoRA: LoRA off is the reference."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = model.load_model(verified(cfg.base, "sft.py or wan.export"), dtype, group.device)
+    net = load_adapted(cfg.base, [Path(folder) / "lora.safetensors" for folder in names(cfg.sft)], dtype, group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.pairs, shape)
-    for folder in names(cfg.sft):
-        model.merge_lora(model.load_lora(net, Path(folder) / "lora.safetensors"))
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
     net.gradient_checkpointing = cfg.checkpointing
     return net
@@ -185,12 +192,15 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
         at_ln2 = "ln 2 / K" if cfg.form == "outside" else "ln 2 = 0.6931"
         at_ln2 += f" and {cfg.sft_weight:g} times the winner's own loss" if cfg.sft_weight else ""
         return f"step 0: S = {row['S']:g} (expected {expected}), loss {row['loss']:.4f} (expected {at_ln2})"
-    moved = cfg.beta * row["S_abs"]
-    if step == max(50, 2 * cfg.warmup) and not cfg.reference_free and moved < 1e-3:
-        return (
-            f"stuck: |beta S| is {moved:.1e} after {step} steps, so the loss stays where it began: the policy has "
-            "hardly left the reference; raise --lr or --beta, or check that the LoRA gets gradients (grad_norm)"
-        )
+    if step == max(50, 2 * cfg.warmup):
+        # AdamW's steps are its rate long, unless the gradient is near its eps of 1e-8; this far they lead at random
+        walk = math.sqrt(sum(learning_rate(i, cfg) ** 2 for i in range(step)))
+        if not row["lora_B"] > walk / 10:
+            return (
+                f"stuck: after {step} steps the LoRA's B is {row['lora_B']:.1e}, AdamW's steps come to {walk:.1e} even "
+                f"at random; grad_norm is {row['grad_norm']:.1e}: lower --beta if pairs are saturated, else look for "
+                "what holds the gradient back"
+            )
     if cfg.form == "outside" and row["saturated"] > 0.5 and step % 50 == 0:  # inside, the sigmoid sees beta S / K
         return (
             f"saturated: |beta S| > 10 for {row['saturated']:.0%} of the pairs, they no longer teach; "
@@ -250,8 +260,8 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
 
         # ---- log, save
-        row = averages(group.sum(sums))
-        run.log(step + 1, **row, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+        row = averages(group.sum(sums)) | {"lora_B": size_of_B(net), "grad_norm": norm.item()}
+        run.log(step + 1, **row, lr=learning_rate(step, cfg))
         if group.main and (sentence := explain(cfg, step, row)):
             bar.write(sentence, file=sys.stderr)
         bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
@@ -263,7 +273,7 @@ def main(cfg: Config) -> None:
     # ---- result
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(net, file, base=cfg.base, sft=cfg.sft, task="asymdpo")
+            model.export_lora(model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, task="asymdpo")
     run.finish(["lora.safetensors"])
 
 

@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
     files = ["lora.safetensors"] + ["task_prompt.safetensors"] * (cfg.prompts != "off")
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(net, file, base=cfg.base, task="continuation")
+            model.export_lora(model.trained_lora(net), file, base=cfg.base, task="continuation")
         if cfg.prompts != "off":
             with whole_file(run.folder / "task_prompt.safetensors") as file:
                 model.save_task_prompt(net, file)

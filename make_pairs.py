@@ -51,7 +51,7 @@ class Config:
 
     preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     base: str = "out/demo/base"  # model folder
-    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: fused into the base first
+    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
     continuation: str = "out/demo/continuation"  # folder of continuation.py
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips

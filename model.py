@@ -12,8 +12,9 @@ Architecture facts are from the Wan2.1 release (github.com/Wan-Video/Wan2.1, wan
 in this project's own code and held to its outputs by tests/test_golden.py.
 
 dtype policy, in one place: the residual stream, modulation, norms and rotary embedding are float32 (the RoPE table is
-computed in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32; LoRA weights are
-float32 masters.
+computed in float64); matrix products and attention run in the weights' dtype, bfloat16 or float32. A bfloat16 model
+keeps in float32 what Wan does, `FLOAT32`: time embedding, modulation tables, norms and head. LoRA weights are float32
+masters.
 
 The file works copied, with kernels/ beside it: `load_model(path)` reads Wan's checkpoints and diffusers'.
 """
@@ -23,7 +24,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -68,24 +69,46 @@ PRESETS = {
 }
 
 
+class LowRank(nn.Module):
+    """What a LoRA adds to one layer: scale · (x Aᵀ) Bᵀ, scale = alpha / rank."""
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A.float()), nn.Parameter(B.float())  # (rank, in), (out, rank)
+        self.scale = scale
+        self.on = True
+
+    def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """y + scale · (x Aᵀ) Bᵀ for rows x (N, in), written into y (N, out) where there is one."""
+        low, up = F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype).t()
+        return low @ up if y is None else y.addmm_(low, up)
+
+
+LoRA = dict[str, LowRank]  # by the name of the layer
+
+
 class Linear(nn.Linear):
-    """nn.Linear with an optional low-rank term: y = x Wᵀ + b + lora_scale · (x Aᵀ) Bᵀ."""
+    """nn.Linear with low-rank terms, one for each LoRA: y = Σ scale · (x Aᵀ) Bᵀ + x Wᵀ + b.
+
+    The sum begins with the terms, the newest first, because a matrix product adds to what is there in float32 and
+    rounds once. In bfloat16 the other order would round a small term away: x Wᵀ is rounded, and does not change by less
+    than half of its last bit. A term that is off takes part as a zero, so that the product is the same operation, and
+    a LoRA with B = 0 changes no bit.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
-        self.register_parameter("lora_A", None)  # (rank, in_features) float32
-        self.register_parameter("lora_B", None)  # (out_features, rank) float32
-        self.lora_scale = 0.0  # alpha / rank
-        self.lora_on = True
+        self.lora = nn.ModuleList()  # of LowRank, the oldest first
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lora_A is None or not self.lora_on:
+        if not self.lora:
             return F.linear(x, self.weight, self.bias)
-        if self.weight.dtype == torch.float32:  # one product; in bfloat16 the sum would round the adapter away
-            return F.linear(x, self.weight + self.lora_scale * (self.lora_B @ self.lora_A), self.bias)
-        # float32 masters, used in the activations' dtype: float32 activations would be kept for backward
-        low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + low * self.lora_scale
+        rows, y = x.flatten(0, -2), None
+        for term in reversed(self.lora):
+            if term.on:
+                y = term(rows, y)
+        y = rows.new_zeros(len(rows), self.out_features) if y is None else y
+        return y.addmm_(rows, self.weight.t()).add_(self.bias).unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(nn.Module):
@@ -209,6 +232,23 @@ class TaskPrompt(nn.Module):
         return torch.where(cond_mask.unsqueeze(-1), self.cond[:F_], self.noisy[:F_])
 
 
+# Parameters that stay float32 in a bfloat16 model: those that Wan computes with under autocast(dtype=torch.float32)
+# (wan/modules/model.py: WanModel, WanAttentionBlock, Head, WanLayerNorm, WanRMSNorm), and those that Wan does not have.
+FLOAT32 = re.compile(r"^(time_embedding|time_projection|head|task_prompt)\.|modulation$|norm|\.lora\.")
+
+
+def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a DiT's parameter where matrix products run in dtype."""
+    return torch.float32 if FLOAT32.search(name) else dtype
+
+
+def cast(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A DiT whose matrix products run in dtype: changes net's parameters and returns it."""
+    for name, p in net.named_parameters():
+        p.data = p.data.to(weight_dtype(name, dtype))
+    return net
+
+
 class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -320,53 +360,82 @@ LORA_LAYERS = {  # name -> the layers that get an adapter, as suffixes of Wan's 
 
 
 def add_lora(net: DiT, rank: int, alpha: float, layers: str = "attn", seed: int = 0) -> list[nn.Parameter]:
-    """Freezes net and adds LoRA W + (alpha / rank)·B·A to its `layers` (a key of LORA_LAYERS).
+    """Freezes net and adds a LoRA (alpha / rank)·B·A to its `layers` (a key of LORA_LAYERS), on top of those it has.
 
     A is Kaiming-uniform as in PEFT, B is zero, so the output does not move before training. Returns the new parameters.
-    ValueError if net has a LoRA already (merge it first).
     """
     if layers not in LORA_LAYERS or rank < 1:
         raise ValueError(f"expected layers of {', '.join(LORA_LAYERS)}, rank of at least 1, got {layers!r}, {rank}")
     net.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, module in net.named_modules():
-        if not isinstance(module, Linear) or not name.endswith(LORA_LAYERS[layers]):
-            continue
-        if module.lora_A is not None:
-            raise ValueError(f"{name} has a LoRA already: merge_lora(net) first")
-        bound = 1 / math.sqrt(module.in_features)
-        A = (2 * torch.rand(rank, module.in_features, generator=generator) - 1) * bound
-        module.lora_A = nn.Parameter(A.to(module.weight.device))
-        module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=module.weight.device))
-        module.lora_scale = alpha / rank
+    for name, layer in linears(net).items():
+        if name.endswith(LORA_LAYERS[layers]):
+            bound = 1 / math.sqrt(layer.in_features)
+            A = (2 * torch.rand(rank, layer.in_features, generator=generator) - 1) * bound
+            layer.lora.append(LowRank(A, torch.zeros(layer.out_features, rank), alpha / rank).to(layer.weight.device))
     return [p for p in net.parameters() if p.requires_grad]
 
 
-def lora_linears(net: DiT) -> dict[str, Linear]:
-    """The layers that carry a LoRA, by name."""
-    return {n: m for n, m in net.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+def linears(net: DiT) -> dict[str, Linear]:
+    """The layers that a LoRA can be put on, by name."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
+
+
+def trained_lora(net: DiT) -> LoRA:
+    """The LoRA that is being trained: what `add_lora` added last."""
+    return {name: term for name, layer in linears(net).items() for term in layer.lora if term.B.requires_grad}
+
+
+def check_lora(net: DiT, lora: LoRA) -> None:
+    """ValueError unless every layer of the LoRA is one of net's."""
+    layers = linears(net)
+    for name, term in lora.items():
+        A, B, layer = term.A, term.B, layers.get(name)
+        fits = layer is not None and A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0
+        if not fits or (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
+            got = f"{name!r} with A {tuple(A.shape)}, B {tuple(B.shape)}"
+            raise ValueError(f"expected a LoRA for this model, got {got}, which do not fit it")
+
+
+def attach_lora(net: DiT, lora: LoRA) -> DiT:
+    """Puts a LoRA on net, frozen, on top of those it has. Returns net. ValueError as `check_lora`."""
+    check_lora(net, lora)
+    for name, term in lora.items():
+        layer = net.get_submodule(name)
+        layer.lora.append(LowRank(term.A, term.B, term.scale).to(layer.weight.device).requires_grad_(False))
+    return net
 
 
 @contextlib.contextmanager
 def lora_off(net: DiT):
-    """Within it net is the model without its LoRA: the reference of a DPO run."""
-    layers = lora_linears(net).values()
-    for layer in layers:
-        layer.lora_on = False
+    """Within it net is the model without the LoRA that is being trained: the reference of a DPO run."""
+    terms = trained_lora(net).values()
+    for term in terms:
+        term.on = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.lora_on = True
+        for term in terms:
+            term.on = True
+
+
+@torch.no_grad()
+def fuse(weight: Tensor, terms: Iterable[LowRank]) -> Tensor:
+    """W + Σ scale·B·A, float32."""
+    return sum((term.scale * (term.B.to(weight.device) @ term.A.to(weight.device)) for term in terms), weight.float())
 
 
 def merge_lora(net: DiT) -> DiT:
-    """Adds (alpha / rank)·B·A to the weights, in float32, and removes the adapters. Returns net."""
-    for layer in lora_linears(net).values():
-        with torch.no_grad():
-            delta = layer.lora_scale * (layer.lora_B.float() @ layer.lora_A.float())
-            layer.weight.copy_(layer.weight.float() + delta)
-        layer.lora_A = layer.lora_B = None
+    """Fuses every LoRA of net into its weights. Returns net.
+
+    ValueError unless they are float32: a weight that is rounded to bfloat16, and once more after the sum, keeps a half
+    of a usual update.
+    """
+    for name, layer in linears(net).items():
+        if layer.lora and layer.weight.dtype != torch.float32:
+            raise ValueError(f"{name}: expected float32 weights to fuse a LoRA into, got {layer.weight.dtype}")
+        layer.weight.data = fuse(layer.weight, layer.lora)
+        layer.lora = nn.ModuleList()
     return net
 
 
@@ -466,21 +535,26 @@ def check_shapes(net: nn.Module, shape: Mapping[str, tuple[int, ...]]) -> None:
             raise ValueError(f"expected the tensors of this architecture; {name}: expected {want}, got {got}")
 
 
-def fill(net: nn.Module, get: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """Gives net, built on the meta device, the tensors get(name), one at a time, in dtype. Returns net, frozen."""
+def fill(net: nn.Module, get: Callable[[str], Tensor]) -> nn.Module:
+    """Gives net, built on the meta device, the tensors get(name), one at a time. Returns net, frozen."""
     for name in net.state_dict():
         parent, _, leaf = name.rpartition(".")
-        tensor = get(name).to(device, dtype)
-        setattr(net.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(net.get_submodule(parent), leaf, nn.Parameter(get(name), requires_grad=False))
     return net
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
-    """The model of a safetensors file, or of a folder of them with its config.json, in the layout of Wan, of diffusers
-    (the folder, or its transformer/) or of ComfyUI; frozen.
+    """The model of `open_model`'s files on a device, frozen; its matrix products run in dtype."""
+    net, read = open_model(path)
+    return fill(net, lambda name: read(name).to(device, weight_dtype(name, dtype)))
 
-    The layouts are told apart by the tensors' names; weights are read one tensor at a time. ValueError for other
-    architectures (image-to-video among them), damaged files, and tensors that do not fit.
+
+def open_model(path: str | Path) -> tuple[DiT, Callable[[str], Tensor]]:
+    """The model of a safetensors file, or of a folder of them with its config.json, in the layout of Wan, of diffusers
+    (the folder, or its transformer/) or of ComfyUI: on the meta device, and the function that reads one of its tensors.
+
+    The layouts are told apart by the tensors' names. ValueError for other architectures (image-to-video among them),
+    damaged files, and tensors that do not fit.
     """
     path = Path(path)
     path = path / "transformer" if (path / "transformer").is_dir() else path
@@ -511,23 +585,23 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: tor
         check_shapes(net, shape)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return fill(net, lambda name: source[name][0].get_tensor(source[name][1]), dtype, device)
+    return net, lambda name: source[name][0].get_tensor(source[name][1])
 
 
-def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, **provenance: str) -> None:
-    """Writes net's LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, in dtype.
+def export_lora(lora: LoRA, path: str | Path, dtype: torch.dtype = torch.float32, /, **provenance: str) -> None:
+    """Writes a LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, in dtype.
 
     alpha / rank is folded into B, so the file's W + B·A needs no further number. The header's one key, dynamicsboost,
     tells in JSON: rank, the alpha that was folded in, dtype, layers and provenance.
     """
-    layers, tensors = lora_linears(net), {}
-    for name, layer in layers.items():
-        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = layer.lora_A.to(dtype)
-        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = (layer.lora_B * layer.lora_scale).to(dtype)
+    tensors = {}
+    for name, term in lora.items():
+        tensors[f"{LORA_PREFIX}{name}.lora_A.weight"] = term.A.to(dtype)
+        tensors[f"{LORA_PREFIX}{name}.lora_B.weight"] = (term.B * term.scale).to(dtype)
     facts = {
-        "rank": {len(layer.lora_A) for layer in layers.values()},
-        "alpha": {f"{layer.lora_scale * len(layer.lora_A):g}" for layer in layers.values()},
-        "layers": {re.sub(r"^blocks\.\d+\.", "", name) for name in layers},
+        "rank": {len(term.A) for term in lora.values()},
+        "alpha": {f"{term.scale * len(term.A):g}" for term in lora.values()},
+        "layers": {re.sub(r"^blocks\.\d+\.", "", name) for name in lora},
         "dtype": {str(dtype).removeprefix("torch.")},
     }
     told = {**provenance, **{key: ",".join(sorted(map(str, values))) for key, values in facts.items()}}
@@ -535,31 +609,8 @@ def export_lora(net: DiT, path: str | Path, dtype: torch.dtype = torch.float32, 
     _write(path, tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
 
 
-def check_lora(net: DiT, loras: dict[str, tuple[Tensor, Tensor, float]]) -> None:
-    """ValueError unless every layer of `loras`, name -> A (rank, in), B (out, rank), alpha / rank, is one of net's."""
-    linears = {name: module for name, module in net.named_modules() if isinstance(module, Linear)}
-    for name, (A, B, _) in loras.items():
-        layer = linears.get(name)
-        fits = layer is not None and A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0
-        if not fits or (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
-            got = f"{name!r} with A {tuple(A.shape)}, B {tuple(B.shape)}"
-            raise ValueError(f"expected a LoRA for this model, got {got}, which do not fit it")
-
-
-def attach_lora(net: DiT, loras: dict[str, tuple[Tensor, Tensor, float]]) -> DiT:
-    """Gives layers of net their LoRA, as in `check_lora`. Returns net. ValueError if net has a LoRA already."""
-    check_lora(net, loras)
-    if lora_linears(net):
-        raise ValueError("expected a network without a LoRA, it has one already: merge_lora(net) first")
-    for name, (A, B, scale) in loras.items():
-        layer = net.get_submodule(name)
-        layer.lora_A, layer.lora_B = (nn.Parameter(a.to(layer.weight.device, torch.float32)) for a in (A, B))
-        layer.lora_scale = scale
-    return net
-
-
 def load_lora(net: DiT, path: str | Path) -> DiT:
-    """Adds the LoRA of a file that `export_lora` wrote, or of one with diffusers' names. Returns net.
+    """Adds the LoRA of a file that `export_lora` wrote, or of one with diffusers' names, frozen. Returns net.
 
     ValueError for an unreadable file, keys that are not such a LoRA's, and as `attach_lora`.
     """
@@ -572,7 +623,8 @@ def load_lora(net: DiT, path: str | Path) -> DiT:
         parts = {wan_name(key): a for key, a in parts.items()}
         if not layers or set(parts) != {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}:
             raise ValueError("expected a LoRA, lora_A.weight and lora_B.weight of each layer, got other keys")
-        return attach_lora(net, {n: (parts[f"{n}.lora_A.weight"], parts[f"{n}.lora_B.weight"], 1.0) for n in layers})
+        halves = {name: [parts[f"{name}.lora_{x}.weight"] for x in "AB"] for name in layers}
+        return attach_lora(net, {name: LowRank(A, B, 1.0) for name, (A, B) in halves.items()})
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
 

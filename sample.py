@@ -48,7 +48,7 @@ class Options:
     base: str = "out/demo/base"  # model folder; for 1.3b, 14b the release's folder, or diffusers'
     vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
     text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
-    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas, fused in this order
+    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas
     data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
     samples: int = option(1, least=1)  # samples a prompt
     frames: int | None = option()  # pictures, of the form 4k+1
@@ -150,7 +150,7 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     if cfg.continuation:
         net = lora.load_continuation(cfg.base, cfg.continuation, dtype, device, loras)
     else:
-        net = lora.load_fused(cfg.base, loras, dtype, device)
+        net = lora.load_adapted(cfg.base, loras, dtype, device)
     size = (codec.channels, latent_frames(cfg), cfg.height // codec.side, cfg.width // codec.side)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, size)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import flow
 import model
-from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, names, predict
+from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, names, predict, size_of_B
 from kernels.modulate import implementation
 from kernels.region_dpo import frame_errors
 from runtime.files import read_jsonl, read_manifest, whole_file
@@ -183,8 +183,8 @@ def main(cfg: Config) -> None:
         optimizer.zero_grad()
 
         # ---- log, save
-        row = averages(group.sum(sums))
-        run.log(step + 1, **row, grad_norm=norm.item(), lr=learning_rate(step, cfg))
+        row = averages(group.sum(sums)) | {"lora_B": size_of_B(net), "grad_norm": norm.item()}
+        run.log(step + 1, **row, lr=learning_rate(step, cfg))
         if group.main and (sentence := explain(cfg, step, row)):
             bar.write(sentence, file=sys.stderr)
         bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
@@ -196,7 +196,7 @@ def main(cfg: Config) -> None:
     # ---- result
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(net, file, base=cfg.base, sft=cfg.sft, task="baseline")
+            model.export_lora(model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, task="baseline")
     run.finish(["lora.safetensors"])
 
 

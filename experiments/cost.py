@@ -50,6 +50,10 @@ SHAPE = (16, 13, 36, 64)  # of the latent of 49 frames of 288 x 512
 CLIPS = 20_000  # assumed where the input does not exist: the paper's number of pairs, as its readers report it
 
 
+# In place, as model.Linear adds to its low-rank terms, PyTorch has no formula for the same product.
+flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])
+
+
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +127,11 @@ def measure(build: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor],
     return {"flop": count.flop, "weights": every - trained, "trained": 4 * trained, "activations": count.peak}
 
 
-def measure_dit(preset: str, shape, batch: int, call: Callable, build: Callable = nn.Module.bfloat16, train=False):
+def in_bfloat16(net: model.DiT) -> model.DiT:
+    return model.cast(net, torch.bfloat16)
+
+
+def measure_dit(preset: str, shape, batch: int, call: Callable, build: Callable = in_bfloat16, train=False):
     """`measure` of a DiT. call(net, x0, text, noise, t) with x0 and noise (batch, *shape); build(DiT) -> net."""
     config = model.PRESETS[preset]
 
@@ -184,7 +192,7 @@ def training(stage, cfg):
     shape, _, known = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
 
     def build(net: model.DiT) -> model.DiT:
-        net.to(torch.bfloat16 if cfg.rank else torch.float32).gradient_checkpointing = cfg.checkpointing
+        model.cast(net, torch.bfloat16 if cfg.rank else torch.float32).gradient_checkpointing = cfg.checkpointing
         if cfg.rank:
             model.add_lora(net, cfg.rank, cfg.rank, cfg.layers)
         if getattr(cfg, "prompts", "off") != "off":

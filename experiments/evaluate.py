@@ -27,7 +27,7 @@ from runtime.run import Run
 from runtime.shards import Shards
 from tiny import balls
 from tiny import codec as codecs
-from wan.lora import load_continuation, load_fused, lora_files
+from wan.lora import load_adapted, load_continuation, lora_files
 
 PRESETS = {"tiny": dict(nfe=12, t_shift=4.0)}
 SHOWN = 8  # samples kept for the page's players
@@ -146,7 +146,7 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
     loras = {"Pretrain": "", "SFT": cfg.sft, "DynamicsBoost": f"{cfg.sft},{cfg.asymdpo}"}
     scores, shown = {}, {}
     for name, folders in loras.items():
-        net = load_fused(cfg.base, lora_files(folders))
+        net = load_adapted(cfg.base, lora_files(folders))
         made = sample_all(net, noise, text, cfg, bar=bar)
         scores[name], shown[f"table_{name}"] = balls.score(codec, made, captions), made[:SHOWN]
     real = means(balls.score(codec, clips.get("x0", index), captions))

@@ -30,7 +30,7 @@ from runtime.files import read_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from wan.lora import load_fused, lora_files
+from wan.lora import load_adapted, lora_files
 
 SIDES = ("first", "second")
 
@@ -42,7 +42,7 @@ class Config:
     preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     kind: str = option("flow", choices=("flow", "structural"))  # flow or structural: what a sample starts from
     base: str = "out/demo/base"  # model folder
-    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: fused into the base first
+    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/baseline/pairs", neutral=True)  # folder to write
@@ -107,7 +107,7 @@ def main(cfg: Config) -> None:
         return
     clips, count = read_clips(cfg, group)
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = load_fused(cfg.base, loras, dtype, group.device)
+    net = load_adapted(cfg.base, loras, dtype, group.device)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, clips.shape("x0"))
     negative = read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None

@@ -38,7 +38,7 @@ from runtime.options import UserError, option, program, resolve
 from runtime.shards import Shards
 from tiny import balls
 from tiny import codec as codecs
-from wan.lora import load_continuation, load_fused, load_lora, lora_files
+from wan.lora import load_adapted, load_continuation, lora_files, read_lora
 
 CLIPS = 512  # prompts that every row is judged on
 LABELLED = 160  # pairs that label accuracy is taken from
@@ -196,10 +196,12 @@ class Seed:
     def scores(self, loras: list[Path], strength: float) -> dict[str, float]:
         """Mean scores of samples for the seed's prompts and noise, as in experiments.evaluate's table."""
         _, noise, text, captions = evaluate.prompts(self.clips, CLIPS, self.seed)
-        net = load_fused(self.base, loras if strength == 1 else loras[:-1])
+        net = load_adapted(self.base, loras if strength == 1 else loras[:-1])
         if strength != 1:
-            for layer in model.lora_linears(load_lora(net, loras[-1])).values():
-                layer.lora_scale *= strength
+            lora = read_lora(net, loras[-1])
+            for term in lora.values():
+                term.scale *= strength
+            model.attach_lora(net, lora)
         made = evaluate.sample_all(net, noise, text, resolve(evaluate.Config(), evaluate.PRESETS))
         return {m: float(scores.mean()) for m, scores in balls.score(self.codec, made, captions).items()}
 

@@ -12,7 +12,7 @@ from experiments import baselines, pairs
 from experiments.pairs import SIDES
 from runtime.group import Group
 from runtime.shards import Shards
-from wan.lora import load_fused, lora_files
+from wan.lora import load_adapted, lora_files
 
 LABELS = torch.tensor([[1, 1, -1, 0, 0], [-1, 0, 1, 1, -1]])
 CLIPS = torch.tensor([1, -1])[:, None].expand(2, 5)  # a label a clip: Flow-DPO's
@@ -76,7 +76,7 @@ def test_a_run_begins_at_ln2_and_prefers_the_winner(loss, of, labels, chain, mad
     options = dict(steps=12, warmup=1, lr=2e-3, rank=4, layers="attn", batch_size=8, t_mean=0.0, beta=50.0)
     folders = dict(base=chain / "base", sft=chain / "sft", pairs=made[of], labels=made[labels], out=tmp_path / "run")
     baselines.main(baselines.Config(loss=loss, **options, **{k: str(v) for k, v in folders.items()}))
-    assert load_fused(chain / "base", lora_files(f"{chain / 'sft'},{tmp_path / 'run'}"))  # as sample.py --lora does
+    assert load_adapted(chain / "base", lora_files(f"{chain / 'sft'},{tmp_path / 'run'}"))  # as sample.py --lora does
     first, *rest = metrics(tmp_path / "run")
     assert "S = 0 (expected exactly 0), loss 0.6931 (expected ln 2 = 0.6931)" in capsys.readouterr().err
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -93,8 +93,11 @@ def test_a_run_begins_at_ln2_and_prefers_the_winner(loss, of, labels, chain, mad
 
 def test_what_is_said_of_a_run():
     """What step 0 must read; that nothing moves; and no word of saturation, which these losses do not have."""
-    row, cfg = {"saturated": 0.75, "S_abs": 1.0, "S": 0.0, "loss": 0.7}, baselines.Config(beta=50.0, warmup=20)
-    assert asymdpo.explain(cfg, 100, row) is None and "stuck" in asymdpo.explain(cfg, 50, {**row, "S_abs": 1e-6})
+    row = {"saturated": 0.75, "S": 0.0, "loss": 0.7, "lora_B": 1e-5, "grad_norm": 1e-3}
+    cfg = baselines.Config(beta=50.0, warmup=20, lr=5e-6)
+    assert asymdpo.explain(cfg, 100, row) is None and asymdpo.explain(cfg, 50, row) is None
+    for size in (1e-7, math.nan):
+        assert "stuck" in asymdpo.explain(cfg, 50, {**row, "lora_B": size})
     first = asymdpo.explain(asymdpo.Config(beta=50.0, sft_weight=0.5), 0, row)
     assert "(expected ln 2 = 0.6931 and 0.5 times the winner's own loss)" in first
 
@@ -142,7 +145,7 @@ def test_a_second_round(chain, tmp_path):
     out = run_stage(chain, "asymdpo", pairs=str(tmp_path / "pairs"), sft=both, out=str(tmp_path / "dpo"), steps=1)
     cfg = asymdpo.Config(base=str(chain / "base"), sft=both, layers="attn", rank=4)
     net = asymdpo.build(cfg, Group(), (48, 13, 2, 2)).state_dict()
-    fused = [load_fused(chain / "base", lora_files(names)) for names in (both, str(chain / "sft"))]
+    fused = [load_adapted(chain / "base", lora_files(names)) for names in (both, str(chain / "sft"))]
     one, two = (f.state_dict()["blocks.0.self_attn.q.weight"] for f in fused)
     assert metrics(out)[0]["S_abs"] == 0
     assert torch.equal(net["blocks.0.self_attn.q.weight"], one) and not torch.equal(one, two)

@@ -25,7 +25,7 @@ pair_loss = functools.partial(cost.loss, asymdpo, asymdpo.Config(beta=800.0, for
 
 def with_lora(checkpointing: bool = False, rank: int = 196):
     def build(net):
-        net.bfloat16().gradient_checkpointing = checkpointing
+        model.cast(net, torch.bfloat16).gradient_checkpointing = checkpointing
         model.add_lora(net, rank, rank, "attn")
         return net
 

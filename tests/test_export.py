@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import model
 from runtime.files import read_manifest
 from wan import checkpoint, export
-from wan.lora import load_fused, load_lora, read_lora
+from wan.lora import load_adapted, load_lora, read_lora
 
 CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20: RoPE's split is unequal
 
@@ -31,9 +31,9 @@ def root(tmp_path_factory):
     for name, rank, alpha, layers in (("sft", 4, 8, "attn+ffn"), ("dpo", 3, 3, "attn"), ("all", 2, 4, "all")):
         lora = model.load_model(folder / "base")
         model.add_lora(lora, rank, alpha, layers, seed=rank)
-        for layer in model.lora_linears(lora).values():
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-        model.export_lora(lora, folder / name / "lora.safetensors")
+        for term in model.trained_lora(lora).values():
+            torch.nn.init.normal_(term.B, std=0.1)
+        model.export_lora(model.trained_lora(lora), folder / name / "lora.safetensors")
     factor = {"lora_down.weight": 1, "lora_up.weight": 0.5, "alpha": 2}
     tensors = musubi(load_file(folder / "dpo/lora.safetensors"))
     save_file({k: factor[k.partition(".")[2]] * a for k, a in tensors.items()}, folder / "kohya.safetensors")
@@ -66,7 +66,7 @@ def run(root, out, layout, lora="sft,dpo", **more):
 
 def sequential(root, dtype=torch.float32, names=("sft", "dpo")):
     """Base and LoRAs, one fused after the other."""
-    return load_fused(root / "base", [root / name / "lora.safetensors" for name in names], dtype)
+    return load_adapted(root / "base", [root / name / "lora.safetensors" for name in names], dtype)
 
 
 @torch.no_grad()
@@ -163,7 +163,9 @@ def test_the_sum_is_rounded_once(root, tmp_path):
     out = run(tmp_path, tmp_path / "out", "wan", dtype="bfloat16")
     written, expected = load_file(out / model.WEIGHTS_NAME), sequential(tmp_path).state_dict()
     assert all(torch.equal(a, expected[name].bfloat16()) for name, a in written.items())
-    twice = sequential(tmp_path, torch.bfloat16).state_dict()
+    twice = load_file(run(tmp_path, tmp_path / "one", "wan", "sft", dtype="bfloat16") / model.WEIGHTS_NAME)
+    save_file(twice, tmp_path / "base" / model.WEIGHTS_NAME)
+    twice = load_file(run(tmp_path, tmp_path / "two", "wan", "dpo", dtype="bfloat16") / model.WEIGHTS_NAME)
     assert any(not torch.equal(a, twice[name]) for name, a in written.items())
 
 
@@ -174,7 +176,7 @@ def test_a_diffusers_base(root, tmp_path):
     for source, layout in ((f"base/{model.WEIGHTS_NAME}", "diffusers"), ("diffusers", "wan")):
         export.main(export.Config(str(tmp_path / source), f"{root}/dpo", str(tmp_path / layout), layout))
     assert model.load_model(tmp_path / "wan").config == net.config
-    fused = load_fused(tmp_path / "base", [root / "dpo/lora.safetensors"])
+    fused = load_adapted(tmp_path / "base", [root / "dpo/lora.safetensors"])
     assert same(model.load_model(tmp_path / "diffusers"), fused)
 
 
@@ -193,7 +195,7 @@ def test_export_holds_one_file(tmp_path):
     net = model.DiT(model.DiTConfig(512, 2048, 4, 6))
     model.save_model(net, tmp_path / "base")
     model.add_lora(net, 4, 4)
-    model.export_lora(net, tmp_path / "lora.safetensors")
+    model.export_lora(model.trained_lora(net), tmp_path / "lora.safetensors")
     size = sum(p.numel() * 4 for p in net.parameters())
     code = """
 from wan import export
@@ -202,6 +204,31 @@ export.main(export.Config(sys.argv[2] + "/base", sys.argv[2] + "/lora.safetensor
 """
     held = peak_memory(code, str(tmp_path))
     assert held < size + 60 * 10**6, f"{held / size:.2f} of the weights"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_bfloat16_keeps_the_loras(stored, tmp_path):
+    """Two LoRAs on weights of Wan's size, at sizes that Wan's training reaches: in bfloat16 all of both is there,
+    whatever dtype the base's files have. Fused into weights that are rounded already, half of it was.
+    """
+    base = model.DiT(dataclasses.replace(CONFIG, dim=512, num_heads=4, num_layers=1))
+    torch.nn.init.normal_(base.blocks[0].self_attn.q.weight, std=0.025)
+    model.save_model(model.cast(base, stored), tmp_path / "base")
+    files, truth = [tmp_path / "sft.safetensors", tmp_path / "dpo.safetensors"], 0
+    for seed, file in enumerate(files):
+        model.add_lora(base, 16, 16, "attn", seed)
+        for term in model.trained_lora(base).values():
+            torch.nn.init.normal_(term.B, std=2e-4)
+        model.export_lora(model.trained_lora(base), file)
+        term = base.blocks[0].self_attn.q.lora[-1]
+        truth += term.B @ term.A
+    plain, adapted = (load_adapted(tmp_path / "base", loras, torch.bfloat16) for loras in ([], files))
+    plain, adapted = plain.blocks[0].self_attn.q, adapted.blocks[0].self_attn.q
+    weight = adapted.weight.float() + sum(term.B @ term.A for term in adapted.lora)
+    assert adapted.weight.dtype == torch.bfloat16 and bool(adapted.lora) == (stored == torch.bfloat16)
+    kept = ((weight - plain.weight.float()) * truth).sum() / truth.square().sum()
+    assert abs(kept - 1) < 0.01
 
 
 # ---- one LoRA --------------------------------------------------------------------------------------------------------
@@ -248,7 +275,7 @@ def test_one_lora_opens_in_diffusers(names, dtype, root, tmp_path):
     loras = [read_lora(base, root / f"{name}/lora.safetensors") for name in loras]
     for key in ("blocks.1.self_attn.k", "blocks.0.ffn.0"):  # of both LoRAs, of sft alone
         weight = peer.get_submodule(export.diffusers_name(f"{key}.weight").removesuffix(".weight")).weight
-        size = sum(lora[key][1].abs() @ lora[key][0].abs() for lora in loras if key in lora)
+        size = sum(lora[key].B.abs() @ lora[key].A.abs() for lora in loras if key in lora)
         allowed = 2**-7 * size if dtype == "bfloat16" else 0  # A and B are each off by 2^-8 at most
         assert ((weight - exact.get_submodule(key).weight).abs() <= allowed + 1e-5).all(), key
 
@@ -269,8 +296,9 @@ def test_the_key_rules_of_others(root, tmp_path):
     assert {key.partition(".")[0] for key in load_file(again)} == {f"lora_unet_{a.replace('.', '_')}" for a in layers}
     one, two = read_lora(net, path), read_lora(net, again)
     assert one.keys() == two.keys() == layers and len(layers) == 26
-    for layer, (A, B, scale) in one.items():
-        assert torch.equal(A, two[layer][0]) and torch.equal(B, two[layer][1]) and scale == two[layer][2] == 1
+    for layer, term in one.items():
+        assert torch.equal(term.A, two[layer].A) and torch.equal(term.B, two[layer].B)
+        assert term.scale == two[layer].scale == 1
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -279,7 +307,7 @@ def test_the_key_rules_of_others(root, tmp_path):
 def wider(root):
     net = model.DiT(model.DiTConfig(80, 56, 2, 2, text_dim=12, freq_dim=32))
     model.add_lora(net, 2, 2)
-    model.export_lora(net, root / "wider.safetensors")
+    model.export_lora(model.trained_lora(net), root / "wider.safetensors")
 
 
 def continued(root):

@@ -139,6 +139,15 @@ def test_training_prefers_the_winner(chain, tmp_path):
     assert sum(row["loss"] for row in last) / 4 < math.log(2)
 
 
+@pytest.mark.parametrize("beta, stuck", [(1e-6, True), (50.0, False)])
+def test_a_run_that_does_not_move_is_told(beta, stuck, chain, tmp_path, capsys):
+    """Gradients under AdamW's eps leave B where it was; S says nothing of it, in bfloat16 it is never small."""
+    run_stage(
+        chain, "asymdpo", out=tmp_path / "run", steps=51, batch_size=2, warmup=1, rank=2, layers="attn", beta=beta
+    )
+    assert ("stuck: after 50 steps" in capsys.readouterr().err) == stuck
+
+
 def test_reference_is_the_cold_start(chain):
     """LoRA off is base + SFT, not the base; and stays so when the policy moves."""
     cfg = asymdpo.Config(base=str(chain / "base"), sft=str(chain / "sft"), layers="attn", rank=4)
@@ -146,11 +155,11 @@ def test_reference_is_the_cold_start(chain):
     sft = model.merge_lora(load_lora(model.load_model(chain / "base"), chain / "sft" / "lora.safetensors"))
     x, t, text = torch.randn(2, 48, 13, 2, 2), torch.rand(2), torch.randn(2, 5, 32)
     with torch.no_grad():
-        for layer in model.lora_linears(net).values():
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
+        for term in model.trained_lora(net).values():
+            torch.nn.init.normal_(term.B, std=0.1)
         with model.lora_off(net):
-            assert torch.equal(net(x, t, text), sft(x, t, text))
-        assert not torch.equal(net(x, t, text), sft(x, t, text))
+            assert torch.allclose(net(x, t, text), sft(x, t, text), atol=1e-5)
+        assert not torch.allclose(net(x, t, text), sft(x, t, text), atol=1e-2)
         assert not torch.equal(sft(x, t, text), model.load_model(chain / "base")(x, t, text))
 
 
@@ -254,7 +263,7 @@ def test_continuation_trains_lora_and_prompts_only(where, chain):
     cond_mask = torch.arange(13) < torch.tensor([3, 6])[:, None]
     continuation.continuation_loss(net, x0, text, noise, torch.rand(2), cond_mask).sum().backward()
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
-    assert all(".lora_" in n or n.startswith("task_prompt.") for n in trained) and len(trained) > 2
+    assert all(".lora." in n or n.startswith("task_prompt.") for n in trained) and len(trained) > 2
     assert net.task_prompt.cond.grad.abs().sum() > 0 and net.task_prompt.noisy.grad.abs().sum() > 0
 
 

@@ -58,7 +58,7 @@ x, t, text = torch.randn(1, 48, 13, 2, 2), torch.rand(1), torch.randn(1, 5, 32)
 assert net(x, t, text).shape == x.shape
 model.add_lora(net, 4, 4)
 net(x, t, text).sum().backward()
-model.export_lora(net, "lora.safetensors")
+model.export_lora(model.trained_lora(net), "lora.safetensors")
 model.load_lora(model.load_model("base"), "lora.safetensors")
 """
 

@@ -326,11 +326,11 @@ def test_loras_of_others(style, tmp_path):
     again = small_dit()
     ours, inputs, tensors = copy.deepcopy(again), dit_inputs(), {}
     model.add_lora(ours, rank=4, alpha=8, layers="attn+ffn")
-    for name, layer in model.lora_linears(ours).items():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    for name, term in model.trained_lora(ours).items():
+        torch.nn.init.normal_(term.B, std=0.1)
         name = rename(name)
-        tensors[key.format(name, down)] = layer.lora_A.detach()
-        tensors[key.format(name, up)] = layer.lora_B.detach() * (1 if has_alpha else 2)
+        tensors[key.format(name, down)] = term.A.detach()
+        tensors[key.format(name, up)] = term.B.detach() * (1 if has_alpha else 2)
         if has_alpha:
             tensors[key.partition(".lora_")[0].format(name) + ".alpha"] = torch.tensor(8.0)
     save_file(tensors, tmp_path / "lora.safetensors")

@@ -138,7 +138,7 @@ def load(
     except (ValueError, IndexError):
         raise UserError(f"{path}: expected {what}, its tensors have other shapes") from None
     names = match(net, source, rename)
-    return fill(net, lambda name: source[names[name]], dtype, device).eval()
+    return fill(net, lambda name: source[names[name]].to(device, dtype)).eval()
 
 
 def write_checkpoint(

@@ -22,7 +22,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
@@ -33,7 +32,7 @@ from runtime.group import alone
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
 from wan.checkpoint import Checkpoint, match, write_checkpoint
-from wan.lora import LoRA, lora_files, read_lora
+from wan.lora import lora_files, read_lora
 
 LAYOUTS = ("wan", "diffusers", "lora")
 
@@ -97,20 +96,19 @@ def cold_start(file: Path) -> str:
     return json.loads(told).get("sft", "")
 
 
-def joined(net: model.DiT, loras: list[LoRA]) -> model.DiT:
-    """net, on the meta device, with the sum of the LoRAs as one LoRA: A (Σ rank, in), B (out, Σ rank).
+def joined(loras: list[model.LoRA]) -> model.LoRA:
+    """The sum of LoRAs as one: A (Σ rank, in), B (out, Σ rank).
 
     Every layer gets the same rank, where necessary with zeros: older diffusers takes the first layer's rank for every
     layer's alpha (utils/peft_utils.py, get_peft_kwargs).
     """
     parts = {name: [lora[name] for lora in loras if name in lora] for lora in loras for name in lora}
-    rank = max(sum(len(A) for A, _, _ in part) for part in parts.values())
+    rank, one = max(sum(len(term.A) for term in part) for part in parts.values()), {}
     for name, part in parts.items():
-        A, B = torch.cat([A for A, _, _ in part]), torch.cat([scale * B for _, B, scale in part], dim=1)
-        layer, missing = net.get_submodule(name), rank - len(A)
-        layer.lora_A, layer.lora_B = nn.Parameter(F.pad(A, (0, 0, 0, missing))), nn.Parameter(F.pad(B, (0, missing)))
-        layer.lora_scale = 1.0
-    return net
+        A, B = torch.cat([term.A for term in part]), torch.cat([term.scale * term.B for term in part], dim=1)
+        missing = rank - len(A)
+        one[name] = model.LowRank(F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)), 1.0)
+    return one
 
 
 def main(cfg: Config) -> None:
@@ -131,7 +129,7 @@ def main(cfg: Config) -> None:
     # ---- one LoRA
     if cfg.layout == "lora":
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(joined(net, loras), file, dtype, lora=cfg.lora)
+            model.export_lora(joined(loras), file, dtype, lora=cfg.lora)
         run.finish(["lora.safetensors"])
         print(f"{run.stage}: wrote {run.folder / 'lora.safetensors'}")
         return
@@ -143,11 +141,9 @@ def main(cfg: Config) -> None:
     bar = run.progress(len(ours), unit="tensor")
 
     def fused(name: str) -> Tensor:
-        weight, layer = source[names[ours[name]]].float(), ours[name].removesuffix(".weight")
-        for A, B, scale in (lora[layer] for lora in loras if layer in lora):
-            weight = weight + scale * (B @ A)
+        weight, layer = source[names[ours[name]]], ours[name].removesuffix(".weight")
         bar.update()
-        return weight
+        return model.fuse(weight, [lora[layer] for lora in loras if layer in lora])
 
     folder = "" if wan else "transformer/"
     config = model.wan_config(net.config) if wan else diffusers_config(net.config)

@@ -1,8 +1,8 @@
-"""LoRA files, whichever program wrote them, and models with LoRAs fused in.
+"""LoRA files, whichever program wrote them, and models with LoRAs on them.
 
     lora_files("out/sft,style.safetensors")   the files that such an option names; folders are checked
-    read_lora(net, path)                      A, B and alpha / rank of each layer
-    load_fused(base, files)                   the base with LoRAs fused in
+    read_lora(net, path)                      the low-rank term of each layer
+    load_adapted(base, files)                 the base with LoRAs on it
     load_continuation(base, folder)           the continuation model Φ
 
 A file or folder that does not serve is a UserError that names it.
@@ -19,8 +19,6 @@ from torch import Tensor
 import model
 from runtime.files import MANIFEST, read_manifest, read_tensors, verified
 from runtime.options import UserError, user_errors
-
-LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer -> A, B, alpha / rank
 
 
 def lora_file(entry: str) -> Path:
@@ -65,15 +63,14 @@ def _peft_alpha(path: Path) -> float | None:
 KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 
-def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None = None) -> LoRA:
-    """What a LoRA file's tensors hold for net: layer -> A (rank, in), B (out, rank), both float32, and alpha / rank.
+def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None = None) -> model.LoRA:
+    """What a LoRA file's tensors hold for net: the low-rank term of each layer.
 
     Layers have Wan's names, diffusers' or kohya's (lora_unet_blocks_0_…), after `diffusion_model.`, `transformer.`,
     `base_model.model.` or nothing; lora_A and lora_B, or lora_down and lora_up; with or without a tensor alpha. alpha:
     that of the layers without one. ValueError if a key does not fit net, or there is none.
     """
-    linears = {name for name, module in net.named_modules() if isinstance(module, model.Linear)}
-    kohya = {"lora_unet_" + name.replace(".", "_"): name for name in linears}
+    kohya = {"lora_unet_" + name.replace(".", "_"): name for name in model.linears(net)}
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = KEY.fullmatch(re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key))
@@ -89,12 +86,12 @@ def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None =
         if not {"A", "B"} <= part.keys() or part.get("alpha", torch.ones(1)).numel() != 1:
             raise ValueError(f"expected a LoRA for this model, got half of one for {name!r}, or a strange alpha")
         own = part["alpha"].item() if "alpha" in part else alpha
-        loras[name] = part["A"].float(), part["B"].float(), 1.0 if own is None else own / max(1, len(part["A"]))
+        loras[name] = model.LowRank(part["A"], part["B"], 1.0 if own is None else own / max(1, len(part["A"])))
     return loras
 
 
-def read_lora(net: model.DiT, path: str | Path) -> LoRA:
-    """What a LoRA file holds for net: layer -> A (rank, in), B (out, rank), both float32, and alpha / rank.
+def read_lora(net: model.DiT, path: str | Path) -> model.LoRA:
+    """What a LoRA file holds for net: the low-rank term of each layer.
 
     Keys as in `parse_lora`; alpha may also stand where PEFT keeps it. net may be on the meta device. UserError for
     anything but a LoRA for net.
@@ -112,23 +109,34 @@ def read_lora(net: model.DiT, path: str | Path) -> LoRA:
 
 
 def load_lora(net: model.DiT, path: str | Path) -> model.DiT:
-    """Adds the LoRA of a file to net and returns net. UserError as `read_lora`, and if net has a LoRA already."""
-    with user_errors():
-        return model.attach_lora(net, read_lora(net, path))
+    """Adds the LoRA of a file to net, frozen, and returns net. UserError as `read_lora`."""
+    return model.attach_lora(net, read_lora(net, path))
 
 
-def load_fused(
+def load_adapted(
     base: str | Path, loras: list[Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> model.DiT:
-    """The base with these LoRAs fused in, one after the other, frozen.
+    """The base with these LoRAs on it, frozen; its matrix products run in dtype.
+
+    A weight that is rounded once at most takes the LoRAs in: it is float32 in the base's files, or dtype is. A second
+    rounding would lose most of a small update: there the LoRAs stay terms of their own.
 
     UserError for a base that is damaged or no model, and as `read_lora`.
     """
     with user_errors():
-        net = model.load_model(verified(base, "sft.py or wan.export"), dtype, device)
-    for file in loras:
-        model.merge_lora(load_lora(net, file))
-    return net.eval().requires_grad_(False)
+        net, read = model.open_model(verified(base, "sft.py or wan.export"))
+    apart = [read_lora(net, file) for file in loras]
+
+    def weight(name: str) -> Tensor:
+        tensor, layer, wanted = read(name).to(device), name.removesuffix(".weight"), model.weight_dtype(name, dtype)
+        if torch.float32 in (tensor.dtype, wanted):
+            tensor = model.fuse(tensor, [lora.pop(layer) for lora in apart if layer in lora])
+        return tensor.to(wanted)
+
+    model.fill(net, weight)
+    for lora in apart:
+        model.attach_lora(net, lora)
+    return net.eval()
 
 
 def load_continuation(
@@ -138,13 +146,12 @@ def load_continuation(
     device: torch.device | str = "cpu",
     loras: list[Path] = (),
 ) -> model.DiT:
-    """The continuation model Φ, frozen: the base with the LoRA of continuation.py's folder fused in, and its prompts.
-
-    `loras` are fused into the base before it. UserError as `load_fused`, and for task prompts that do not fit.
+    """The continuation model Φ, frozen: the base with `loras`, and with the LoRA and the prompts of continuation.py's
+    folder. UserError as `load_adapted`, and for task prompts that do not fit.
     """
     folder = Path(folder)
-    net = model.merge_lora(load_lora(load_fused(base, loras, dtype, device), folder / "lora.safetensors"))
+    net = load_adapted(base, [*loras, folder / "lora.safetensors"], dtype, device)
     if (folder / "task_prompt.safetensors").exists():
         with user_errors():
             model.load_task_prompt(net, folder / "task_prompt.safetensors")
-    return net.eval().requires_grad_(False)
+    return net.requires_grad_(False)
