@@ -11,7 +11,8 @@ part of that name in every folder below, because OpenVid-1M's parts unpack into 
 
 Clips are read at 16 pictures a second, by timestamps. Pictures are resized to cover the wanted size and cut at the
 centre. Videos that cannot be trusted are left out and listed (see runtime/decode.py). A hash of the video's id puts all
-its clips into one split: train (base and continuation model), align (pairs and cold start) or eval.
+its clips into one split: train (base and continuation model), align (pairs and cold start) or, where --train and
+--align leave some, eval.
 
 The presets 1.3b and 14b make the same shards with Wan2.1's VAE and text encoder from --base. The preset tiny fits a
 linear codec on the train clips, stores it beside the shards, and encodes text by a fixed vector for each word.
@@ -50,8 +51,13 @@ from tiny import codec as codecs
 from tiny import words
 from wan import text, vae
 
-WAN = dict(frames=49, height=288, width=512, shard_size=32, negative=text.NEGATIVE)
-PRESETS = {"tiny": dict(frames=49, height=64, width=64, shard_size=250, negative=""), "1.3b": WAN, "14b": WAN}
+WAN = dict(
+    frames=49, height=288, width=512,  # the paper's
+    train=0.8, align=0.2,  # the paper's 80,000 clips for Φ and 20,000 for cold start and pairs; it evaluates on prompts
+    shard_size=32, negative=text.NEGATIVE,
+)  # fmt: skip
+TINY = dict(frames=49, height=64, width=64, train=0.6, align=0.2, shard_size=250, negative="")  # a fifth to evaluate on
+PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -75,9 +81,9 @@ class Config:
     width: int | None = option(least=1)  # px
     motion: str = option("frames", choices=("frames", "column"))  # score of the frames, or of the csv's column
     min_motion: float = 0.0  # reject clips with a lower motion score
-    train: float = option(0.6, least=0, most=1)  # share of the videos for base and continuation model
-    align: float = option(0.2, least=0, most=1)  # share for pairs and cold start; the rest is for evaluation
-    negative: str | None = option()  # prompt of guidance's unconditional branch
+    train: float | None = option(least=0, most=1)  # share of the videos for base and continuation model
+    align: float | None = option(least=0, most=1)  # share for pairs and cold start; the rest is for evaluation
+    negative: str | None = option()  # prompt of guidance's unconditional branch, and of dropped captions
     bad_rows: str = option("stop", choices=("stop", "reject"))  # at an unusable row: stop, or reject it and go on
     deadline: float = option(60.0, above=0, most=1_000_000)  # seconds that a video may take to decode
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE

@@ -19,7 +19,7 @@ import prepare
 from prepare import Config
 from runtime import video
 from runtime.files import read_jsonl
-from runtime.options import UserError
+from runtime.options import UserError, resolve
 from runtime.shards import Shards, batch_order
 from tiny import codec as codecs
 from tiny.words import WordVectors
@@ -310,6 +310,15 @@ def test_splits_have_their_shares():
     assert abs(names.count("train") / 2000 - 0.6) < 0.035
     assert abs(names.count("align") / 2000 - 0.2) < 0.03 and abs(names.count("eval") / 2000 - 0.2) < 0.03
     assert {prepare.split_of(f"clip-{i}", 1.0, 0.0) for i in range(100)} == {"train"}
+
+
+@pytest.mark.parametrize("preset, expected", [("1.3b", (80, 20, 0)), ("14b", (80, 20, 0)), ("tiny", (60, 20, 20))])
+def test_splits_of_the_presets(preset, expected):
+    """Of 100 clips. Of 100,000 the paper's: 80,000 for the continuation model, 20,000 for cold start and pairs."""
+    cfg = resolve(Config(preset), prepare.PRESETS)
+    names = [prepare.split_of(f"clip-{i}", cfg.train, cfg.align) for i in range(5000)]
+    assert [round(names.count(s) / 50) for s in ("train", "align", "eval")] == pytest.approx(expected, abs=2)
+    assert "eval" not in names or preset == "tiny"
 
 
 def test_splits_are_disjoint_and_stay(chain, folder):
