@@ -67,7 +67,7 @@ class Config:
     form: str | None = option(choices=("outside", "inside"))  # where 1/K stands: see the equations above
     region: str = option("23", choices=("123", "23", "3"))  # frames in the loss: 123 all, 23 from N1, 3 from N2
     reference_free: bool = False  # leave the reference out, as in the loss as printed
-    sft_weight: float = option(0.0, least=0)  # weight of the winner's own loss, against likelihood displacement
+    sft_weight: float = option(0.0, least=0)  # λ: weight of the winner's own loss; 1: DPO's own pull on it at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
     rank: int | None = option(least=1)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
@@ -111,10 +111,13 @@ def asymdpo_loss(cfg, prediction, n1, n2) -> tuple[Tensor, dict[str, Tensor]]:
         ref_w, ref_l = target_w, target_l  # an error of 0
     start = first_frame(cfg.region, n1, n2)
     loss, parts = region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, cfg.beta, cfg.form)
+
+    --sft_weight λ adds λ·β/2 times the winner's error, averaged over the K frames in the loss. At S = 0 the derivative
+    of L by that average is β/2 in both forms, so λ = 1 doubles DPO's own pull on the winner.
     if cfg.sft_weight:
         keep = torch.arange(v_w.shape[2], device=v_w.device) >= start[:, None]
         error = torch.where(keep[:, None, :, None, None], v_w - target_w, 0)  # selected before it is squared
-        loss = loss + cfg.sft_weight * error.square().mean(dim=(1, 3, 4)).sum(1) / keep.sum(1)
+        loss = loss + cfg.sft_weight * cfg.beta / 2 * error.square().mean(dim=(1, 3, 4)).sum(1) / keep.sum(1)
     return loss, parts
 
 
@@ -190,7 +193,7 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
     if step == 0:
         expected = "anything: there is no reference" if cfg.reference_free else "exactly 0"
         at_ln2 = "ln 2 / K" if cfg.form == "outside" else "ln 2 = 0.6931"
-        at_ln2 += f" and {cfg.sft_weight:g} times the winner's own loss" if cfg.sft_weight else ""
+        at_ln2 += f" and {cfg.sft_weight * cfg.beta / 2:g} times the winner's own loss" if cfg.sft_weight else ""
         return f"step 0: S = {row['S']:g} (expected {expected}), loss {row['loss']:.4f} (expected {at_ln2})"
     if step == max(50, 2 * cfg.warmup):
         # AdamW's steps are its rate long, unless the gradient is near its eps of 1e-8; this far they lead at random

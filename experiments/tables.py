@@ -102,7 +102,7 @@ ROWS = {
     "region_3": Row("loss on ③", {}, options=dict(region="3")),
     "outside": Row("1/K outside, as printed", {}, options=dict(form="outside")),
     "reference_free": Row("no reference", {}, options=dict(reference_free=True)),
-    "lambda": Row("λ = 1", {}, options=dict(sft_weight=1.0)),
+    "lambda": Row("λ = 0.04", {}, options=dict(sft_weight=0.04)),  # the winner's own loss at weight λ·β/2 = 1
     # the continuation model and the start
     "context": Row("Φ of 300 steps, prompts in the context", {}, phi=dict(steps=300)),
     "frame": Row("Φ of 300 steps, prompts on the tokens", {}, phi=dict(steps=300, prompts="frame")),

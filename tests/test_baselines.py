@@ -99,7 +99,7 @@ def test_what_is_said_of_a_run():
     for size in (1e-7, math.nan):
         assert "stuck" in asymdpo.explain(cfg, 50, {**row, "lora_B": size})
     first = asymdpo.explain(asymdpo.Config(beta=50.0, sft_weight=0.5), 0, row)
-    assert "(expected ln 2 = 0.6931 and 0.5 times the winner's own loss)" in first
+    assert "(expected ln 2 = 0.6931 and 12.5 times the winner's own loss)" in first
 
 
 @pytest.mark.parametrize("kind", ["flow", "structural"])

@@ -213,11 +213,11 @@ def test_nan_before_n1_reaches_neither_loss_nor_gradient():
 
 
 def test_sft_term_and_reference_free():
-    """λ · the winner's flow matching error, averaged over the same frames. Without a reference S is the plain
+    """λ·β/2 times the winner's flow matching error, averaged over the same frames. Without a reference S is the plain
     difference of errors."""
     v_w, v_l, _, _, target_w, target_l = prediction = torch.randn(6, 2, 6, 13, 2, 2)
     plain, sft, free = (
-        asymdpo.asymdpo_loss(asymdpo.Config(beta=1.0, form="inside", **more), prediction, *LENGTHS)
+        asymdpo.asymdpo_loss(asymdpo.Config(beta=2.0, form="inside", **more), prediction, *LENGTHS)
         for more in ({}, dict(sft_weight=0.5), dict(reference_free=True))
     )
     winner, loser = (v_w - target_w).square(), (v_l - target_l).square()
@@ -225,6 +225,23 @@ def test_sft_term_and_reference_free():
     assert torch.allclose(sft[0] - plain[0], 0.5 * torch.stack(mean), atol=1e-6)
     S = [(winner - loser)[i, :, n:].mean(dim=(0, 2, 3)).sum() for i, n in enumerate(LENGTHS[0])]
     assert torch.allclose(free[1]["S"], torch.stack(S), atol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [50.0, 800.0])
+@pytest.mark.parametrize("form", ["inside", "outside"])
+def test_a_weight_of_1_is_what_dpo_pulls_the_winner_with(form, beta):
+    """At step 0, policy equal to reference, the winner's gradient is twice DPO's, whatever β; the loser's is DPO's."""
+    v_w, v_l, target_w, target_l = torch.randn(4, 2, 6, 13, 2, 2)
+    gradients = []
+    for weight in (0.0, 1.0):
+        policy = v_w.clone().requires_grad_(), v_l.clone().requires_grad_()
+        cfg = asymdpo.Config(beta=beta, form=form, sft_weight=weight)
+        loss, parts = asymdpo.asymdpo_loss(cfg, (*policy, v_w, v_l, target_w, target_l), *LENGTHS)
+        assert not parts["S"].any()
+        gradients.append(torch.autograd.grad(loss.sum(), policy))
+    (plain_w, plain_l), (both_w, both_l) = gradients
+    assert plain_w.abs().max() > 0 and torch.equal(plain_l, both_l)
+    assert torch.allclose(both_w, 2 * plain_w, rtol=1e-4)
 
 
 # ---- continuation ----------------------------------------------------------------------------------------------------
