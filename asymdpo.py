@@ -41,15 +41,20 @@ from runtime.files import read_manifest, whole_file
 from runtime.group import Group, local_batch, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, micro_batches
+from runtime.shards import Shards, epochs, micro_batches
 from wan.lora import load_adapted
 
-PRESETS = {  # 1.3b, 14b: the paper's numbers, as its readers report them; tiny: see docs/method.md
+WAN = dict(
+    rank=128, batch_size=32, lr=5e-6, beta=800.0, steps=625,  # the paper's, as one reader reports: 20,000 pairs, once
+    form="outside",  # as the paper prints it
+    layers="attn", warmup=20,  # chosen
+)  # fmt: skip
+PRESETS = {  # see docs/method.md
     "tiny": dict(
         layers="attn+ffn", rank=16, batch_size=16, steps=200, lr=5e-5, warmup=20, beta=50.0, form="inside", t_mean=1.0
     ),
-    "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
-    "14b": dict(layers="attn", rank=128, batch_size=32, steps=625, lr=5e-6, warmup=20, beta=800.0, form="outside"),
+    "1.3b": WAN,
+    "14b": WAN,
 }
 BUCKETS = 4  # t in [0, ¼), [¼, ½), [½, ¾), [¾, 1]: what is logged is split by these
 
@@ -105,15 +110,15 @@ def asymdpo_loss(cfg, prediction, n1, n2) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (B,) of the pairs, and its detached parts, as `region_dpo` gives them.
 
     prediction: of `predict`. n1, n2 (B,) integers: the given frames of loser and winner.
+
+    --sft_weight λ adds λ·β/2 times the winner's error, averaged over the K frames in the loss. At S = 0 the derivative
+    of L by that average is β/2 in both forms, so λ = 1 doubles DPO's own pull on the winner.
     """
     v_w, v_l, ref_w, ref_l, target_w, target_l = prediction
     if cfg.reference_free:
         ref_w, ref_l = target_w, target_l  # an error of 0
     start = first_frame(cfg.region, n1, n2)
     loss, parts = region_dpo(v_w, v_l, ref_w, ref_l, target_w, target_l, start, cfg.beta, cfg.form)
-
-    --sft_weight λ adds λ·β/2 times the winner's error, averaged over the K frames in the loss. At S = 0 the derivative
-    of L by that average is β/2 in both forms, so λ = 1 doubles DPO's own pull on the winner.
     if cfg.sft_weight:
         keep = torch.arange(v_w.shape[2], device=v_w.device) >= start[:, None]
         error = torch.where(keep[:, None, :, None, None], v_w - target_w, 0)  # selected before it is squared
@@ -146,6 +151,18 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
 def names(listed: str) -> list[str]:
     """The folders of a list separated by commas."""
     return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def repeated(cfg, pairs: int) -> str | None:
+    """A sentence if the pairs are used clearly more often than the paper's, which are used once.
+
+    None at the preset tiny, which is tuned for several epochs.
+    """
+    times = cfg.steps * cfg.batch_size / pairs
+    if cfg.preset == "tiny" or times < 1.1:  # a split by hash has about the size that was asked for
+        return None
+    once = f"--steps {math.ceil(pairs / cfg.batch_size)}"
+    return f"asymdpo: warning: each pair is used {times:.1f} times, but once in the paper; for one epoch give {once}"
 
 
 # ---- what is logged --------------------------------------------------------------------------------------------------
@@ -231,6 +248,9 @@ def main(cfg: Config) -> None:
     usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
     if not usable:
         raise UserError(f"{cfg.pairs}: expected winners with generated frames for --region 3, got none")
+    plan = epochs(len(usable), cfg, "pairs")
+    if group.main and (sentence := repeated(cfg, len(usable))):
+        print(sentence, file=sys.stderr)
     with user_errors():
         net = build(cfg, group, pairs.shape("chosen"))
 
@@ -240,12 +260,12 @@ def main(cfg: Config) -> None:
     first = run.resume(trained, optimizer)
 
     # ---- train
-    bar = run.progress(cfg.steps, first)
+    bar = run.progress(cfg.steps, first, plan=plan)
     for step in range(first, cfg.steps):
         sums: dict[str, Tensor] = {}
-        for places in micro_batches(len(usable), step, cfg, group, flow.generator):
+        for places in micro_batches(len(usable), step, cfg, run, flow.generator):
             index = [usable[i] for i in places]
-            keys = [(cfg.seed, step, pairs.rows[i]["id"]) for i in index]
+            keys = [(run.stage, cfg.seed, step, pairs.rows[i]["id"]) for i in index]
             chosen, rejected, text = pairs.get("chosen", index), pairs.get("rejected", index), pairs.text(index)
             noise = flow.draw_noise(chosen.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)

@@ -31,13 +31,20 @@ from runtime.files import verified, whole_file
 from runtime.group import Group, local_batch, start_group
 from runtime.options import option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, micro_batches
+from runtime.shards import Shards, epochs, micro_batches
 
-PRESETS = {  # 1.3b, 14b: the paper's numbers, as its readers report them; tiny: see docs/method.md
-    "tiny": dict(layers="all", rank=64, batch_size=32, steps=1500, lr=4e-3, warmup=50, t_mean=2.0, prompts="text"),
-    "1.3b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="text"),
-    "14b": dict(layers="attn", rank=196, batch_size=16, steps=20_000, lr=8e-5, warmup=200, prompts="text"),
-}
+WAN = dict(
+    rank=196, batch_size=16, lr=8e-5, steps=20_000,  # the paper's, as its readers report: 4 epochs of 80,000 clips
+    layers="attn", warmup=200, prompts="text", caption_dropout=0.1,  # chosen; dropout, as Φ is sampled with guidance
+)  # fmt: skip
+PRESETS = {  # see docs/method.md
+    "tiny": dict(
+        layers="all", rank=64, batch_size=32, steps=1500, lr=4e-3, warmup=50, t_mean=2.0, prompts="text",
+        caption_dropout=0.0,
+    ),
+    "1.3b": WAN,
+    "14b": WAN,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Config:
     warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    caption_dropout: float | None = option(least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise, times and n_cond
@@ -68,8 +76,8 @@ def draw_cond_mask(keys: list[tuple], frames: int) -> torch.Tensor:
     """(B, F) bool with the first n_cond ~ U{1 … F−1} frames of each sample True: one given, one to generate
     at least.
     """
-    n_cond = [torch.randint(1, frames, (), generator=flow.generator("n_cond", *key)) for key in keys]
-    return torch.arange(frames) < torch.stack(n_cond)[:, None]
+    n_cond = torch.tensor([flow.generator("n_cond", *key).integers(1, frames) for key in keys])
+    return torch.arange(frames) < n_cond[:, None]
 
 
 def continuation_loss(net, x0, text, noise, t, cond_mask):
@@ -109,6 +117,8 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    plan = epochs(len(clips), cfg, "clips")
+    negative = clips.negative() if cfg.caption_dropout else None
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
 
@@ -118,12 +128,13 @@ def main(cfg: Config) -> None:
     first = run.resume(trained, optimizer)
 
     # ---- train
-    bar = run.progress(cfg.steps, first)
+    bar = run.progress(cfg.steps, first, plan=plan)
     for step in range(first, cfg.steps):
         total = 0
-        for index in micro_batches(len(clips), step, cfg, group, flow.generator):
-            keys = [(cfg.seed, step, clips.rows[i]["id"]) for i in index]
-            x0, text = clips.get("x0", index), clips.text(index)
+        for index in micro_batches(len(clips), step, cfg, run, flow.generator):
+            keys = [(run.stage, cfg.seed, step, clips.rows[i]["id"]) for i in index]
+            x0 = clips.get("x0", index)
+            text = flow.drop_captions(clips.states(index), keys, cfg.caption_dropout, negative)
             noise = flow.draw_noise(x0.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
             cond_mask = draw_cond_mask(keys, x0.shape[2])

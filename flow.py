@@ -4,29 +4,35 @@
     x_t = (1 − t)·x0 + t·noise            the straight path from data to noise
     v   = noise − x0 = d x_t / dt         what the network predicts
 
-Every random number is drawn from a key such as (seed, step, clip id). So no draw depends on the number of processes,
-on the batch that a sample is in, or on whether the run was interrupted.
+Every random number is drawn from a key such as (stage, seed, step, clip id). So no draw depends on the number of
+processes, on the batch that a sample is in, or on whether the run was interrupted; and no two stages share one.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Grid = tuple[Tensor, Tensor]  # what a solver walks along: its noise levels, and the times that the network is told
 
 
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by its key. Draw on the CPU, then move: the numbers are then the same on every device."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+def generator(*key: int | str) -> np.random.Generator:
+    """A generator of its own for each key: Philox (Salmon et al. 2011) with 128 bits of the key's hash as its key.
+
+    NumPy's, because PyTorch's CPU generator keeps 32 bits of a seed: of 100,000 keys some two would draw the same.
+    Draw, then move: the numbers are then the same on every device.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
 
 
 def draw_noise(shape: Sequence[int], keys: Sequence[tuple]) -> Tensor:
     """Standard normal (len(keys), *shape) float32. Sample i depends on keys[i] only."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator("noise", *key)) for key in keys])
+    draws = (generator("noise", *key).standard_normal(tuple(shape), dtype=np.float32) for key in keys)
+    return torch.stack([torch.from_numpy(draw) for draw in draws])
 
 
 def draw_t(keys: Sequence[tuple], mean: float | None = None, std: float = 1.0, t_shift: float = 1.0) -> Tensor:
@@ -34,8 +40,8 @@ def draw_t(keys: Sequence[tuple], mean: float | None = None, std: float = 1.0, t
 
     They are uniform without a mean and logit-normal(mean, std) with one; `shift_t` is then applied to them.
     """
-    draw = torch.rand if mean is None else torch.randn
-    t = torch.stack([draw((), generator=generator("t", *key)) for key in keys])
+    draw = np.random.Generator.random if mean is None else np.random.Generator.standard_normal
+    t = torch.tensor([draw(generator("t", *key), dtype=np.float32) for key in keys])
     return shift_t(t if mean is None else torch.sigmoid(mean + std * t), t_shift)
 
 
@@ -77,6 +83,18 @@ def guided(net: Callable, guidance: float, negative: Tensor | None = None) -> Ca
         return uncond + guidance * (cond - uncond)
 
     return call
+
+
+def drop_captions(states: Sequence[Tensor], keys: Sequence[tuple], share: float, negative: Tensor | None) -> Tensor:
+    """Text states (B, S, text_dim), padded with zeros to the longest, with a random `share` in [0, 1] of them replaced.
+
+    states[i] (S_i, text_dim) gives way to negative (S', text_dim), which may be None at share 0: to what `guided` puts
+    into its unconditional branch, so that guidance asks the network for what it was trained on. Whether sample i does
+    depends on keys[i] only.
+    """
+    dropped = (share > 0 and generator("caption", *key).random() < share for key in keys)
+    kept = [negative if drop else state for drop, state in zip(dropped, states, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
 
 
 def time_grid(nfe: int, t_shift: float) -> Grid:

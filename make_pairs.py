@@ -24,21 +24,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 import flow
 import model
 from kernels.modulate import implementation
-from runtime.files import read_manifest, read_tensors
+from runtime.files import read_manifest
 from runtime.group import Group, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
 from wan.lora import load_continuation, lora_files
 
-PRESETS = {  # see docs/method.md; 1.3b, 14b: Wan's number of steps, shift and guidance
+PRESETS = {  # see docs/method.md; 1.3b, 14b: chosen, as no reader reports them: Wan's own steps, shift and guidance
     "tiny": dict(nfe=12, t_shift=4.0, guidance=1.0, shard_size=64),
     "1.3b": dict(nfe=50, t_shift=5.0, guidance=5.0, shard_size=8),
     "14b": dict(nfe=50, t_shift=5.0, guidance=5.0, shard_size=4),
@@ -88,7 +87,7 @@ def draw_lengths(seed: int, clip: str, window: tuple[int, int, int, int]) -> tup
     """N1 and N2 of a clip's pair, uniform on the windows."""
     low1, high1, low2, high2 = window
     g = flow.generator("lengths", seed, clip)
-    return tuple(int(torch.randint(low, high + 1, (), generator=g)) for low, high in ((low1, high1), (low2, high2)))
+    return tuple(int(g.integers(low, high, endpoint=True)) for low, high in ((low1, high1), (low2, high2)))
 
 
 def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
@@ -155,7 +154,7 @@ def main(cfg: Config) -> None:
     net = load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
-    negative = read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
+    negative = clips.negative() if cfg.guidance != 1 else None
 
     # ---- sample
     call = functools.partial(make_pair, net, cfg=cfg, window=window, negative=negative)

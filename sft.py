@@ -27,12 +27,16 @@ from runtime.files import verified, whole_file, write_json, write_tensors
 from runtime.group import Group, local_batch, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, micro_batches
+from runtime.shards import Shards, epochs, micro_batches
 
-PRESETS = {  # the LoRA cold start. 1.3b, 14b: the paper's numbers, as its readers report them; tiny: see docs/method.md
+WAN = dict(
+    rank=128, batch_size=32, lr=1e-5, steps=375,  # the paper's, as one reader reports: 0.6 epochs of 20,000 clips
+    layers="attn", warmup=20,  # chosen
+)  # fmt: skip
+PRESETS = {  # the LoRA cold start; see docs/method.md
     "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.0),
-    "1.3b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
-    "14b": dict(layers="attn", rank=128, batch_size=32, steps=375, lr=1e-5, warmup=20),
+    "1.3b": WAN,
+    "14b": WAN,
 }
 FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=2200, lr=4e-3, warmup=100, t_mean=1.0)}
 
@@ -55,7 +59,7 @@ class Config:
     warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
-    caption_dropout: float = option(0.0, least=0, most=1)  # share of clips trained without their caption
+    caption_dropout: float = option(0.0, least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
@@ -103,6 +107,8 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    plan = epochs(len(clips), cfg, "clips")
+    negative = clips.negative() if cfg.caption_dropout else None
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
 
@@ -112,16 +118,15 @@ def main(cfg: Config) -> None:
     first = run.resume(trained, optimizer)
 
     # ---- train
-    bar = run.progress(cfg.steps, first)
+    bar = run.progress(cfg.steps, first, plan=plan)
     for step in range(first, cfg.steps):
         total = 0
-        for index in micro_batches(len(clips), step, cfg, group, flow.generator):
-            keys = [(cfg.seed, step, clips.rows[i]["id"]) for i in index]
-            x0, text = clips.get("x0", index), clips.text(index)
+        for index in micro_batches(len(clips), step, cfg, run, flow.generator):
+            keys = [(run.stage, cfg.seed, step, clips.rows[i]["id"]) for i in index]
+            x0 = clips.get("x0", index)
+            text = flow.drop_captions(clips.states(index), keys, cfg.caption_dropout, negative)
             noise = flow.draw_noise(x0.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
-            keep = [torch.rand((), generator=flow.generator("caption", *key)) >= cfg.caption_dropout for key in keys]
-            text = text * torch.stack(keep)[:, None, None]
             losses = flow_loss(net, *(a.to(group.device) for a in (x0, text, noise, t)))
             (losses.sum() / cfg.batch_size).backward()
             total += losses.detach().sum()

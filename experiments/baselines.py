@@ -40,7 +40,7 @@ from runtime.files import read_jsonl, read_manifest, whole_file
 from runtime.group import local_batch, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, micro_batches
+from runtime.shards import Shards, epochs, micro_batches
 
 LABELLED = 0.2  # a clip is kept if more than this share of its frames has a label
 
@@ -152,6 +152,7 @@ def main(cfg: Config) -> None:
     usable = decided(labels)
     if not usable:
         raise UserError(f"{cfg.labels}: expected pairs that are not tied, got none")
+    plan = epochs(len(usable), cfg, "pairs")
     with user_errors():
         net = build(cfg, group, pairs.shape("first"))
 
@@ -161,12 +162,12 @@ def main(cfg: Config) -> None:
     first = run.resume(trained, optimizer)
 
     # ---- train
-    bar = run.progress(cfg.steps, first)
+    bar = run.progress(cfg.steps, first, plan=plan)
     for step in range(first, cfg.steps):
         sums: dict[str, Tensor] = {}
-        for places in micro_batches(len(usable), step, cfg, group, flow.generator):
+        for places in micro_batches(len(usable), step, cfg, run, flow.generator):
             index = [usable[i] for i in places]
-            keys = [(cfg.seed, step, pairs.rows[i]["id"]) for i in index]
+            keys = [(run.stage, cfg.seed, step, pairs.rows[i]["id"]) for i in index]
             one, two, text = pairs.get("first", index), pairs.get("second", index), pairs.text(index)
             noise = flow.draw_noise(one.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)

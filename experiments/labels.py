@@ -132,7 +132,7 @@ def file_scores(path: Path, column: str, pairs: Shards, segments: int) -> Tensor
 
 def flipped(label: Tensor, ids: list[str], share: float, seed: int) -> Tensor:
     """Labels (pairs, segments), each turned round with probability `share`, by (seed, id, segment)."""
-    draw = torch.stack([torch.rand(label.shape[1], generator=flow.generator("flip", seed, i)) for i in ids])
+    draw = torch.tensor([flow.generator("flip", seed, i).random(label.shape[1]).tolist() for i in ids])
     return torch.where(draw < share, -label, label)
 
 

@@ -18,7 +18,6 @@ Cost  two samples a clip of nfe forwards each, twice that with guidance; structu
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import torch
 
@@ -26,7 +25,6 @@ import flow
 import model
 from kernels.modulate import implementation
 from make_pairs import PRESETS, read_clips, sample_shards
-from runtime.files import read_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
@@ -83,7 +81,7 @@ def sample_pairs(net, x0, text, ids: list[str], cfg):
 
     x0 (B, C, F, H, W), of which flow takes the shape alone; text (B, S, text_dim).
     """
-    draws = torch.stack([torch.rand((), generator=flow.generator("eta", cfg.seed, i)) for i in ids])
+    draws = torch.tensor([flow.generator("eta", cfg.seed, i).random() for i in ids])
     eta = cfg.eta_min + (cfg.eta_max - cfg.eta_min) * draws
     sides = {}
     for side in SIDES:
@@ -110,7 +108,7 @@ def main(cfg: Config) -> None:
     net = load_adapted(cfg.base, loras, dtype, group.device)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, clips.shape("x0"))
-    negative = read_tensors(Path(cfg.data) / "negative.safetensors")["text"] if cfg.guidance != 1 else None
+    negative = clips.negative() if cfg.guidance != 1 else None
     call = flow.guided(net, cfg.guidance, negative)
 
     # ---- sample

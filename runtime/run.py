@@ -87,11 +87,14 @@ class Run:
             print(f"{self.stage}: {self.folder} is finished already, nothing to do")
         return finished
 
-    def progress(self, items: int, start: int = 0, unit: str = "step") -> tqdm:
-        """A progress bar with rate and time left, on the first process only; first, a line that says what runs."""
+    def progress(self, items: int, start: int = 0, unit: str = "step", plan: str = "") -> tqdm:
+        """A progress bar with rate and time left, on the first process only; first, a line that says what runs.
+
+        plan: what is done in all, in words, for that line.
+        """
         self.claim()
         if self.group.main:
-            print(f"{self.stage}: {self.group}", file=sys.stderr)
+            print(f"{self.stage}: {plan}{'; ' * bool(plan)}{self.group}", file=sys.stderr)
         return tqdm(
             total=items, initial=start, unit=unit, desc=self.stage,
             disable=not self.group.main, dynamic_ncols=True, mininterval=1.0,

@@ -17,12 +17,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from runtime.files import fingerprint, read_manifest, write_json, write_jsonl, write_tensors
-from runtime.group import Group, local_batch
+from runtime.files import fingerprint, read_manifest, read_tensors, write_json, write_jsonl, write_tensors
+from runtime.group import local_batch
 from runtime.options import UserError
 from runtime.run import Run
 
@@ -144,6 +145,13 @@ class Shards:
         """Text states (B, S, text_dim) of the samples index, padded with zeros to the longest."""
         return torch.nn.utils.rnn.pad_sequence(self.states(index), batch_first=True)
 
+    def negative(self) -> Tensor:
+        """Text states (S, text_dim) of the negative prompt: guidance's unconditional branch, and dropped captions.
+
+        UserError if the folder has none.
+        """
+        return read_tensors(self.folder / "negative.safetensors")["text"]
+
     def fields(self) -> list[str]:
         """Names of a sample's tensors, its text states left out."""
         return sorted(set(self._sample(0)[0].keys()) - {"text", "text_start"})
@@ -153,30 +161,36 @@ class Shards:
         return tuple(self._sample(0)[0].get_slice(field).get_shape()[1:])
 
 
-def batch_order(n: int, batch_size: int, step: int, seed: int, generator: Callable) -> list[int]:
+def batch_order(n: int, batch_size: int, step: int, key: tuple, generator: Callable) -> list[int]:
     """The samples of global batch `step`: each epoch is a permutation of 0 … n−1, and they are read one after another.
 
-    generator(*key) gives a torch.Generator; the key is ("order", seed, epoch). The batches are a function of the
-    arguments alone, so a resumed run and a run on another number of processes see the same ones.
+    generator("order", *key, epoch) gives a numpy.random.Generator. The batches are a function of the arguments alone,
+    so a resumed run and a run on another number of processes see the same ones.
     """
     order = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(position, n)
-        order.append(_permutation(n, seed, epoch, generator)[i])
+        order.append(int(_permutation(n, key, epoch, generator)[i]))
     return order
 
 
 @functools.lru_cache(maxsize=2)  # a batch may span two epochs
-def _permutation(n: int, seed: int, epoch: int, generator: Callable) -> list[int]:
-    return torch.randperm(n, generator=generator("order", seed, epoch)).tolist()
+def _permutation(n: int, key: tuple, epoch: int, generator: Callable) -> np.ndarray:
+    return generator("order", *key, epoch).permutation(n)
 
 
-def micro_batches(n: int, step: int, cfg, group: Group, generator: Callable) -> list[list[int]]:
+def micro_batches(n: int, step: int, cfg, run: Run, generator: Callable) -> list[list[int]]:
     """This process's share of global batch `step` of n samples, one list of sample numbers for each forward.
 
-    cfg: batch_size, micro_batch, seed; generator: as in `batch_order`.
+    cfg: batch_size, micro_batch, seed; generator: as in `batch_order`, whose key is (stage, seed).
     """
-    per_process, micro = local_batch(cfg, group)
-    order = batch_order(n, cfg.batch_size, step, cfg.seed, generator)
-    first = group.rank * per_process
+    per_process, micro = local_batch(cfg, run.group)
+    order = batch_order(n, cfg.batch_size, step, (run.stage, cfg.seed), generator)
+    first = run.group.rank * per_process
     return [order[i : i + micro] for i in range(first, first + per_process, micro)]
+
+
+def epochs(n: int, cfg, unit: str) -> str:
+    """What a training run reads of its n samples: "625 steps × 32 = 20,000 pairs, 10.0 epochs of 2,000"."""
+    read = cfg.steps * cfg.batch_size
+    return f"{cfg.steps:,} steps × {cfg.batch_size} = {read:,} {unit}, {read / n:.1f} epochs of {n:,}"

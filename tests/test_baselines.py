@@ -133,7 +133,7 @@ def test_structural_samples_start_at_one_time_and_stay_on_the_path():
     assert len(times) == 12 and torch.equal(times[:6], times[6:]) and (times[:6].diff(dim=0) < 0).all()
     assert torch.allclose(times[0], eta, atol=1e-4) and len(set(eta.tolist())) == 3
     one, two = ((seen[k][1] - (1 - flow.per_sample(eta, x0)) * x0) / flow.per_sample(eta, x0) for k in (0, 6))
-    assert abs(one.std() - 1) < 0.05 and abs((one * two).mean()) < 0.05  # each its own noise
+    assert abs(one.std() - 1) < 0.1 and abs((one * two).mean()) < 0.1  # each its own noise, of 936 numbers
     for nfe, shift, most, steps in ((12, 4.0, 0.8, 6), (50, 5.0, 0.8, 23), (50, 5.0, 1.0, 50), (12, 4.0, 1.0, 12)):
         assert pairs.structural_steps(pairs.Config(nfe=nfe, t_shift=shift, eta_max=most)) == steps
 

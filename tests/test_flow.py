@@ -127,6 +127,23 @@ def test_guidance():
     refused("unconditional", flow.guided, net, 5.0, kind=ValueError)
 
 
+def test_dropped_captions_are_the_unconditional_branchs():
+    """Each dropped text is what guidance puts into its unconditional branch, zeros to the longest after it; which ones
+    are dropped is a matter of their keys. Without dropout nothing changes, and no negative prompt is needed."""
+    states, negative = [torch.randn(1 + i % 4, 5) for i in range(2000)], torch.randn(6, 5)
+    keys, seen = [("sft", 0, i) for i in range(2000)], []
+    text = flow.drop_captions(states, keys, 0.1, negative)
+    flow.guided(lambda x, t, text, mask: seen.append(text) or x, 5.0, negative)(
+        *torch.zeros(2, 1), torch.zeros(1, 2, 5)
+    )
+    dropped = (text == seen[1]).all(dim=(1, 2))
+    assert text.shape == (2000, 6, 5) and abs(dropped.double().mean() - 0.1) < 0.03
+    kept = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    assert torch.equal(text[~dropped][:, :4], kept[~dropped]) and not text[~dropped][:, 4:].any()
+    assert torch.equal(flow.drop_captions(states[500:700], keys[500:700], 0.1, negative), text[500:700])
+    assert torch.equal(flow.drop_captions(states, keys, 0.0, None), kept)
+
+
 @pytest.mark.parametrize("draw_one", [lambda keys: flow.draw_noise((3, 2), keys), flow.draw_t], ids=["noise", "t"])
 def test_a_draw_depends_on_its_key_alone(draw_one):
     """Neighbours, order, the global generator: none may matter, so ranks, batches and resuming do not either."""
@@ -161,7 +178,15 @@ def test_distribution_of_training_times():
 
 
 def test_generator_is_the_same_everywhere():
-    """A draw recorded once: a machine, PyTorch or hash seed that draws something else breaks reproduction."""
-    recorded = [0.5044460296630859, 0.1477852463722229, 0.08653026819229126]
-    assert torch.rand(3, generator=flow.generator("pair", 0, "ball-00000")).tolist() == recorded
+    """A draw recorded once: a machine, NumPy or hash seed that draws something else breaks reproduction."""
+    recorded = [0.024899124329748834, 0.7350604350754215, 0.08750489654623927]
+    assert flow.generator("pair", 0, "ball-00000").random(3).tolist() == recorded
+    noise = [-0.3362765312194824, 2.231999397277832, -0.07597870379686356]
+    assert flow.draw_noise((3,), [("pair", 0, "ball-00000")])[0].tolist() == noise
     assert "hash(" not in inspect.getsource(flow.generator)  # Python's own hash of a str changes from run to run
+
+
+def test_no_two_of_many_keys_draw_the_same():
+    """As seeds of 32 bits, which is what PyTorch's generator keeps, the hashes of two of these are the same."""
+    drawn = {flow.generator("noise", "sft", 0, step, "clip").random() for step in range(53_000)}
+    assert len(drawn) == 53_000

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import metrics, refused, run_stage
+from helpers import metrics, refused, run_stage, some_clips
 
 import asymdpo
 import continuation
@@ -14,8 +14,10 @@ import flow
 import kernels.region_dpo
 import make_pairs
 import model
+import sft
 from experiments import invariants
 from runtime.group import Group
+from runtime.options import resolve
 from runtime.shards import Shards, batch_order
 from wan.lora import load_continuation, load_lora
 
@@ -126,7 +128,7 @@ def test_step_0_as_printed_reads_ln2_over_k(chain, tmp_path):
     """Form "outside": the loss starts at the mean of ln 2 / K."""
     out = run_stage(chain, "asymdpo", out=tmp_path / "run", form="outside", steps=1, batch_size=8)
     pairs = Shards(chain / "pairs", "make_pairs.py")
-    n1 = [pairs.rows[i]["n1"] for i in batch_order(len(pairs), 8, 0, 0, flow.generator)]
+    n1 = [pairs.rows[i]["n1"] for i in batch_order(len(pairs), 8, 0, ("asymdpo", 0), flow.generator)]
     expected = sum(math.log(2) / (13 - n) for n in n1) / len(n1)
     assert metrics(out)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -242,6 +244,70 @@ def test_a_weight_of_1_is_what_dpo_pulls_the_winner_with(form, beta):
     (plain_w, plain_l), (both_w, both_l) = gradients
     assert plain_w.abs().max() > 0 and torch.equal(plain_l, both_l)
     assert torch.allclose(both_w, 2 * plain_w, rtol=1e-4)
+
+
+# ---- what a run draws and says ---------------------------------------------------------------------------------------
+
+
+def test_no_two_stages_draw_from_one_key(chain, tmp_path, monkeypatch):
+    """Order, noise and times: the cold start and DPO see the same clips, and must not see them in the same noise."""
+    drawn, generator = [], flow.generator
+    monkeypatch.setattr(flow, "generator", lambda *key: drawn[-1].add(key) or generator(*key))
+    for name, more in (("sft", {}), ("continuation", dict(split="align")), ("asymdpo", {})):
+        drawn.append(set())
+        run_stage(chain, name, out=tmp_path / name, steps=1, **more)
+    assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
+    assert all({key[0] for key in keys} >= {"order", "noise", "t"} for keys in drawn)
+
+
+def test_a_run_says_its_epochs(chain, tmp_path, capsys):
+    """In the first line: steps are absolute, so only the number of samples tells how often each is used."""
+    for name, unit in (("sft", "clips"), ("asymdpo", "pairs")):
+        run_stage(chain, name, out=tmp_path / name, steps=6)
+        count = len(Shards(chain / "pairs", "make_pairs.py"))  # a pair for each clip of the split
+        said = f"{name}: 6 steps × 4 = 24 {unit}, {24 / count:.1f} epochs of {count}; 1 process on cpu"
+        assert said in capsys.readouterr().err
+
+
+def test_more_than_the_papers_epoch_is_said():
+    """With the number of steps that is one. tiny is tuned for several epochs; a split has about the size asked for."""
+    cfg = resolve(asymdpo.Config(preset="1.3b"), asymdpo.PRESETS)
+    assert asymdpo.repeated(cfg, 20_000) is None and asymdpo.repeated(cfg, 19_800) is None
+    said = asymdpo.repeated(cfg, 2000)
+    assert "each pair is used 10.0 times, but once in the paper" in said and said.endswith("--steps 63")
+    assert asymdpo.repeated(resolve(asymdpo.Config(), asymdpo.PRESETS), 600) is None
+
+
+@pytest.mark.parametrize("name", ["sft", "continuation"])
+def test_a_dropped_caption_is_the_prompt_of_guidance(name, chain, tmp_path, monkeypatch):
+    """What the stage trains on in its place is, bit for bit, the unconditional branch of make_pairs.py."""
+    videos = some_clips(chain, tmp_path / "clips", 4)
+    data = run_stage(
+        chain, "shards", videos=videos, out=tmp_path / "data", negative="a blue ball", align=1.0, train=0.0
+    )
+    module, seen = {"sft": sft, "continuation": continuation}[name], []
+    loss = f"{name.replace('sft', 'flow')}_loss"
+    original = getattr(module, loss)
+    monkeypatch.setattr(module, loss, lambda net, x0, text, *rest: seen.append(text) or original(net, x0, text, *rest))
+    options = dict(data=data, split="align", steps=1, caption_dropout=1.0)
+    run_stage(chain, name, out=tmp_path / "run", **options)
+    negative = Shards(data, "prepare.py").negative()
+    assert negative.shape == (3, 32) and torch.equal(seen[0], negative.expand(4, -1, -1))
+
+    guided = flow.guided
+    monkeypatch.setattr(flow, "guided", lambda net, guidance, given: seen.append(given) or guided(net, guidance, given))
+    run_stage(chain, "pairs", data=data, out=tmp_path / "pairs", guidance=2.0)
+    assert torch.equal(seen[-1], negative)
+
+    (data / "negative.safetensors").unlink()
+    refused("negative.safetensors: expected", run_stage, chain, name, out=tmp_path / "none", **options)
+
+
+def test_wans_presets_drop_captions_where_guidance_samples():
+    """Φ is sampled with guidance at Wan's presets, and without at tiny."""
+    for preset in continuation.PRESETS:
+        dropout, guidance = continuation.PRESETS[preset]["caption_dropout"], make_pairs.PRESETS[preset]["guidance"]
+        assert (dropout > 0) == (guidance != 1)
 
 
 # ---- continuation ----------------------------------------------------------------------------------------------------

@@ -333,8 +333,9 @@ def test_splits_are_disjoint_and_stay(chain, folder):
 def test_batch_order_reads_every_clip_once_an_epoch():
     """A permutation an epoch, another one the next, whatever the batch size; a function of its arguments alone."""
     batches = functools.partial(batch_order, generator=flow.generator)
-    order = [i for step in range(6) for i in batches(10, 5, step, 0)]
+    order = [i for step in range(6) for i in batches(10, 5, step, ("sft", 0))]
     assert all(sorted(order[k : k + 10]) == list(range(10)) for k in (0, 10, 20))
     assert len({tuple(order[k : k + 10]) for k in (0, 10, 20)}) == 3
-    assert [i for step in range(10) for i in batches(10, 3, step, 0)] == order[:30]
-    assert batches(10, 10, 0, 1) != batches(10, 10, 0, 0)
+    assert [i for step in range(10) for i in batches(10, 3, step, ("sft", 0))] == order[:30]
+    for other in (("sft", 1), ("asymdpo", 0)):
+        assert batches(10, 10, 0, other) != batches(10, 10, 0, ("sft", 0))
