@@ -81,7 +81,8 @@ def test_every_stage_to_an_aligned_lora(wan):
         ("continuation.py", *base, "--data", at["shards"], "--split", "align", "--out", at["continuation"], *LITTLE),
         ("make_pairs.py", *base, "--continuation", at["continuation"], "--data", at["shards"], "--out", at["pairs"],
          "--nfe", "2", "--n1_max", "1", "--n2_min", "2"),
-        ("asymdpo.py", *base, "--sft", at["sft"], "--pairs", at["pairs"], "--out", at["asymdpo"], *LITTLE),
+        ("asymdpo.py", *base, "--sft", at["sft"], "--pairs", at["pairs"], "--out", at["asymdpo"], *LITTLE,
+         "--steps", "8"),
         ("sample.py", *base, "--prompt", "a red ball falls", "--lora", lora, "--out", at["samples"], "--nfe", "2",
          "--frames", "9", "--height", "32", "--width", "48"),
         ("-m", "experiments.decode", *base, "--shards", at["pairs"], "--clips", "1", "--out", at["both"]),
@@ -89,6 +90,8 @@ def test_every_stage_to_an_aligned_lora(wan):
     for command in commands:
         done = script(*command)
         assert done.returncode == 0, (command[0], done.stderr)
+        repeats = command[0] == "asymdpo.py"  # 16 pairs, of no more than ten
+        assert ("but once in the paper; for one epoch give --steps" in done.stderr) == repeats
     assert video.read_clip(f"{at['samples']}/0-0.mp4", None).shape == (9, 32, 48, 3)
     assert {p.name.rsplit("-", 1)[1] for p in (wan / "both").glob("*.mp4")} == {"chosen.mp4", "rejected.mp4"}
     assert metrics(wan / "asymdpo")[0]["S"] == 0
