@@ -38,7 +38,7 @@ import model
 from kernels.modulate import implementation
 from kernels.region_dpo import region_dpo
 from runtime.files import read_manifest, whole_file
-from runtime.group import Group, local_batch, start_group
+from runtime.group import Group, local_batch, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
@@ -83,6 +83,8 @@ class Config:
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
+    shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
+    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
 
@@ -145,7 +147,7 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     model.check_fits(net, cfg.preset, cfg.base, cfg.pairs, shape)
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
     net.gradient_checkpointing = cfg.checkpointing
-    return net
+    return place(net, cfg, group)
 
 
 def names(listed: str) -> list[str]:

@@ -28,7 +28,7 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime.files import verified, whole_file
-from runtime.group import Group, local_batch, start_group
+from runtime.group import Group, local_batch, place, start_group
 from runtime.options import option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
@@ -68,6 +68,8 @@ class Config:
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     caption_dropout: float | None = option(least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
+    shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
+    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise, times and n_cond
 
@@ -105,7 +107,7 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     if cfg.prompts != "off":
         model.add_task_prompt(net, shape[1], cfg.prompts)
     net.gradient_checkpointing = cfg.checkpointing
-    return net
+    return place(net, cfg, group)
 
 
 def main(cfg: Config) -> None:

@@ -67,6 +67,8 @@ class Config:
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
+    shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
+    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
 

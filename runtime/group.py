@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from runtime.options import UserError
 
@@ -68,13 +70,37 @@ def start_group(implementation: Callable[[torch.device], str] | None = None) -> 
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized():
         # the first process reads and hashes whole folders while the others wait; torchrun ends them all if one fails
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
     try:
         return Group(rank, size, device, implementation(device) if implementation else "")
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from None
+
+
+def place(net: nn.Module, cfg, group: Group) -> nn.Module:
+    """What --shard and --compile do to a network on its device, with `blocks`, whose frozen parameters are its weights.
+
+    cfg.shard: its weights are split over the processes of a node, with a copy on every node (FSDP2), and a block's are
+    gathered while it runs, so all processes of a node must call it as often as each other. Parameters to train stay
+    whole: their gradients, checkpoints and results are what they are without. cfg.compile: blocks run through
+    torch.compile. Returns net. UserError for cfg.shard without torchrun.
+    """
+    if cfg.shard:
+        if not dist.is_initialized():
+            raise UserError("--shard: expected several processes, got one alone; start it with torchrun")
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
+        mesh = init_device_mesh(group.device.type, (group.size // node, node), mesh_dim_names=("nodes", "node"))
+        whole = {p for p in net.parameters() if p.requires_grad}
+        if len(whole) == len(list(net.parameters())):
+            raise UserError("--shard: expected frozen weights to split, but all are trained; leave --shard out")
+        for part in (*net.blocks, net):
+            fully_shard(part, mesh=mesh, ignored_params=whole)
+    if cfg.compile:
+        for block in net.blocks:  # the method, and not the module: FSDP2's hooks around it are not to be compiled
+            block.forward = torch.compile(block.forward, fullgraph=True)
+    return net
 
 
 def local_batch(cfg, group: Group) -> tuple[int, int]:

@@ -1,7 +1,9 @@
 """The network beside its golden: per-frame times, given frames, LoRA, files, Wan's names and sizes, dtypes, cost."""
 
+import functools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import model
 from model import DiT, DiTConfig
+from runtime.group import Group, place
 
 CONFIG = DiTConfig(40, 56, 2, 2, in_dim=4, out_dim=4, text_dim=12, text_len=24, freq_dim=32)
 FRAMES = 5
@@ -135,6 +138,23 @@ def test_modulation_is_never_expanded_to_tokens(rows, monkeypatch):
     for _, (stream, *rest) in calls:
         seen += [a.shape[1] for a in rest if a.ndim == 3 and a.shape != stream.shape]
     assert len(seen) > 10 and set(seen) == {rows}
+
+
+def test_compiled_blocks(monkeypatch):
+    """--compile: no graph break, and the outputs and gradients of eager blocks, also where they are recomputed.
+
+    By the tracing that torch.compile does for every backend; Inductor's C++ takes a minute.
+    """
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    net, args, found = with_lora(layers="attn"), inputs(), []
+    net.gradient_checkpointing = True
+    for compiled in (False, True):
+        place(net, SimpleNamespace(shard=False, compile=compiled), Group())
+        out = net(*args)
+        out.square().mean().backward()
+        found.append([out, *(p.grad for p in net.parameters() if p.requires_grad)])
+        net.zero_grad()
+    assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_gradient_checkpointing_changes_nothing():
