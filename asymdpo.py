@@ -145,7 +145,8 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     net = load_adapted(cfg.base, [Path(folder) / "lora.safetensors" for folder in names(cfg.sft)], dtype, group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.pairs, shape)
-    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
+    seed = int(flow.generator("asymdpo", "lora", cfg.seed).integers(2**32))  # another A in each stage
+    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
     net.gradient_checkpointing = cfg.checkpointing
     return place(net, cfg, group)
 

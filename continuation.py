@@ -103,7 +103,8 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     net = model.load_model(verified(cfg.base, "sft.py or wan.export"), dtype, group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
-    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
+    seed = int(flow.generator("continuation", "lora", cfg.seed).integers(2**32))  # another A in each stage
+    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
     if cfg.prompts != "off":
         model.add_task_prompt(net, shape[1], cfg.prompts)
     net.gradient_checkpointing = cfg.checkpointing

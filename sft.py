@@ -90,7 +90,8 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
         net = model.init_from_scratch(model.DiT(model.PRESETS[cfg.preset]), cfg.seed).to(group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
     if cfg.rank:
-        model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, cfg.seed)
+        seed = int(flow.generator("sft", "lora", cfg.seed).integers(2**32))  # another A in each stage
+        model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
     else:
         net.requires_grad_(True)
     net.gradient_checkpointing = cfg.checkpointing

@@ -1,6 +1,7 @@
 """The method's invariants end to end: what a pair is, what the losses see, what a run must read at step 0."""
 
 import contextlib
+import itertools
 import math
 import re
 
@@ -148,6 +149,17 @@ def test_a_run_that_does_not_move_is_told(beta, stuck, chain, tmp_path, capsys):
         chain, "asymdpo", out=tmp_path / "run", steps=51, batch_size=2, warmup=1, rank=2, layers="attn", beta=beta
     )
     assert ("stuck: after 50 steps" in capsys.readouterr().err) == stuck
+
+
+def test_each_stage_draws_its_own_lora(chain):
+    """The LoRAs of two stages begin in other directions: with one A, a sum of both would have the rank of one."""
+    options = dict(base=str(chain / "base"), layers="attn", rank=4, prompts="off", sft="")
+    first = []
+    for stage in (sft, continuation, asymdpo):
+        known = {k: v for k, v in options.items() if k in stage.Config.__dataclass_fields__}
+        net = stage.build(stage.Config(**known), Group(), (48, 13, 2, 2))
+        first.append(model.trained_lora(net)["blocks.0.self_attn.q"].A)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
 
 def test_reference_is_the_cold_start(chain):
