@@ -54,7 +54,12 @@ jit = triton.jit if triton else lambda function: function
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definitions on every device
 MAX_WIDTH = 8192  # largest D
 STREAMS = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that the kernels take
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+ROWS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+# What every launch is given. STAGES: loop iterations whose loads are in flight. maxnreg, num_warps may join it: no GPU
+# has chosen yet, bench/gpu.py tries them.
+OPTIONS = {"STAGES": 1}
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -65,33 +70,41 @@ def _wide(a: Tensor) -> Tensor:
     return a if a.dtype == torch.float64 else a.float()
 
 
-def _take(table: Tensor, row: Tensor) -> Tensor:
+def _take(table: Tensor, row: Tensor | None) -> Tensor:
     """Each frame's row of a table: (B, R, D), (B, F) -> (B, F, 1, D), which broadcasts over the frame's tokens."""
+    if row is None:
+        return _wide(table).unsqueeze(2)
     if table.shape[1] == 1 or table.stride(1) == 0:  # one row, or one row expanded: nothing to gather
         return _wide(table[:, :1]).unsqueeze(1)
     index = row.long().unsqueeze(-1).expand(-1, -1, table.shape[-1])
     return _wide(table).gather(1, index).unsqueeze(2)
 
 
-def _by_frame(x: Tensor, row: Tensor) -> Tensor:
+def _by_frame(x: Tensor, table: Tensor, row: Tensor | None) -> Tensor:
     """(B, L, D) -> (B, F, L / F, D)"""
-    return _wide(x).unflatten(1, (row.shape[1], -1))
+    return _wide(x).unflatten(1, (_frames(table, row), -1))
 
 
-def ln_modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps=1e-6, dtype=None) -> Tensor:
-    normed = F.layer_norm(_by_frame(x, row), x.shape[-1:], eps=eps)
+def _frames(table: Tensor, row: Tensor | None) -> int:
+    return table.shape[1] if row is None else row.shape[1]
+
+
+def ln_modulate_ref(x: Tensor, shift: Tensor, scale: Tensor, row: Tensor | None = None, eps=1e-6, dtype=None) -> Tensor:
+    normed = F.layer_norm(_by_frame(x, shift, row), x.shape[-1:], eps=eps)
     return torch.addcmul(_take(shift, row), normed, 1 + _take(scale, row)).flatten(1, 2).to(dtype or x.dtype)
 
 
-def gate_residual_ref(x: Tensor, h: Tensor, gate: Tensor | None, row: Tensor) -> Tensor:
+def gate_residual_ref(x: Tensor, h: Tensor, gate: Tensor | None, row: Tensor | None = None) -> Tensor:
     if gate is None:
         return (_wide(x) + _wide(h)).to(x.dtype)
-    return torch.addcmul(_by_frame(x, row), _take(gate, row), _by_frame(h, row)).flatten(1, 2).to(x.dtype)
+    x_, h_ = (_by_frame(a, gate, row) for a in (x, h))
+    return torch.addcmul(x_, _take(gate, row), h_).flatten(1, 2).to(x.dtype)
 
 
 def residual_ln_modulate_ref(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor, eps=1e-6, dtype=None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor | None = None, eps=1e-6,
+    dtype=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x_out = gate_residual_ref(x, h, gate, row)
     return ln_modulate_ref(x_out, shift, scale, row, eps, dtype), x_out
 
@@ -104,21 +117,22 @@ def residual_ln_modulate_ref(
 def _forward_kernel(
     x, h, gate, shift, scale, row, y, x_out, mean, rstd,
     gate_b, gate_r, shift_b, shift_r, scale_b, scale_r, row_b, row_f,
-    FRAMES, T, D, EPS: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+    FRAMES, T, D, EPS: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS tokens of one frame. Without h: y alone. Without y: x_out alone. T: tokens a frame."""
     b = (tl.program_id(0) // FRAMES).to(tl.int64)
-    f = (tl.program_id(0) % FRAMES).to(tl.int64)
+    r = (tl.program_id(0) % FRAMES).to(tl.int64)
+    if row is not None:
+        r = tl.load(row + b * row_b + r * row_f).to(tl.int64)
     first = tl.program_id(1) * TOKENS
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
-    r = tl.load(row + b * row_b + f * row_f).to(tl.int64)
     if gate is not None:
         g = tl.load(gate + b * gate_b + r * gate_r + columns, inside, other=0.0).to(tl.float32)
     if y is not None:
         factor = 1 + tl.load(scale + b * scale_b + r * scale_r + columns, inside, other=0.0).to(tl.float32)
         offset = tl.load(shift + b * shift_b + r * shift_r + columns, inside, other=0.0).to(tl.float32)
-    for i in range(first, tl.minimum(first + TOKENS, T)):
+    for i in tl.range(first, tl.minimum(first + TOKENS, T), num_stages=STAGES):
         token = tl.program_id(0).to(tl.int64) * T + i
         at = token * D + columns
         stream = tl.load(x + at, inside, other=0.0).to(tl.float32)
@@ -142,15 +156,16 @@ def _forward_kernel(
 def _backward_kernel(
     x, h, gate, scale, row, mean, rstd, dy, dx_out, dx, dh, partial,
     gate_b, gate_r, scale_b, scale_r, row_b, row_f,
-    FRAMES, T, D, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
+    FRAMES, T, D, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: TOKENS tokens of one frame, and their sums for the tables: partial (tables, programs, D)."""
     b = (tl.program_id(0) // FRAMES).to(tl.int64)
-    f = (tl.program_id(0) % FRAMES).to(tl.int64)
+    r = (tl.program_id(0) % FRAMES).to(tl.int64)
+    if row is not None:
+        r = tl.load(row + b * row_b + r * row_f).to(tl.int64)
     first = tl.program_id(1) * TOKENS
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
-    r = tl.load(row + b * row_b + f * row_f).to(tl.int64)
     if gate is not None:
         g = tl.load(gate + b * gate_b + r * gate_r + columns, inside, other=0.0).to(tl.float32)
     if dy is not None:
@@ -158,7 +173,7 @@ def _backward_kernel(
     d_shift = tl.zeros([BLOCK_D], tl.float32)
     d_scale = tl.zeros([BLOCK_D], tl.float32)
     d_gate = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(first, tl.minimum(first + TOKENS, T)):
+    for i in tl.range(first, tl.minimum(first + TOKENS, T), num_stages=STAGES):
         token = tl.program_id(0).to(tl.int64) * T + i
         at = token * D + columns
         grad = tl.zeros([BLOCK_D], tl.float32)
@@ -204,7 +219,8 @@ def _fold_kernel(partial, row, out, row_b, row_f, B, R, N, PER_FRAME, D, BLOCK_N
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        mine = tl.load(row + (k_b % B) * row_b + (n // PER_FRAME) * row_f, n < N, other=-1) == r
+        takes = tl.load(row + (k_b % B) * row_b + (n // PER_FRAME) * row_f, n < N, other=0).to(tl.int64)
+        mine = (n < N) & (takes == r)
         at = partial + (k_b * N + n)[:, None] * D + columns[None, :]
         total += tl.load(at, mine[:, None] & inside, other=0.0)
     tl.store(out + tl.program_id(0).to(tl.int64) * D + columns, tl.sum(total, 0), columns < D)
@@ -217,20 +233,21 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [n for a in tensors for n in ((0, 0) if a is None else a.stride()[:2])]
 
 
-def _sizes(x: Tensor, row: Tensor, sums: bool = False) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
+def _sizes(x: Tensor, frames: int, sums: bool = False) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
     """Grid, the sizes that the kernels take, and their options. sums: does the kernel add up the tables' gradients?
 
     Fewer tokens a program make more programs, but each program's sums cost as much as three tokens.
     """
     B, L, D = x.shape
-    frames = row.shape[1]
-    tokens = 32 if sums else 8
+    T, tokens = L // frames, 32 if sums else 8
+    while T > 65535 * tokens:  # CUDA takes no more programs along the grid's second axis
+        tokens *= 2
     block = max(16, triton.next_power_of_2(D))
     nvidia = torch.version.hip is None
     # eight columns a thread: 16-byte accesses; the sums of more than 4096 columns do not fit a 1024-thread program
     threads = min(block // 8, 1024 if nvidia and not sums else 512)
     options = {"BLOCK_D": block, "TOKENS": tokens, "num_warps": max(threads // (32 if nvidia else 64), 1)}
-    return (B * frames, triton.cdiv(L // frames, tokens)), (frames, L // frames, D), options
+    return (B * frames, triton.cdiv(T, tokens)), (frames, T, D), options | OPTIONS
 
 
 class _Modulate(torch.autograd.Function):
@@ -245,8 +262,9 @@ class _Modulate(torch.autograd.Function):
         y = mean = rstd = None
         if scale is not None:
             y = x.new_empty(B, L, D, dtype=dtype or x.dtype)
-            mean, rstd = x.new_empty(2, B, L, dtype=torch.float32)
-        grid, sizes, options = _sizes(x, row)
+            # one allocation for both would be two views that a kernel writes, which torch.compile copies
+            mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
+        grid, sizes, options = _sizes(x, _frames(gate if scale is None else scale, row))
         _forward_kernel[grid](
             x, h, gate, shift, scale, row, y, x_out, mean, rstd,
             *_strides(gate, shift, scale, row), *sizes, eps, **options,
@@ -270,7 +288,8 @@ class _Modulate(torch.autograd.Function):
         dx = like.new_empty(like.shape, dtype=x_dtype) if dy is not None else None
         own_dh = h_dtype is not None and (gate is not None or h_dtype != x_dtype)
         dh = like.new_empty(like.shape, dtype=h_dtype) if own_dh else None
-        grid, sizes, options = _sizes(like, row, ctx.tables)
+        table = gate if scale is None else scale
+        grid, sizes, options = _sizes(like, _frames(table, row), ctx.tables)
         partial = None
         if ctx.tables:
             slots = 2 * (dy is not None) + (h is not None)
@@ -279,7 +298,7 @@ class _Modulate(torch.autograd.Function):
             x, h, gate, scale, row, mean, rstd, dy, dx_out, dx, dh, partial,
             *_strides(gate, scale, row), *sizes, **options,
         )  # fmt: skip
-        sums = [] if partial is None else list(_fold(partial, row, (gate if scale is None else scale).shape[1]))
+        sums = [] if partial is None else list(_fold(partial, row, table))
         d_shift, d_scale = (sums.pop(0), sums.pop(0)) if sums and dy is not None else (None, None)
         d_tables = (sums.pop() if sums else None, d_shift, d_scale)
         d_tables = [None if a is None else a.to(dtype) for a, dtype in zip(d_tables, table_dtypes)]
@@ -287,12 +306,14 @@ class _Modulate(torch.autograd.Function):
         return dx, dx if h_dtype is not None and dh is None else dh, *d_tables, None, None, None
 
 
-def _fold(partial: Tensor, row: Tensor, R: int) -> Tensor:
-    """(tables, B * F, blocks, D) -> (tables, B, R, D)"""
+def _fold(partial: Tensor, row: Tensor | None, table: Tensor) -> Tensor:
+    """(tables, B * F, blocks, D) -> (tables, B, R, D): what the programs of the frames that take a row add up to."""
+    if row is None:  # each row is one frame's; with a row a token there is one program for each, and nothing to add up
+        return (partial.sum(2) if partial.shape[2] > 1 else partial).view(-1, *table.shape)
     tables, _, blocks, D = partial.shape
-    B, frames = row.shape
+    B, R, _ = table.shape
     out = partial.new_empty(tables, B, R, D)
-    grid = (tables * B * R, triton.cdiv(D, 32))
+    grid, frames = (tables * B * R, triton.cdiv(D, 32)), row.shape[1]
     _fold_kernel[grid](
         partial, row, out, *row.stride(), B, R, frames * blocks, blocks, D, BLOCK_N=64, BLOCK_D=32, num_warps=4
     )
@@ -324,13 +345,14 @@ def _check_row(row: Tensor, R: int) -> None:
             raise ValueError(f"row: expected values 0 .. {R - 1}, the rows of the tables, got {low} .. {high}")
 
 
-def _check(row: Tensor, streams: dict[str, Tensor], tables: dict[str, Tensor], dtype: torch.dtype | None = None):
-    """ValueError unless all streams are (B, L, D), all tables (B, R, D), and row (B, F), on one device."""
-    for name, a in (streams | tables | {"row": row}).items():
+def _check(row: Tensor | None, streams: dict[str, Tensor], tables: dict[str, Tensor], dtype: torch.dtype | None = None):
+    """ValueError unless all streams are (B, L, D), all tables (B, R, D), and row (B, F) or None, on one device."""
+    given = ({} if row is None else {"row": row}) | streams | tables
+    for name, a in given.items():
         if not isinstance(a, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(a).__name__}")
-    if len({a.device for a in (row, *streams.values(), *tables.values())}) > 1:
-        places = ", ".join(f"{name} on {a.device}" for name, a in ({"row": row} | streams | tables).items())
+    if len({a.device for a in given.values()}) > 1:
+        places = ", ".join(f"{name} on {a.device}" for name, a in given.items())
         raise ValueError(f"expected all tensors on one device, got {places}")
     x, table = streams["x"], next(iter(tables.values()))
     if x.ndim != 3 or not x.numel() or x.shape[2] > MAX_WIDTH:
@@ -340,12 +362,16 @@ def _check(row: Tensor, streams: dict[str, Tensor], tables: dict[str, Tensor], d
         expected = (B, L, D) if name in streams else (B, R, D)
         if a.shape != expected or not a.is_floating_point():
             raise ValueError(f"{name}: expected floating point {expected}, got {a.dtype} {tuple(a.shape)}")
-    if row.ndim != 2 or row.shape[0] != B or row.dtype not in INTEGERS:
-        raise ValueError(f"row: expected an integer (B={B}, F), got {row.dtype} {tuple(row.shape)}")
-    if row.shape[1] == 0 or L % row.shape[1]:
-        raise ValueError(f"row: expected a number of frames F that divides L={L} tokens, got F={row.shape[1]}")
     if dtype not in (None, *STREAMS, torch.float64):
         raise ValueError(f"dtype: expected bfloat16, float16 or float32, got {dtype}")
+    if row is None:
+        if L % R:
+            raise ValueError(f"row: without it, expected tables of R rows that divide L={L} tokens, got R={R}")
+        return
+    if row.ndim != 2 or row.shape[0] != B or row.dtype not in ROWS:
+        raise ValueError(f"row: expected an integer or bool (B={B}, F), got {row.dtype} {tuple(row.shape)}")
+    if row.shape[1] == 0 or L % row.shape[1]:
+        raise ValueError(f"row: expected a number of frames F that divides L={L} tokens, got F={row.shape[1]}")
     _check_row(row, R)
 
 
@@ -361,14 +387,15 @@ def _run(x, h, gate, shift, scale, row, eps=0.0, dtype=None) -> tuple[Tensor, ..
 
 
 def ln_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
-) -> Tensor:
+    x: Tensor, shift: Tensor, scale: Tensor, row: Tensor | None = None, eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """LN(x) * (1 + scale[row]) + shift[row].
 
     x (B, L, D) bfloat16, float16 or float32, L = F * tokens a frame, frame-major, D up to 8192; shift, scale (B, R, D)
-    float32; row (B, F) integer in 0 .. R-1. Returns (B, L, D) in `dtype`, x's own by default. ValueError for shapes,
-    dtypes or devices that do not fit, and on the CPU for values of `row`. On CUDA they are not read back: a value out
-    of range there makes the kernel read outside the tables.
+    float32; row (B, F) integer in 0 .. R-1, or bool, or None: frame f takes row f, so F = R. Returns (B, L, D) in
+    `dtype`, x's own by default. ValueError for shapes, dtypes or devices that do not fit, and on the CPU for values of
+    `row`. On CUDA they are not read back: a value out of range there makes the kernel read outside the tables.
     """
     _check(row, {"x": x}, {"shift": shift, "scale": scale}, dtype)
     if implementation(x.device) == "torch":
@@ -377,8 +404,8 @@ def ln_modulate(
 
 
 def residual_ln_modulate(
-    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor, eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
+    x: Tensor, h: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, row: Tensor | None = None,
+    eps: float = 1e-6, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x_out = x + gate[row] * h (gate None: x + h), y = ln_modulate(x_out). Returns (y, x_out), both (B, L, D).
 
@@ -392,8 +419,8 @@ def residual_ln_modulate(
     return _run(x, h, gate, shift, scale, row, eps, dtype)
 
 
-def gate_residual(x: Tensor, h: Tensor, gate: Tensor, row: Tensor) -> Tensor:
-    """x + gate[row] * h: x, h (B, L, D), gate (B, R, D) float32, row (B, F). Returns (B, L, D) in x's dtype."""
+def gate_residual(x: Tensor, h: Tensor, gate: Tensor, row: Tensor | None = None) -> Tensor:
+    """x + gate[row] * h: x, h (B, L, D), gate (B, R, D) float32, row (B, F) or None. Returns (B, L, D) in x's dtype."""
     _check(row, {"x": x, "h": h}, {"gate": gate})
     if implementation(x.device) == "torch":
         return gate_residual_ref(x, h, gate, row)
