@@ -7,20 +7,22 @@
 
 LN has no affine part. Its statistics, the modulation and all products are float32, whatever the streams' dtypes.
 
-Where it is used: every block of model.py. `row (B, F)` says which row of the tables `(B, R, D)` a latent frame takes:
+Where it is used: every block of model.py. `row (B, F)` says which row of the tables `(B, R, D)` a latent frame takes.
+Without it there are as many frames as rows, and frame f takes row f:
 
-    R = 1, row = 0          the ordinary DiT, one time for the clip
+    R = 1, no row           the ordinary DiT, one time for the clip
     R = 2, row = cond_mask  the continuation model: row 0 is time t, row 1 is time 0 (the given, clean frames)
-    R = F, row = 0 .. F-1   any time for each frame
+    R = F, no row           any time for each frame; R = L: for each token
 
-How to call it elsewhere:
+How to call it elsewhere, here in diffusers' WanTransformerBlock, x being its hidden_states. temb is (B, 6, D), or
+(B, L, 6, D) with a row a token, or, which diffusers itself does not take, (B, F, 6, D) with a row a frame:
 
-    from modulate import gate_residual, ln_modulate, residual_ln_modulate
-    row = cond_mask.int()                                          # (B, F)
-    shift, scale, gate = tables.float().unbind(2)                  # (B, R, 3, D) -> three (B, R, D)
-    h = attention(ln_modulate(x, shift, scale, row))               # x (B, L, D), L = F * tokens a frame
-    y, x = residual_ln_modulate(x, h, gate, shift, scale, row)
-    x = gate_residual(x, mlp(y), gate, row)
+    table = self.scale_shift_table + (temb if temb.ndim == 4 else temb.unsqueeze(1)).float()  # (B, R, 6, D)
+    shift, scale, gate, c_shift, c_scale, c_gate = table.unbind(2)
+    h = self.attn1(ln_modulate(x, shift, scale), None, None, rotary_emb)
+    y, x = residual_ln_modulate(x, h, gate, *(a.expand_as(gate) for a in (self.norm2.bias, self.norm2.weight - 1)))
+    y, x = residual_ln_modulate(x, self.attn2(y, encoder_hidden_states, None, None), None, c_shift, c_scale)
+    x = gate_residual(x, self.ffn(y), c_gate)
 
 Why fused: memory traffic is the cost. PyTorch's separate operations move about three times the bytes that are needed,
 and ten times in bfloat16 (kernels/README.md counts them). The tables are never expanded to L tokens: a program works on
@@ -29,7 +31,8 @@ sample and block; a row for each token would be 276 MB.
 
 Limits: D up to 8192; streams bfloat16, float16 or float32; no second derivative. Backward keeps the normed stream (x or
 x_out), two float32 numbers a token, and h only if a table needs a gradient. The tables' gradients are partial sums, one
-a program, which a second kernel adds up: no atomics, the same bits every run.
+a program, which a second kernel adds up; without `row` they are the gradients, or a plain sum of them. No atomics, the
+same bits every run.
 
 `python modulate.py` checks and times the file. The functions named `*_ref` are the definition, in PyTorch. They run on
 the CPU, and on CUDA if KERNELS=torch is in the environment. The file needs torch, and on CUDA triton; it works alone.
@@ -55,10 +58,7 @@ KERNELS = os.environ.get("KERNELS", "")  # "torch": the definitions on every dev
 MAX_WIDTH = 8192  # largest D
 STREAMS = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that the kernels take
 ROWS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-# What every launch is given. STAGES: loop iterations whose loads are in flight. maxnreg, num_warps may join it: no GPU
-# has chosen yet, bench/gpu.py tries them.
+# Of every launch, not yet tuned on a GPU. STAGES: tokens whose loads are in flight; maxnreg and num_warps may be added.
 OPTIONS = {"STAGES": 1}
 
 
@@ -86,6 +86,7 @@ def _by_frame(x: Tensor, table: Tensor, row: Tensor | None) -> Tensor:
 
 
 def _frames(table: Tensor, row: Tensor | None) -> int:
+    """F: without row each row of a table (B, R, D) is a frame's."""
     return table.shape[1] if row is None else row.shape[1]
 
 
@@ -262,7 +263,7 @@ class _Modulate(torch.autograd.Function):
         y = mean = rstd = None
         if scale is not None:
             y = x.new_empty(B, L, D, dtype=dtype or x.dtype)
-            # one allocation for both would be two views that a kernel writes, which torch.compile copies
+            # not halves of one allocation: what a kernel writes into views, Inductor gathers with three more kernels
             mean, rstd = (x.new_empty(B, L, dtype=torch.float32) for _ in range(2))
         grid, sizes, options = _sizes(x, _frames(gate if scale is None else scale, row))
         _forward_kernel[grid](
@@ -471,13 +472,13 @@ def check(device: torch.device, shape: tuple[int, int, int, int] = (2, 5, 7, 200
 
 
 def time(device: torch.device, shape: tuple[int, int, int, int] = (2, 13, 576, 1536)) -> dict[str, dict[str, float]]:
-    """Milliseconds of forward and backward at Wan2.1-1.3B's shape in bfloat16, the better of two rounds."""
+    """Milliseconds of forward and backward at Wan2.1-1.3B's shape in bfloat16, in a CUDA graph: no Python is timed."""
     leaves, row, weights = _case(shape, torch.bfloat16, device)
     ways = {"kernel": KERNEL, "eager": DEFINITION, "torch.compile": tuple(map(torch.compile, DEFINITION))}
     took = {}
     for name, (call, streams) in FORMS.items():
         runs = {way: partial(_step, call, f, leaves, row, weights) for way, f in ways.items()}
-        took[name] = {way: min(triton.testing.do_bench(run) for _ in range(2)) for way, run in runs.items()}
+        took[name] = {way: triton.testing.do_bench_cudagraph(run) for way, run in runs.items()}
         for way, ms in took[name].items():
             print(f"{name:32s} {way:13s} {ms:.3f} ms, {streams * leaves[0].nbytes / ms / 1e6:5.0f} GB/s")
     return took

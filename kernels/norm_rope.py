@@ -15,6 +15,12 @@ How to call it elsewhere:
     rope = torch.stack([angle.cos(), angle.sin()], -1).flatten(1)  # (L, K) float32
     q = norm_rope(q, q_weight, rope)                               # q (B, L, D), D = heads * K; q_weight (D,)
 
+In diffusers' WanAttnProcessor, in place of norm_q and norm_k and of apply_rotary_emb:
+
+    rope = torch.stack([a[0, :, 0, ::2] for a in rotary_emb], -1).flatten(1)  # theirs: cos and sin, (1, L, 1, K)
+    query = norm_rope(query, attn.norm_q.weight, rope, attn.norm_q.eps)
+    key = norm_rope(key, attn.norm_k.weight, rope, attn.norm_k.eps)
+
 Why fused: in PyTorch norm, casts and rotation are separate passes, one of them over a complex copy in float32. Here x
 is read once and y written once (kernels/README.md counts it).
 
@@ -44,6 +50,8 @@ jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
 MAX_WIDTH = 8192  # largest D
+# Of every launch, not yet tuned on a GPU. STAGES: tokens whose loads are in flight; maxnreg and num_warps may be added.
+OPTIONS = {"STAGES": 1}
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -79,14 +87,15 @@ def _rotate(a, rope, BLOCK_D: tl.constexpr, inverse: tl.constexpr):
 
 @jit
 def _forward_kernel(
-    x, weight, rope, y, rstd, N, L, D, K: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr
-):
+    x, weight, rope, y, rstd, N, L, D,
+    K: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program: TOKENS of the N = B * L tokens. rope (L, K) float32 may be None."""
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
     w = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
     first = tl.program_id(0) * TOKENS
-    for i in range(0, tl.minimum(TOKENS, N - first)):
+    for i in tl.range(0, tl.minimum(TOKENS, N - first), num_stages=STAGES):
         token = first + i
         at = token.to(tl.int64) * D + columns
         stream = tl.load(x + at, inside, other=0.0).to(tl.float32)
@@ -101,15 +110,16 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    x, weight, rope, rstd, dy, dx, partial, N, L, D, K: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr
-):
+    x, weight, rope, rstd, dy, dx, partial, N, L, D,
+    K: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One program: TOKENS tokens, and their sum for the weight if partial (programs, D) is not None."""
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
     w = tl.load(weight + columns, inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK_D], tl.float32)
     first = tl.program_id(0) * TOKENS
-    for i in range(0, tl.minimum(TOKENS, N - first)):
+    for i in tl.range(0, tl.minimum(TOKENS, N - first), num_stages=STAGES):
         token = first + i
         at = token.to(tl.int64) * D + columns
         upstream = tl.load(dy + at, inside, other=0.0).to(tl.float32)
@@ -150,7 +160,7 @@ def _sizes(x: Tensor, rope: Tensor | None, sums: bool = False) -> tuple[tuple[in
     threads = min(block // 8, 1024 if nvidia else 512)  # eight columns a thread: 16-byte accesses
     options = {"K": 0 if rope is None else rope.shape[-1], "BLOCK_D": block, "TOKENS": tokens}
     options["num_warps"] = max(threads // (32 if nvidia else 64), 1)
-    return (triton.cdiv(B * L, tokens),), (B * L, L, D), options
+    return (triton.cdiv(B * L, tokens),), (B * L, L, D), options | OPTIONS
 
 
 class _NormRope(torch.autograd.Function):
@@ -267,11 +277,10 @@ def check(device: torch.device, shape: tuple[int, int, int, int] = (2, 35, 5, 40
 
 
 def time(device: torch.device, shape: tuple[int, int, int, int] = (2, 7488, 12, 128)) -> dict[str, dict[str, float]]:
-    """Milliseconds of forward and backward at Wan2.1-1.3B's shape in bfloat16, the better of two rounds."""
+    """Milliseconds of forward and backward at Wan2.1-1.3B's shape in bfloat16, in a CUDA graph: no Python is timed."""
     leaves, rope, dy = _case(shape, torch.bfloat16, device)
     ways = {"kernel": norm_rope, "eager": norm_rope_ref, "torch.compile": torch.compile(norm_rope_ref)}
-    runs = {way: partial(_step, f, leaves, rope, dy) for way, f in ways.items()}
-    took = {way: min(triton.testing.do_bench(run) for _ in range(2)) for way, run in runs.items()}
+    took = {way: triton.testing.do_bench_cudagraph(partial(_step, f, leaves, rope, dy)) for way, f in ways.items()}
     for way, ms in took.items():  # at least x, y; x, dy, dx move
         print(f"norm_rope {way:13s} {ms:.3f} ms, {5 * dy.nbytes / ms / 1e6:5.0f} GB/s")
     return {"norm_rope": took}

@@ -27,6 +27,7 @@ and on CUDA with KERNELS=torch in the environment.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ except ImportError:  # no Triton for this platform: the definition remains
 jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
-BLOCK = 1024  # values that a program handles at a time
+# Of every launch, not yet tuned on a GPU. BLOCK: values at a time; STAGES: of these, whose loads are in flight.
+OPTIONS = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}
 
 
 # ---- the definition --------------------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def frame_errors_ref(v: Tensor, ref: Tensor, target: Tensor, start: Tensor) -> t
 
 
 @jit
-def _errors_kernel(v, ref, target, start, partial, C, FRAMES, HW, SLOT, BLOCK: tl.constexpr):
+def _errors_kernel(v, ref, target, start, partial, C, FRAMES, HW, SLOT, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """One program: one frame f of one channel c of one sample b.
 
     Writes its share of d, of the policy's error and of the reference's: partial (3, B, FRAMES, C), SLOT apart.
@@ -73,7 +75,7 @@ def _errors_kernel(v, ref, target, start, partial, C, FRAMES, HW, SLOT, BLOCK: t
     at = tl.program_id(0).to(tl.int64) * HW
     d, policy, reference = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     end = tl.where(f >= tl.load(start + plane // C), HW, 0)  # a frame before start is not read
-    for first in range(0, end, BLOCK):
+    for first in tl.range(0, end, BLOCK, num_stages=STAGES):
         i = first + tl.arange(0, BLOCK)
         target_ = tl.load(target + at + i, i < HW, other=0.0).to(tl.float32)
         v_ = tl.load(v + at + i, i < HW, other=0.0).to(tl.float32)
@@ -89,7 +91,9 @@ def _errors_kernel(v, ref, target, start, partial, C, FRAMES, HW, SLOT, BLOCK: t
 
 
 @jit
-def _gradient_kernel(v, ref, target, start, d_d, dv, dref, dtarget, C, FRAMES, HW, BLOCK: tl.constexpr):
+def _gradient_kernel(
+    v, ref, target, start, d_d, dv, dref, dtarget, C, FRAMES, HW, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     """One program: the gradients of d in one frame of one channel, 0 before start; those that are None are not made.
 
     dd/dv = 2 (v - target), dd/dref = -2 (ref - target), dd/dtarget = -2 (v - ref), over C * HW.
@@ -99,7 +103,7 @@ def _gradient_kernel(v, ref, target, start, d_d, dv, dref, dtarget, C, FRAMES, H
     at = tl.program_id(0).to(tl.int64) * HW
     kept = f >= tl.load(start + b)
     factor = 2 * tl.load(d_d + b * FRAMES + f) / (C * HW)
-    for first in range(0, HW, BLOCK):
+    for first in tl.range(0, HW, BLOCK, num_stages=STAGES):
         i = first + tl.arange(0, BLOCK)
         read = (i < HW) & kept
         if (dv is not None) or (dtarget is not None):
@@ -124,9 +128,7 @@ class _FrameErrors(torch.autograd.Function):
         v, ref, target, start = (a.contiguous() for a in (v, ref, target, start))
         B, C, frames, H, W = v.shape
         partial = v.new_empty(3, B, frames, C, dtype=torch.float32)
-        _errors_kernel[(B * C * frames,)](
-            v, ref, target, start, partial, C, frames, H * W, B * frames * C, BLOCK=BLOCK, num_warps=4
-        )
+        _errors_kernel[(B * C * frames,)](v, ref, target, start, partial, C, frames, H * W, B * frames * C, **OPTIONS)
         ctx.save_for_backward(v, ref, target, start)
         d, policy, reference = partial.sum(-1).unbind(0)
         ctx.mark_non_differentiable(policy, reference)
@@ -138,9 +140,7 @@ class _FrameErrors(torch.autograd.Function):
         *tensors, start = ctx.saved_tensors
         gradients = [torch.empty_like(a) if needed else None for a, needed in zip(tensors, ctx.needs_input_grad)]
         B, C, frames, H, W = tensors[0].shape
-        _gradient_kernel[(B * C * frames,)](
-            *tensors, start, d_d.contiguous(), *gradients, C, frames, H * W, BLOCK=BLOCK, num_warps=4
-        )
+        _gradient_kernel[(B * C * frames,)](*tensors, start, d_d.contiguous(), *gradients, C, frames, H * W, **OPTIONS)
         return *gradients, None
 
 
@@ -226,9 +226,10 @@ def region_dpo(
 
 
 def _step(function, tensors: list[Tensor], start: Tensor) -> list[Tensor]:
-    """d and both errors, and the gradients of the three tensors."""
+    """d and both errors, and the gradients of those of the three tensors that ask for one."""
     d, *errors = function(*tensors, start)
-    return [d, *errors, *torch.autograd.grad((d * torch.linspace(1, 2, d.numel()).view_as(d).to(d)).sum(), tensors)]
+    weights = torch.linspace(1, 2, d.numel(), dtype=d.dtype, device=d.device).view_as(d)
+    return [d, *errors, *torch.autograd.grad(d, [a for a in tensors if a.requires_grad], weights)]
 
 
 def check(device: torch.device, shape: tuple[int, ...] = (3, 4, 5, 6, 9)) -> None:
@@ -246,12 +247,12 @@ def check(device: torch.device, shape: tuple[int, ...] = (3, 4, 5, 6, 9)) -> Non
 
 
 def time(device: torch.device, shape: tuple[int, ...] = (2, 16, 13, 36, 64)) -> dict[str, dict[str, float]]:
-    """Milliseconds of forward and backward at Wan2.1's latents of 49x288x512, the better of two rounds."""
+    """Milliseconds of forward and backward at Wan2.1's latents of 49x288x512, in a CUDA graph: no Python is timed."""
     v, ref = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
-    target, start = torch.randn(shape, device=device), torch.full(shape[:1], 5, device=device)
+    tensors = [v.requires_grad_(), ref, torch.randn(shape, device=device)]
+    start = torch.full(shape[:1], 5, device=device)
     ways = {"kernel": frame_errors, "eager": frame_errors_ref, "torch.compile": torch.compile(frame_errors_ref)}
-    runs = {way: lambda f=f: f(v.requires_grad_(), ref, target, start)[0].sum().backward() for way, f in ways.items()}
-    took = {way: min(triton.testing.do_bench(run) for _ in range(2)) for way, run in runs.items()}
+    took = {way: triton.testing.do_bench_cudagraph(partial(_step, f, tensors, start)) for way, f in ways.items()}
     for way, ms in took.items():
         print(f"frame_errors {way:13s} {ms:.3f} ms")
     return {"frame_errors": took}

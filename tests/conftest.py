@@ -10,13 +10,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # helpers, from whichever folder
 
 import pytest
 import torch
-from helpers import STAGES, labelled, make_samples, run_stage
 
 
 def pytest_configure(config):
     """Before anything asks for CUDA."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` collects the files that have such tests: a machine with a GPU may lack what the others import."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return "pytest.mark.gpu" not in collection_path.read_text(encoding="utf-8") or None
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -36,6 +41,8 @@ def one_thread():
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> Path:
     """A demo folder with every stage's output, made once, as small as it goes. Read only: `helpers.copy` to change."""
+    from helpers import STAGES, run_stage  # here, as the tests for a GPU do without what the stages import
+
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("demo")
     for name in STAGES:
@@ -46,6 +53,8 @@ def chain(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def made(chain, tmp_path_factory) -> dict[str, Path]:
     """The baselines' folders: pairs of both kinds and their labels by exact physics. Read only."""
+    from helpers import labelled, make_samples
+
     root = tmp_path_factory.mktemp("baselines")
     at = {name: root / name for name in ("flow", "structural", "by_clip", "by_segment")}
     for kind in ("flow", "structural"):

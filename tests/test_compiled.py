@@ -19,8 +19,9 @@ REGISTERS = {"ln_modulate": (40, 64), "residual_ln_modulate": (64, 128), "gate_r
 REGISTERS |= {"norm_rope": (40, 64), "region_dpo": (48, 32)}
 
 
-def launches_of(op, streams="bfloat16", tables=True, D=1536) -> list[tuple]:
+def launches_of(op, streams="bfloat16", tables=True, D=1536, rows=None) -> list[tuple]:
     """Forward and backward, not run, as (kernel, args, kwargs). tables: do the tables, or the weight, get gradients?
+    rows: of tables that come without an index; else there are two, and an index.
 
     They compile to what they compile to at Wan2.1-1.3B's 13 frames of 576 tokens: what divides by 16 there does here.
     """
@@ -35,8 +36,9 @@ def launches_of(op, streams="bfloat16", tables=True, D=1536) -> list[tuple]:
             norm_rope.norm_rope(x, weight, torch.zeros(144, 128)).sum().backward()
         else:
             x, h = (torch.zeros(1, 144, D, dtype=a, requires_grad=True) for a in STREAMS[streams])
-            given = (*torch.zeros(1, 2, 6, D, requires_grad=tables).unbind(2)[:3], torch.zeros(1, 3, dtype=torch.int32))
-            outputs = modulate.FORMS[op][0](modulate.KERNEL, x, h, *given, 1e-6, h_dtype)
+            given = torch.zeros(1, rows or 2, 6, D, requires_grad=tables).unbind(2)[:3]
+            row = None if rows else torch.zeros(1, 3, dtype=torch.int32)
+            outputs = modulate.FORMS[op][0](modulate.KERNEL, x, h, *given, row, 1e-6, h_dtype)
             sum(a.float().sum() for a in outputs).backward()
     return launches
 
@@ -108,6 +110,49 @@ def test_registers(op):
     main = [launch for launch in launches_of(op) if launch[0].__name__ not in PARTLY]
     used = [aot.compile_launch(*launch).resources["reg"] for launch in main]
     assert all(n <= most for n, most in zip(used, REGISTERS[op], strict=True)), used
+
+
+@pytest.mark.parametrize("rows", [1, 3, 144])  # for the clip, a frame, a token
+@pytest.mark.parametrize("op", modulate.FORMS)
+def test_rows_without_an_index_need_no_fold(op, rows):
+    """Forward and backward and no third kernel, and the gate holds for them, with nothing read to find a row."""
+    launches = launches_of(op, "mixed", rows=rows)
+    assert [kernel.__name__ for kernel, _, _ in launches] == ["_forward_kernel", "_backward_kernel"]
+    for kernel, args, kwargs in launches:
+        gate(aot.compile_launch(kernel, args, kwargs), least(kernel, args))
+
+
+def test_what_is_saved_has_memory_of_its_own():
+    """Two numbers a token in the halves of one allocation cost three more kernels a call under Inductor."""
+    kept, inputs = [], [a.clone().requires_grad_() for a in (*torch.randn(2, 1, 6, 16), *torch.randn(3, 1, 2, 16))]
+    with aot.recorded(), torch.autograd.graph.saved_tensors_hooks(lambda a: kept.append(a) or a, lambda a: a):
+        modulate.residual_ln_modulate(*inputs, torch.tensor([[0, 1]]))
+        norm_rope.norm_rope(inputs[0], torch.ones(16), torch.ones(6, 4))
+    assert len(kept) >= 8 and all(a.untyped_storage().nbytes() == a.nbytes for a in kept)
+
+
+@pytest.mark.parametrize("F_, L", [(1, 1_500_000), (100_000, 100_000), (3, 3 * 524_288)])
+def test_grids_of_long_clips(F_, L):
+    """CUDA takes 2^31 - 1 programs along the first axis and 65,535 along the second: they reach every token."""
+    grids = []
+    x, tables = torch.empty(1, L, 8, device="meta", requires_grad=True), torch.empty(2, 1, F_, 8, device="meta")
+    with aot.replaced(lambda kernel: aot.StandIn(kernel, lambda _, grid, args, kw: grids.append((grid, kw["TOKENS"])))):
+        modulate.ln_modulate(x, *tables.requires_grad_()).sum().backward()
+    assert len(grids) == 2
+    for (frames, blocks), tokens in grids:
+        assert frames == F_ and blocks <= 65535 and (blocks - 1) * tokens < L // F_ <= blocks * tokens
+
+
+@pytest.mark.parametrize("op", ["residual_ln_modulate", "norm_rope", "region_dpo"])
+def test_options_reach_every_launch(op, monkeypatch):
+    """Pipelined loads and a cap on registers, for whoever tunes on a GPU; without them the loads are plain."""
+    for options, pipelined, most in (({}, False, 255), ({"STAGES": 2, "maxnreg": 32}, True, 32)):
+        for module in aot.MODULES:
+            monkeypatch.setattr(module, "OPTIONS", module.OPTIONS | options)
+        for launch in launches_of(op):
+            if launch[0].__name__ not in PARTLY:
+                compiled = aot.compile_launch(*launch)
+                assert ("cp.async" in compiled.asm["ptx"]) == pipelined and compiled.resources["reg"] <= most
 
 
 @pytest.mark.parametrize("op", OPS[:-1])

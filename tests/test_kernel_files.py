@@ -1,5 +1,6 @@
 """kernels/: what a file does before a kernel runs. Bad input, which implementation, torch.compile, each file alone."""
 
+import inspect
 import re
 import shutil
 from unittest import mock
@@ -44,8 +45,9 @@ MODULATE_ERRORS = [
     (ln_modulate, (X[:, :0], SHIFT, SCALE, ROW), "^x: expected a non-empty .*2, 0, 8"),
     (ln_modulate, (X[:, :11], SHIFT, SCALE, ROW), "^row: expected a number of frames F that divides L=11 .*F=3"),
     (ln_modulate, (X, SHIFT, SCALE, ROW.float()), "^row: expected an integer .*float32"),
-    (ln_modulate, (X, SHIFT, SCALE, ROW.bool()), "^row: expected an integer .*bool"),
-    (ln_modulate, (X, SHIFT, SCALE, ROW[:1]), r"^row: expected an integer \(B=2, F\), got torch.int32 \(1, 3\)"),
+    (ln_modulate, (X, SHIFT, SCALE, ROW[:1]), r"^row: expected an integer or bool \(B=2, F\), got .* \(1, 3\)"),
+    (ln_modulate, (X, SHIFT[:, :1], SCALE[:, :1], ROW > 0), r"^row: expected values 0 \.\. 0, .* got 0 \.\. 1"),
+    (ln_modulate, (X[:, :11], SHIFT, SCALE), "^row: without it, expected tables of R rows that divide L=11 .* R=2"),
     (ln_modulate, (X, SHIFT, SCALE, ROW + 1), r"^row: expected values 0 \.\. 1, the rows of the tables, got .*2"),
     (ln_modulate, (X, SHIFT, SCALE, ROW - 1), "^row: expected values 0 .. 1, the rows of the tables, got -1"),
     (ln_modulate, (X, SHIFT, SCALE, on_meta(ROW)), "^expected all tensors on one device, got row on meta, x on cpu"),
@@ -167,6 +169,47 @@ def test_implementation(name, monkeypatch):
         module.implementation(cuda)
 
 
+# ---- what the files say of diffusers ---------------------------------------------------------------------------------
+
+
+def example(module, first: str) -> str:
+    """The indented lines of a file's docstring from the one that begins with `first`: six at most."""
+    lines = module.__doc__.partition(f"\n    {first}")[2].split("\n\n")[0].splitlines()
+    assert 3 <= len(lines) <= 6
+    return "\n".join([f"    {first}{lines[0]}", *lines[1:]])
+
+
+def test_the_example_is_diffusers_block():
+    """Word for word in place of WanTransformerBlock.forward: a row for the clip, and a row a token; and a row a frame,
+    which diffusers takes as a row a token."""
+    wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    block = wan.WanTransformerBlock(24, 48, 2, cross_attn_norm=True)
+    torch.nn.init.normal_(block.norm2.weight), torch.nn.init.normal_(block.norm2.bias)
+    rotary_emb = wan.WanRotaryPosEmbed(12, (1, 2, 2), 64)(torch.empty(1, 4, 3, 4, 6))
+    text, code = torch.randn(2, 5, 24), example(modulate, "table = ")
+    scope = vars(modulate).copy()
+    exec(f"def forward(self, x, encoder_hidden_states, temb, rotary_emb):\n{code}\n    return x", scope)
+    for rows in (None, 18, 3):
+        x, temb = torch.randn(2, 18, 24), torch.randn(2, *([rows] if rows else []), 6, 24)
+        ours = scope["forward"](block, x, text, temb, rotary_emb)
+        theirs = block(x, text, temb.repeat_interleave(18 // rows, 1) if rows else temb, rotary_emb)
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5) and not torch.allclose(ours, x, atol=0.1)
+
+
+def test_the_example_is_diffusers_query():
+    """Word for word in place of norm_q, norm_k and apply_rotary_emb of WanAttnProcessor."""
+    wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    attn = wan.WanAttention(24, heads=2, dim_head=12, processor=wan.WanAttnProcessor())
+    torch.nn.init.normal_(attn.norm_q.weight), torch.nn.init.normal_(attn.norm_k.weight)
+    rotary_emb = wan.WanRotaryPosEmbed(12, (1, 2, 2), 64)(torch.empty(1, 4, 3, 4, 6))
+    x, scope = torch.randn(2, 18, 24), vars(norm_rope).copy()
+    scope |= {"attn": attn, "rotary_emb": rotary_emb, "query": attn.to_q(x), "key": attn.to_k(x)}
+    exec(inspect.cleandoc(example(norm_rope, "rope = torch.stack([a[0")), scope)
+    q, k, v = (a.unflatten(2, (2, -1)).transpose(1, 2) for a in (scope["query"], scope["key"], attn.to_v(x)))
+    ours = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    assert torch.allclose(attn.to_out[0](ours), attn(x, rotary_emb=rotary_emb), rtol=1e-5, atol=1e-6)
+
+
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +237,8 @@ def launches(graph: torch.fx.GraphModule) -> int:
     return sum("triton_kernel_wrapper" in str(n.target) for n in nodes)
 
 
-def test_compiles_with_the_kernels(monkeypatch):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_with_the_kernels(dynamic, monkeypatch):
     """On fake tensors: the kernels are part of one graph, forward and backward, with nothing to break it.
 
     The same for the loss. has_triton says no on a machine without a GPU; tracing itself needs none.
@@ -206,13 +250,21 @@ def test_compiles_with_the_kernels(monkeypatch):
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
         block, inputs = block_and_inputs()
-        function = torch.compile(block, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+        options = dict(fullgraph=True, dynamic=dynamic, backend=lambda graph, _: graphs.append(graph) or graph)
+        function = torch.compile(block, **options)
         assert function(*inputs).shape == (2, 12, 64)
         assert launches(graphs[0]) == 8 + 16  # 4 of modulate, 4 of norm_rope; backward each with a fold
+        x, row, rope = (
+            torch.randn(2, 20, 64, requires_grad=True),
+            torch.zeros(2, 5, dtype=torch.int32),
+            torch.randn(20, 32),
+        )
+        assert function(x, inputs[1], row, inputs[3], rope).shape == (2, 20, 64)
+        assert len(graphs) == 2 - dynamic  # one graph for every length, if that was asked for
         pair = [a.requires_grad_(i < 2) for i, a in enumerate(torch.randn(6, 2, 4, 5, 8, 8))]
-        function = torch.compile(region_dpo.region_dpo, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        function = torch.compile(region_dpo.region_dpo, **options)
         loss, _ = function(*pair, torch.tensor([1, 2]), 2.0, "inside")
-        assert loss.shape == (2,) and launches(graphs[1]) == 4
+        assert loss.shape == (2,) and launches(graphs[-1]) == 4
     torch._dynamo.reset()
 
 
@@ -238,10 +290,37 @@ assert abs(margins[0]) < 1e-5 < margins[10] < margins[-1], margins
 }
 
 
+@pytest.mark.parametrize("name, shape", [("modulate", (1, 2, 3, 16)), ("norm_rope", (1, 6, 2, 8)),
+                                         ("region_dpo", (1, 2, 6, 2, 2))])  # fmt: skip
+def test_time(name, shape, monkeypatch, capsys):
+    """What is timed on a GPU, run once: every way gets its line."""
+    module, runs = MODULES[name], []
+    graphs = mock.Mock(testing=mock.Mock(do_bench_cudagraph=lambda run: runs.append(run()) or 2.0))
+    monkeypatch.setattr(module, "triton", graphs)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    took = module.time(torch.device("cpu"), shape)
+    assert all(ways == {"kernel": 2.0, "eager": 2.0, "torch.compile": 2.0} for ways in took.values())
+    assert len(runs) == 3 * len(took) == capsys.readouterr().out.count("2.000 ms")
+
+
 def test_every_kernel_has_a_line_above_and_a_licence():
     files = {p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "kernels").glob("*.py") if p.stem != "__init__"}
     assert set(files) == set(ALONE) == set(MODULES)
     assert all(text.startswith("# SPDX-License-Identifier: Apache-2.0\n") for text in files.values())
+
+
+WITHOUT = """
+import sys, pytest
+sys.modules.update(dict.fromkeys("av decord diffusers matplotlib peft PIL tokenizers tqdm transformers".split()))
+sys.exit(pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_gpu_tests_need_little():
+    """A GPU's image has torch, triton and numpy, not what reads videos and captions: `pytest -m gpu` runs there."""
+    done = script("-c", WITHOUT)
+    counts = re.search(r"(\d+) skipped, \d+ deselected", done.stdout)
+    assert done.returncode == 0 and counts and int(counts[1]) > 70, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("triton", ["with", "without"])

@@ -178,7 +178,7 @@ EPOCH = 32  # a shared access's stamp: barriers passed, thread
 SEVERAL = (1 << EPOCH) - 1  # in place of a thread
 
 CONTROL = re.compile(r"bra(\.uni)? \$\w+|bar\.sync 0|ret")
-MEMORY = re.compile(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.b(16|32|64)")
+MEMORY = re.compile(r"(ld|st)\.(global|shared)(?:\.v([24]))?\.b(8|16|32|64)")
 LDMATRIX = re.compile(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])\.shared\.b16")
 SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx)\.b32")
 
@@ -332,9 +332,10 @@ class _Machine:
         data, place = instruction.operands[:: -1 if what == "st" else 1]
         access, kind = (self._global, "b64") if space == "global" else (self._shared, "b32")
         base, offset = self._place(place, kind)
-        registers = [self._register(name, f"b{bits}") for name in re.findall(r"%\w+", data)]
+        # a byte is loaded into a register of 16 bits, zeros above it
+        registers = [self._register(name, f"b{max(int(bits), 16)}") for name in re.findall(r"%\w+", data)]
         width = len(registers) * int(bits) // 8
-        if len(registers) != int(count or 1):
+        if len(registers) != int(count or 1) or (what, bits) == ("st", "8"):
             raise ValueError(data)
 
         def run(mask):
@@ -343,7 +344,7 @@ class _Machine:
             if what == "st":
                 items = np.stack([a[lanes] for a in registers], -1).view(ITEM[width])[:, 0]
                 return access(instruction, lanes, address, width, items)
-            items = access(instruction, lanes, address, width).view(registers[0].dtype)
+            items = access(instruction, lanes, address, width).view(ITEM[int(bits) // 8])
             for register, column in zip(registers, items.reshape(-1, len(registers)).T):
                 register[lanes] = column
 
