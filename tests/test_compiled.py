@@ -211,6 +211,18 @@ def test_full_size_forward_moves_little_more_than_it_must():
         assert a.widths == {16} and 32 * a.sectors == a.read + a.written
 
 
+def test_gradients_of_a_row_a_token_move_once():
+    """They are written by the program that has the token, and read by none: no sums, no fold."""
+    L, D = 48, 256
+    x, shift, scale = torch.randn(3, 1, L, D).requires_grad_().unbind(0)
+    with aot.replaced(ptx.Emulated) as emulated:
+        modulate.ln_modulate(x, shift, scale).sum().backward()
+    ((_, grid, traffic),) = emulated["modulate", "_backward_kernel"].launches
+    assert grid == (L, 1) and not emulated["modulate", "_fold_kernel"].launches
+    assert {name: t.written for name, t in traffic.items() if t.written} == {"dx": 4 * L * D, "partial": 8 * L * D}
+    assert traffic["partial"].read == 0 and traffic["scale"].read == 4 * L * D
+
+
 def test_float32_loads_touch_a_sector_twice():
     """A lane loads eight float32 in two instructions, and both touch its 32-byte sector: L1 keeps it in between."""
     x, tables, row = torch.randn(1, 16, 1536), torch.randn(2, 1, 2, 1536), torch.zeros(1, 1, dtype=torch.int32)

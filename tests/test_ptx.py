@@ -75,6 +75,7 @@ LDMATRIX = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r10];"
         ("mov.u32 %r1, %clock;", ptx.UnknownInstruction, "%clock"),
         ("ld.shared.b16 %r1, [%r8];", ptx.UnknownInstruction, "%r1"),
         ("st.global.v2.b32 [%rd10], {%r1};", ptx.UnknownInstruction, "{%r1}"),
+        ("st.global.b8 [%rd10], %rs1;", ptx.UnknownInstruction, "b8"),
         ("ld.global.b32 %r1, [%r8];", ptx.UnknownInstruction, "%r8"),
         ("bar.warp.sync -1;", ptx.UnknownInstruction, "warp"),
         ("bar.sync 1;", ptx.UnknownInstruction, "bar.sync 1"),
@@ -167,6 +168,15 @@ def test_traffic():
     one, two = run(MINE + strided, torch.zeros(64), torch.zeros(64 * 8)).values()
     assert one == ptx.Traffic(read=0, read_once=0, written=256, sectors=8, widths={4})
     assert two == ptx.Traffic(read=192, read_once=192, written=0, sectors=48, widths={4})
+
+
+def test_a_byte_is_loaded_with_zeros_above_it():
+    """As of a bool or an index of bytes: 200 is not -56."""
+    load = MINE + "cvt.u64.u32 %rd11, %r0;\nadd.s64 %rd12, %rd1, %rd11;\nld.global.b8 %rs1, [%rd12];\n"
+    out, data = torch.zeros(64, dtype=torch.int32), torch.arange(64, dtype=torch.uint8) * 4
+    traffic = run(load + "cvt.u32.u16 %r1, %rs1;\nst.global.b32 [%rd10], %r1;", out, data)
+    assert out.tolist() == data.tolist()
+    assert traffic["a1"] == ptx.Traffic(read=64, read_once=64, written=0, sectors=2, widths={1})
 
 
 @triton.jit
