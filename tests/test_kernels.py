@@ -42,7 +42,9 @@ def launcher(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device: the kernels were not run on a GPU")
     device = torch.device("cuda") if request.param == "cuda" else contextlib.nullcontext()
-    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory: empty is NaN
+    # With torch.utils.deterministic.fill_uninitialized_memory: empty is NaN. It only warns, as PyTorch may have no
+    # deterministic form of what the definitions do on CUDA.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     with launched_by(request.param), device:
         yield
     torch.use_deterministic_algorithms(False)
