@@ -58,7 +58,8 @@ KERNELS = os.environ.get("KERNELS", "")  # "torch": the definitions on every dev
 MAX_WIDTH = 8192  # largest D
 STREAMS = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that the kernels take
 ROWS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Of every launch, not yet tuned on a GPU. STAGES: tokens whose loads are in flight; maxnreg and num_warps may be added.
+# Options of every launch, not tuned on a GPU yet; maxnreg and num_warps may be added. STAGES: of how many tokens the
+# loads are in flight.
 OPTIONS = {"STAGES": 1}
 
 

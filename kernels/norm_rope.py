@@ -50,7 +50,8 @@ jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
 MAX_WIDTH = 8192  # largest D
-# Of every launch, not yet tuned on a GPU. STAGES: tokens whose loads are in flight; maxnreg and num_warps may be added.
+# Options of every launch, not tuned on a GPU yet; maxnreg and num_warps may be added. STAGES: of how many tokens the
+# loads are in flight.
 OPTIONS = {"STAGES": 1}
 
 

@@ -41,7 +41,8 @@ except ImportError:  # no Triton for this platform: the definition remains
 jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
-# Of every launch, not yet tuned on a GPU. BLOCK: values at a time; STAGES: of these, whose loads are in flight.
+# Options of every launch, not tuned on a GPU yet. BLOCK: values a program takes at a time; STAGES: of how many such
+# blocks the loads are in flight.
 OPTIONS = {"BLOCK": 1024, "STAGES": 1, "num_warps": 4}
 
 
@@ -225,21 +226,21 @@ def region_dpo(
 # ---- check and time --------------------------------------------------------------------------------------------------
 
 
-def _step(function, tensors: list[Tensor], start: Tensor) -> list[Tensor]:
-    """d and both errors, and the gradients of those of the three tensors that ask for one."""
+def _step(function, tensors: list[Tensor], start: Tensor, weights: Tensor) -> list[Tensor]:
+    """d and both errors, and the gradients of those of the three tensors that ask for one, d's being weights (B, F)."""
     d, *errors = function(*tensors, start)
-    weights = torch.linspace(1, 2, d.numel(), dtype=d.dtype, device=d.device).view_as(d)
     return [d, *errors, *torch.autograd.grad(d, [a for a in tensors if a.requires_grad], weights)]
 
 
 def check(device: torch.device, shape: tuple[int, ...] = (3, 4, 5, 6, 9)) -> None:
     """Largest error against float64 of values and gradients, ours beside the definition's in the same dtype."""
-    start = torch.arange(shape[0], device=device)
+    start, weights = torch.arange(shape[0], device=device), torch.rand(shape[0], shape[2], device=device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tensors = [a.to(dtype).requires_grad_() for a in torch.randn(3, *shape, device=device)]
-        truth = _step(frame_errors_ref, [a.detach().double().requires_grad_() for a in tensors], start)
+        exact = [a.detach().double().requires_grad_() for a in tensors]
+        truth = _step(frame_errors_ref, exact, start, weights.double())
         error, eager = (
-            max((a - b).abs().max().item() for a, b in zip(_step(f, tensors, start), truth))
+            max((a - b).abs().max().item() for a, b in zip(_step(f, tensors, start, weights), truth))
             for f in (frame_errors, frame_errors_ref)
         )
         print(f"frame_errors {str(dtype)[6:]:9s} error {error:.1e}, of the definition {eager:.1e}")
@@ -250,9 +251,9 @@ def time(device: torch.device, shape: tuple[int, ...] = (2, 16, 13, 36, 64)) -> 
     """Milliseconds of forward and backward at Wan2.1's latents of 49x288x512, in a CUDA graph: no Python is timed."""
     v, ref = (torch.randn(shape, device=device).bfloat16() for _ in range(2))
     tensors = [v.requires_grad_(), ref, torch.randn(shape, device=device)]
-    start = torch.full(shape[:1], 5, device=device)
+    rest = torch.full(shape[:1], 5, device=device), torch.ones(shape[0], shape[2], device=device)
     ways = {"kernel": frame_errors, "eager": frame_errors_ref, "torch.compile": torch.compile(frame_errors_ref)}
-    took = {way: triton.testing.do_bench_cudagraph(partial(_step, f, tensors, start)) for way, f in ways.items()}
+    took = {way: triton.testing.do_bench_cudagraph(partial(_step, f, tensors, *rest)) for way, f in ways.items()}
     for way, ms in took.items():
         print(f"frame_errors {way:13s} {ms:.3f} ms")
     return {"frame_errors": took}

@@ -36,7 +36,7 @@ def test_same_bits_twice(module):
     torch.manual_seed(0)
     if module is region_dpo:
         tensors = [a.requires_grad_() for a in torch.randn(3, 2, 16, 13, 36, 64, device=device)]
-        run = (module.frame_errors, tensors, torch.tensor([1, 5], device=device))
+        run = (module.frame_errors, tensors, torch.tensor([1, 5], device=device), torch.rand(2, 13, device=device))
     elif module is norm_rope:
         run = (module.norm_rope, *module._case((2, 7488, 12, 128), torch.bfloat16, device))
     else:
