@@ -181,8 +181,8 @@ class Block(nn.Module):
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(self, x: Tensor, table: Tensor, row: Tensor, text: Tensor, rope: Tensor) -> Tensor:
-        """x (B, L, D), table (B, R, 6, D) float32, row (B, F) int32: each frame's row of it, text (B, S, D)."""
+    def forward(self, x: Tensor, table: Tensor, row: Tensor | None, text: Tensor, rope: Tensor) -> Tensor:
+        """x (B, L, D), table (B, R, 6, D) float32, row as `DiT._time` gives them, text (B, S, D)."""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + table).unbind(2)
         # norm3's weight and bias, as the modulation that is the same in every row
         shift_ca, scale_ca = (a.float().expand_as(gate_sa) for a in (self.norm3.bias, self.norm3.weight.float() - 1))
@@ -202,8 +202,8 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
         self.head = Linear(config.dim, config.out_dim * math.prod(config.patch_size))
 
-    def forward(self, x: Tensor, time: Tensor, row: Tensor) -> Tensor:
-        """x (B, L, D), time (B, R, D) float32, row (B, F) -> (B, L, out_dim · patch)."""
+    def forward(self, x: Tensor, time: Tensor, row: Tensor | None) -> Tensor:
+        """x (B, L, D), time (B, R, D) float32, row as `DiT._time` gives them -> (B, L, out_dim · patch)."""
         shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
         return self.head(ln_modulate(x, shift, scale, row, self.eps, self.head.weight.dtype))
 
@@ -276,7 +276,7 @@ class DiT(nn.Module):
         pf, ph, pw = self.config.patch_size
         _, _, F_, H, W = x_t.shape
         size = (F_ // pf, H // ph, W // pw)
-        time, table, row = self._time(t, size[0], cond_mask)
+        time, table, row = self._time(t, cond_mask)
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.text_embedding[0].weight.dtype)
         text = self.text_embedding(text)  # (B, text_len, D)
         x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
@@ -296,20 +296,19 @@ class DiT(nn.Module):
         unpatch = "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)"
         return rearrange(self.head(x, time, row), unpatch, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
 
-    def _time(self, t: Tensor, F_: int, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embedding (B, R, D) and its projection (B, R, 6, D), float32, and each frame's row (B, F) of them."""
-        B = t.shape[0]
-        if cond_mask is not None:  # two rows: the time of the frames to generate, and 0
-            t, row = torch.stack([t, torch.zeros_like(t)], dim=1), cond_mask.int()
+    def _time(self, t: Tensor, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Time embedding (B, R, D) and its projection (B, R, 6, D), float32, and each frame's row (B, F) of them: two
+        rows with cond_mask, the time of the frames to generate and 0; else None, for one row of the clip or of a frame.
+        """
+        if cond_mask is not None:
+            t = torch.stack([t, torch.zeros_like(t)], dim=1)
         elif t.ndim == 1:
-            t, row = t.unsqueeze(1), t.new_zeros(B, F_, dtype=torch.int32)
-        else:
-            row = torch.arange(F_, dtype=torch.int32, device=t.device).expand(B, F_)
+            t = t.unsqueeze(1)
         with torch.autocast(t.device.type, enabled=False):
             angles = sinusoid(1000 * t.double(), self.config.freq_dim)
             time = self.time_embedding(angles.to(self.time_embedding[0].weight.dtype))
             table = self.time_projection(time).unflatten(-1, (6, -1))
-        return time.float(), table.float(), row
+        return time.float(), table.float(), cond_mask
 
     def _rope_table(self, size: tuple[int, int, int], device) -> Tensor:
         key = (*size, device)
