@@ -246,7 +246,7 @@ def main(cfg: Config) -> None:
         return
     for name in starts.values():
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
-    pairs = Shards(cfg.pairs, "make_pairs.py", verify=group.main)
+    pairs = Shards(cfg.pairs, "make_pairs.py")
     frames = pairs.shape("chosen")[1]
     usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
     if not usable:

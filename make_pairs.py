@@ -31,7 +31,7 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime.files import read_manifest
-from runtime.group import Group, start_group
+from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
@@ -114,9 +114,9 @@ def make_pair(net, x0, text, ids, cfg, window, negative=None):
     return {"chosen": chosen, "rejected": rejected}, [{"n1": n1, "n2": n2} for n1, n2 in lengths]
 
 
-def read_clips(cfg, group: Group) -> tuple[Shards, int]:
+def read_clips(cfg) -> tuple[Shards, int]:
     """The clips of cfg.split, and how many of them get a pair. UserError if cfg.clips are more."""
-    clips = Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    clips = Shards(cfg.data, "prepare.py", cfg.split)
     if cfg.clips > len(clips):
         raise UserError(f"--clips: expected at most {len(clips)}, the clips of split {cfg.split!r}, got {cfg.clips}")
     return clips, cfg.clips or len(clips)
@@ -147,7 +147,7 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     read_manifest(cfg.continuation, "continuation.py")
-    clips, count = read_clips(cfg, group)
+    clips, count = read_clips(cfg)
     shape = clips.shape("x0")
     window = windows(cfg, shape[1])
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32

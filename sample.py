@@ -111,7 +111,7 @@ def load_codec(cfg, device: torch.device) -> tuple[vae.VAE | codecs.LinearVAE, t
     """The codec between latents and pictures, and the device that it runs on: the tiny preset's stays on the CPU."""
     if cfg.preset != "tiny":
         return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
-    read_manifest(cfg.data, "prepare.py", verify=False)
+    read_manifest(cfg.data, "prepare.py")
     return codecs.load(cfg.data), torch.device("cpu")
 
 
@@ -160,18 +160,16 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     # ---- sample
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
-    with run.progress(len(jobs), unit="video") as bar:
-        for name, prompt, key in jobs[run.group.rank :: run.group.size]:
-            if not (run.folder / name).exists():
-                noise = flow.draw_noise(size, [key]).to(device)
-                x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
-                video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
-            bar.update(min(run.group.size, len(jobs) - bar.n))
+    for i in run.share(len(jobs), unit="video"):
+        name, prompt, key = jobs[i]
+        if not (run.folder / name).exists():
+            noise = flow.draw_noise(size, [key]).to(device)
+            x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
+            video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
 
 
 def finish(run: Run, rows: list[dict]) -> None:
     """Writes prompts.jsonl, a row for each video, and marks the folder as finished."""
-    run.group.barrier()
     if run.group.main:
         write_jsonl(run.folder / "prompts.jsonl", rows)
         print(f"{run.stage}: {len(rows)} videos in {run.folder}")
@@ -188,7 +186,7 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     if cfg.continuation:
-        read_manifest(cfg.continuation, "continuation.py", verify=group.main)
+        read_manifest(cfg.continuation, "continuation.py")
 
     # ---- sample
     pairs = [(p, s, prompt) for p, prompt in enumerate(prompts) for s in range(cfg.samples)]

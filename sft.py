@@ -109,7 +109,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, "sft", group, {"data": cfg.data, "base": cfg.base})
     if run.done:
         return
-    clips = Shards(cfg.data, "prepare.py", cfg.split, verify=group.main)
+    clips = Shards(cfg.data, "prepare.py", cfg.split)
     plan = epochs(len(clips), cfg, "clips")
     negative = clips.negative() if cfg.caption_dropout else None
     with user_errors():

@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
         return
     for name in starts.values():
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
-    pairs = Shards(cfg.pairs, "experiments.pairs", verify=group.main)
+    pairs = Shards(cfg.pairs, "experiments.pairs")
     labels = read_labels(cfg, run.facts["inputs"]["pairs"])
     usable = decided(labels)
     if not usable:

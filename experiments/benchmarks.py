@@ -154,11 +154,8 @@ def main(cfg: Config) -> None:
     if not run.done:
         jobs = [(row["video"], row["prompt"], ("benchmark", cfg.seed, row["prompt"], row["sample"])) for row in rows]
         sample.write_videos(cfg, run, jobs)
-        group.barrier()
         if group.main:
             write_text(run.folder / "COMMAND.txt", command + "\n")
-            for cut in (run.folder / "videos").rglob(".*.tmp"):  # left by a kill; it would hide the videos from VBench
-                cut.unlink()
         sample.finish(run, rows)
     if group.main:
         print(f"next, in the benchmark's own environment:\n{command}")

@@ -3,7 +3,7 @@
     python -m experiments.decode --shards out/demo/pairs --clips 8 --out out/look
     python -m experiments.decode --shards out/two --segments 5 --preset 1.3b --base Wan2.1-T2V-1.3B --out out/to_score
 
-With torchrun the clips are dealt to the processes. --segments writes what experiments.labels scores: each clip whole,
+With torchrun the processes share the clips. --segments writes what experiments.labels scores: each clip whole,
 and in so many pieces.
 
 In    a folder of shards; the codec: Wan's from --base, the tiny preset's from --shards or else from --data
@@ -51,7 +51,7 @@ def main(cfg: Config) -> None:
         return
     own = (Path(cfg.shards) / "codec.safetensors").is_file()
     codec, device = sample.load_codec(dataclasses.replace(cfg, data=cfg.shards) if own else cfg, group.device)
-    shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs", verify=group.main)
+    shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs")
     fields = shards.fields()
     channels, frames = shards.shape(fields[0])[:2]
     if channels != codec.channels:
@@ -63,19 +63,16 @@ def main(cfg: Config) -> None:
     parts = {None: slice(None)}  # segment -> its pictures
     if cfg.segments > 1:
         parts |= {s: pixel_frames(*cut) for s, cut in enumerate(zip(cuts, cuts[1:]))}
-    rate, count, rows = max(1, round(shards.manifest.get("fps", 16))), min(cfg.clips or len(shards), len(shards)), []
-    with run.progress(count, unit="clip") as bar:
-        for place in range(count):
-            i = round(place * (len(shards) - 1) / max(1, count - 1))
-            for field in fields:
-                names = [video_name(i, shards.rows[i], field, s) for s in parts]
-                rows += [{**shards.rows[i], "video": name} for name in names]
-                if place % group.size == group.rank and not all((run.folder / name).exists() for name in names):
-                    pictures = video.to_frames(codec.decode(shards.get(field, [i]).float().to(device))[0])
-                    for name, part in zip(names, parts.values()):
-                        video.write_mp4(run.folder / name, pictures[part], rate)
-            bar.update()
-    sample.finish(run, rows)
+    rate, count = max(1, round(shards.manifest.get("fps", 16))), min(cfg.clips or len(shards), len(shards))
+    chosen = [round(place * (len(shards) - 1) / max(1, count - 1)) for place in range(count)]
+    jobs = [(i, field, [video_name(i, shards.rows[i], field, s) for s in parts]) for i in chosen for field in fields]
+    for job in run.share(len(jobs), unit="video"):
+        i, field, names = jobs[job]
+        if not all((run.folder / name).exists() for name in names):
+            pictures = video.to_frames(codec.decode(shards.get(field, [i]).float().to(device))[0])
+            for name, part in zip(names, parts.values()):
+                video.write_mp4(run.folder / name, pictures[part], rate)
+    sample.finish(run, [{**shards.rows[i], "video": name} for i, _, names in jobs for name in names])
 
 
 if __name__ == "__main__":

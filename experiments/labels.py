@@ -148,7 +148,7 @@ def main(cfg: Config) -> None:
     pairs = Shards(cfg.pairs, "experiments.pairs")
     cuts = segment_cuts(pairs.shape("first")[1], cfg.segments)
     if not from_file:
-        read_manifest(cfg.data, "prepare.py", verify=False)
+        read_manifest(cfg.data, "prepare.py")
         if not all(balls.read_caption(row["caption"])[0] for row in pairs.rows):
             raise UserError(f"{cfg.pairs}: expected clips of tiny.balls for --scorer {cfg.scorer}; else --scorer file")
 

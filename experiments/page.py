@@ -260,7 +260,7 @@ def pair_rows(codec, pairs: Shards) -> str:
 
 def page(demo: Path, manifests: dict[str, dict], summary: dict, codec, samples: dict, clips: Shards) -> str:
     """The whole file: page.html with its parts filled in."""
-    here, pairs = Path(__file__).parent, Shards(demo / "pairs", "make_pairs.py", verify=False)
+    here, pairs = Path(__file__).parent, Shards(demo / "pairs", "make_pairs.py")
     metrics = {name: read_jsonl(demo / name / "metrics.jsonl") for name in ("base", "continuation", "asymdpo")}
     count, frames = min(PLAYERS, len(clips), len(samples["table_SFT"])), pairs.shape("chosen")[1]
     captions, real = [row["caption"] for row in clips.rows[:count]], clips.get("x0", list(range(count)))
@@ -297,14 +297,14 @@ def main(cfg: Config) -> None:
     cfg, demo = resolve(cfg), Path(cfg.demo)
     if not demo.is_dir():
         raise UserError(f"{demo}: expected the folder of a demo, but it does not exist; make one with: make demo")
-    manifests = {name: read_manifest(demo / name, maker, verify=False) for name, maker in STAGES.items()}
+    manifests = {name: read_manifest(demo / name, maker) for name, maker in STAGES.items()}
 
     # ---- the figures
     summary = json.loads((demo / "eval" / "summary.json").read_text())
     seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     codec, samples = codecs.load(demo / "shards"), read_tensors(demo / "eval" / "samples.safetensors")
-    clips = Shards(demo / "shards", "prepare.py", manifests["eval"]["config"]["split"], verify=False)
+    clips = Shards(demo / "shards", "prepare.py", manifests["eval"]["config"]["split"])
 
     # ---- result: the page last, because make looks for it
     text = page(demo, manifests, summary, codec, samples, clips)

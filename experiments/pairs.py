@@ -103,7 +103,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, "experiments.pairs", group, inputs)
     if run.done:
         return
-    clips, count = read_clips(cfg, group)
+    clips, count = read_clips(cfg)
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     net = load_adapted(cfg.base, loras, dtype, group.device)
     with user_errors():

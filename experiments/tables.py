@@ -208,7 +208,7 @@ class Seed:
     def accuracy(self, row: Row) -> float:
         """How often the order of a row's pairs, or its scorer's labels, agrees with the exact score."""
         if not row.labels:
-            made = Shards(self.pairs(row), "make_pairs.py", verify=False)
+            made = Shards(self.pairs(row), "make_pairs.py")
             return evaluate.label_accuracy(self.codec, made, LABELLED)["accuracy"]
         files = (Path(folder) / "labels.jsonl" for folder in (self.labels(row), self.labels(row, scorer="exact")))
         given, true = (np.array([line["label"] for line in read_jsonl(file)]) for file in files)

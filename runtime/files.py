@@ -2,27 +2,33 @@
 
 A file is written under a temporary name, synced and renamed. A folder counts as whole once its MANIFEST.json, written
 last, names every file with its size and sha256. So whatever kills a run, nothing half-written is taken for whole.
+
+Hashing takes minutes on large folders, so a folder remembers the sha256 of its files, with their sizes and times, in
+.checked.jsonl: a file is hashed when it is new in its folder, or changed, and not at every start.
 """
 
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runtime.group import rank_and_size
 from runtime.options import UserError
 
 MANIFEST = "MANIFEST.json"
+CHECKED = ".checked.jsonl"
 
 
 @contextlib.contextmanager
@@ -118,13 +124,47 @@ def fingerprint(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+@functools.lru_cache(maxsize=8)
+def _read_checked(path: Path, size: int) -> dict[str, dict]:
+    """The newest line of each file in a folder's memory; `size` stands for what it holds, as lines are only added."""
+    rows = (row for row in read_jsonl(path) if isinstance(row, dict))
+    return {row.get("name"): row for row in rows}
+
+
+def checksums(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names of files in a run's folder, each with its sha256: the remembered one if size and times are the same.
+
+    Other files are hashed, and then remembered. ctime is compared, too, because a copy may keep mtime. Processes may
+    add lines at once: one that got mixed up is dropped, or fits no file. Where the folder cannot be written, nothing is
+    remembered.
+    """
+    memory, known = folder / CHECKED, {}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        known = _read_checked(memory, memory.stat().st_size)
+    for name in names:
+        stat, row = (folder / name).stat(), known.get(name, {})
+        stamp = {"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+        sha256 = row.get("sha256")
+        if row != {**stamp, "sha256": sha256}:
+            sha256 = fingerprint(folder / name)["sha256"]
+            with contextlib.suppress(OSError), open(memory, "a", encoding="utf-8") as f:
+                f.write(json.dumps({**stamp, "sha256": sha256}) + "\n")
+        yield name, sha256
+
+
+def checksum(path: Path) -> str:
+    """sha256 of one file, as `checksums` gives it."""
+    return dict(checksums(path.parent, [path.name]))[path.name]
+
+
 def identity(path: Path) -> str:
     """What tells an input from another: a file's sha256; of a folder its manifest's, or its files' names and sizes.
 
     UserError if there is nothing at path.
     """
     if path.is_file():
-        return fingerprint(path)["sha256"]
+        ours = (path.parent / MANIFEST).is_file()  # no file is left beside those of others
+        return checksum(path) if ours else fingerprint(path)["sha256"]
     if (path / MANIFEST).is_file():
         return fingerprint(path / MANIFEST)["sha256"]
     if not path.is_dir():
@@ -138,15 +178,24 @@ def write_manifest(folder: Path, files: list[str], **facts) -> None:
     for name in files:
         with open(folder / name, "rb") as f:
             os.fsync(f.fileno())
-    write_json(folder / MANIFEST, {**facts, "files": {name: fingerprint(folder / name) for name in sorted(files)}})
+    hashes = checksums(folder, sorted(files))
+    named = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes}
+    write_json(folder / MANIFEST, {**facts, "files": named})
 
 
-def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict:
+def read_manifest(folder: str | Path, made_by: str, together: bool = True) -> dict:
     """The manifest of a finished folder, after every file that it names was compared with it.
 
-    made_by: the command that makes such a folder, for the error. verify: compare sha256, too, and not the sizes alone.
-    UserError if the folder is missing, unfinished, damaged or made by another command.
+    made_by: the command that makes such a folder, for the error; together: as in `verify`. UserError if the folder is
+    missing, unfinished, damaged or made by another command.
     """
+    manifest = open_manifest(folder, made_by)
+    verify(folder, manifest, manifest["files"], made_by, together)
+    return manifest
+
+
+def open_manifest(folder: str | Path, made_by: str) -> dict:
+    """As `read_manifest`, but of the files only the sizes are compared: `verify` those that are read."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         state = "has no MANIFEST.json: it is unfinished" if folder.is_dir() else "does not exist"
@@ -159,16 +208,27 @@ def read_manifest(folder: str | Path, made_by: str, verify: bool = True) -> dict
     stage = manifest.get("stage", "")
     if stage and not re.search(rf"\b{re.escape(stage)}\b", made_by):
         raise UserError(f"{folder}: expected a folder made by {made_by}, got one made by {stage}")
-    for name, (size, sha256) in files.items():
+    for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise UserError(f"{path}: expected {size} bytes, got {got}; delete {folder} and run {made_by} again")
-        if verify and fingerprint(path)["sha256"] != sha256:
-            raise UserError(
-                f"{path}: its sha256 is not the manifest's: damaged; delete {folder} and run {made_by} again"
-            )
     return manifest
+
+
+def verify(folder: str | Path, manifest: dict, names: Iterable[str], made_by: str, together: bool = True) -> None:
+    """Compares the sha256 of these files with the manifest's. UserError for one that is damaged.
+
+    together: each process that torchrun started takes its share of them, so they must meet before they work with the
+    files, as they do in `Run.claim`; if one finds a damaged file, torchrun ends all. Otherwise this process takes all.
+    """
+    rank, size = rank_and_size() if together else (0, 1)
+    files = manifest["files"]
+    share = sorted(names, key=lambda name: (-files[name]["bytes"], name))[rank::size]  # of about equal sizes
+    for name, sha256 in checksums(Path(folder), share):
+        if sha256 != files[name]["sha256"]:
+            got = f"{Path(folder) / name}: its sha256 is not the manifest's: damaged"
+            raise UserError(f"{got}; delete {folder} and run {made_by} again")
 
 
 def verified(path: str | Path, made_by: str) -> Path:

@@ -55,9 +55,15 @@ class Group:
 
 def alone() -> Group:
     """For a command that runs in one process. UserError under torchrun with several, which would all do its work."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"expected one process, got {os.environ['WORLD_SIZE']}: start this command without torchrun")
+    _, size = rank_and_size()
+    if size > 1:
+        raise UserError(f"expected one process, got {size}: start this command without torchrun")
     return Group()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number among those that torchrun started, and how many they are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_group(implementation: Callable[[torch.device], str] | None = None) -> Group:
@@ -65,14 +71,14 @@ def start_group(implementation: Callable[[torch.device], str] | None = None) -> 
 
     implementation: names the kernels of a device, or raises what is missing there, which becomes a UserError.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = rank_and_size()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        # the first process reads and hashes whole folders while the others wait; torchrun ends them all if one fails
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        # for what differs by minutes: loading, hashing, writing a checkpoint. No collective waits for longer work
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
     try:
         return Group(rank, size, device, implementation(device) if implementation else "")
     except (RuntimeError, ValueError) as error:

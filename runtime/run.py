@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,9 +28,13 @@ from runtime.files import (
 from runtime.group import Group
 from runtime.options import UserError, neutral
 
+LOOK_EVERY = 0.5  # seconds, where a process waits for what another writes
+
 
 class Run:
-    """The folder cfg.out: run.json (what makes it), metrics.jsonl, checkpoints/, results, and MANIFEST.json last."""
+    """The folder cfg.out: run.json (what makes it), metrics.jsonl, checkpoints/ or claims/ while it is made, results,
+    and MANIFEST.json last.
+    """
 
     def __init__(self, cfg, stage: str, group: Group, inputs: dict[str, str | Path] = {}, **digests: str):
         """Opens or creates cfg.out. `inputs`: name -> finished folder, or file, that the result depends on; `digests`:
@@ -61,9 +66,15 @@ class Run:
         group.barrier()
 
     def claim(self) -> None:
-        """Writes run.json: from now on the folder is this run's. After all checks, so that a mistake claims nothing."""
-        if self.group.main and not (self.folder / "run.json").exists():
-            write_json(self.folder / "run.json", self.facts)
+        """Writes run.json: from now on the folder is this run's. After all checks, so that a mistake claims nothing.
+
+        Forgets what the processes of an earlier start had claimed in `share`.
+        """
+        if self.group.main:
+            if not (self.folder / "run.json").exists():
+                write_json(self.folder / "run.json", self.facts)
+            if (self.folder / "claims").exists():
+                shutil.rmtree(self.folder / "claims")
         self.group.barrier()
 
     def _compare(self, before: dict) -> None:
@@ -83,7 +94,7 @@ class Run:
         """Whether the folder is finished; says so once."""
         finished = (self.folder / MANIFEST).is_file()
         if finished and self.group.main:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # a kill may have come just before
+            self._tidy()  # a kill may have come just before
             print(f"{self.stage}: {self.folder} is finished already, nothing to do")
         return finished
 
@@ -99,6 +110,43 @@ class Run:
             total=items, initial=start, unit=unit, desc=self.stage,
             disable=not self.group.main, dynamic_ncols=True, mininterval=1.0,
         )  # fmt: skip
+
+    def share(self, count: int, unit: str, items: int = 0) -> Iterator[int]:
+        """Yields the pieces of work, of 0 … count − 1, that this process has to do. Each is done when it asks for more.
+
+        A piece goes to the first process that claims it, so a slow process does fewer and holds up nobody. A claim is
+        an empty file in claims/, created atomically, with a word in it once the piece is done. Claims hold for one
+        start of a command: if a process dies, torchrun ends them all, and the next start takes over at once. So one
+        command at a time may write a folder.
+
+        It ends when nothing is left to claim; in the first process, when everything is done: that one looks until all
+        have ended, as a collective would time out. The bar counts what all have done, in `items` if those are given.
+        """
+        claims, others, items = self.folder / "claims", [], items or count
+        with self.progress(items, unit=unit) as bar:
+
+            def advance(tried: int) -> None:
+                """Shows how much is done, of `tried` pieces in all that somebody claimed."""
+                others[:] = [piece for piece in others if not piece.stat().st_size]
+                bar.update((tried - len(others)) * items // count - bar.n)
+
+            claims.mkdir(exist_ok=True)
+            for i in range(count):
+                try:
+                    (claims / str(i)).touch(exist_ok=False)
+                except FileExistsError:
+                    others.append(claims / str(i))
+                else:
+                    yield i
+                    (claims / str(i)).write_text("done")
+                if self.group.main:
+                    advance(i + 1)
+            (claims / f"end-{self.group.rank}").touch()
+            while self.group.main and not all((claims / f"end-{r}").exists() for r in range(self.group.size)):
+                time.sleep(LOOK_EVERY)
+                advance(count)
+            if self.group.main:
+                advance(count)
 
     def log(self, step: int, **metrics: float) -> None:
         """Appends a line to metrics.jsonl."""
@@ -133,7 +181,7 @@ class Run:
         step = 0
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             try:
-                facts = read_manifest(folder, self.stage)
+                facts = read_manifest(folder, self.stage, together=False)  # all must come to the same verdict
             except UserError as error:
                 print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
                 continue
@@ -152,14 +200,27 @@ class Run:
         return self.spent + time.time() - self.started
 
     def finish(self, files: list[str], **facts) -> None:
-        """Writes MANIFEST.json over `files` and drops the checkpoints: the run is done."""
-        self.group.barrier()
+        """The first process writes MANIFEST.json over `files` and drops checkpoints and claims: the run is done.
+
+        The others look until it is there. They do not end before: when all processes of a node have ended, torchrun
+        waits 300 s for other nodes (exit_barrier_timeout in torch/distributed/elastic/agent/server/api.py) and then
+        ends there, with the rendezvous of all nodes if this node holds it.
+        """
         if self.group.main:
             logged = ["metrics.jsonl"] if (self.folder / "metrics.jsonl").exists() else []
             facts = {**self.facts, "commit": commit(), "seconds": round(self.seconds, 2), **facts}
             write_manifest(self.folder, files + logged, **facts)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        self.group.barrier()
+            self._tidy()
+        while not (self.folder / MANIFEST).is_file():
+            time.sleep(LOOK_EVERY)
+
+    def _tidy(self) -> None:
+        """Drops what is of use only while the run is made, and what a kill left half-written."""
+        for name in ("checkpoints", "claims"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for pattern in (".*.tmp", ".tmp*"):  # temporary names of `whole_file` and of safetensors
+            for path in self.folder.rglob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _pack(trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from runtime.files import fingerprint, read_manifest, read_tensors, write_json, write_jsonl, write_tensors
+from runtime.files import checksum, open_manifest, read_tensors, verify, write_json, write_jsonl, write_tensors
 from runtime.group import local_batch
 from runtime.options import UserError
 from runtime.run import Run
@@ -47,7 +47,8 @@ def write_shard(
         tensors["text"] = torch.cat(text)
         tensors["text_start"] = torch.tensor([0] + [len(t) for t in text]).cumsum(0)
     write_tensors(path, tensors)
-    write_json(path.with_suffix(".json"), {**fingerprint(path), "rows": rows, "rejects": rejects})
+    facts = {"bytes": path.stat().st_size, "sha256": checksum(path)}
+    write_json(path.with_suffix(".json"), {**facts, "rows": rows, "rejects": rejects})
 
 
 def shard_is_whole(folder: Path, k: int) -> bool:
@@ -57,23 +58,19 @@ def shard_is_whole(folder: Path, k: int) -> bool:
         return False
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        return fingerprint(path) == {key: facts[key] for key in ("bytes", "sha256")}
+        return path.stat().st_size == facts["bytes"] and checksum(path) == facts["sha256"]
     except (ValueError, KeyError, TypeError):
         return False
 
 
 def unfinished(run: Run, items: int, size: int, unit: str) -> Iterator[tuple[int, range]]:
-    """Yields k and the items of every shard that this process has to make, under a progress bar that counts items.
+    """Yields k and the items of every shard of `size` items that this process has to make: its part of `Run.share`.
 
-    Shards of `size` items are dealt to the processes in turn; those that an earlier run finished are kept. It ends when
-    all processes have made theirs.
+    Shards that an earlier run finished are kept. When it ends in the first process, every shard is whole.
     """
-    with run.progress(items, unit=unit) as bar:
-        for k in range(run.group.rank, -(-items // size), run.group.size):
-            if not shard_is_whole(run.folder, k):
-                yield k, range(k * size, min((k + 1) * size, items))
-            bar.update(min(size * run.group.size, items - bar.n))
-    run.group.barrier()
+    for k in run.share(-(-items // size), unit, items):
+        if not shard_is_whole(run.folder, k):
+            yield k, range(k * size, min((k + 1) * size, items))
 
 
 def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:
@@ -101,15 +98,17 @@ class Shards:
     `rows[i]` are the facts of sample i; tensors are read when asked for.
     """
 
-    def __init__(self, folder: str | Path, made_by: str, split: str | None = None, verify: bool = True):
-        """split: only samples whose row says so. verify: compare every file's sha256 first (let one process do it).
+    def __init__(self, folder: str | Path, made_by: str, split: str | None = None):
+        """split: only samples whose row says so, and shards without one are not hashed. See `verify`.
 
         UserError if the folder is missing, unfinished or damaged, or has no sample of that split.
         """
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder, made_by, verify)
+        self.manifest = open_manifest(folder, made_by)
         self.rows, self._where, self._open, splits = [], [], {}, set()
-        for name in sorted(n for n in self.manifest["files"] if n.startswith("shard-") and n.endswith(".json")):
+        shards = sorted(n for n in self.manifest["files"] if n.startswith("shard-") and n.endswith(".json"))
+        verify(folder, self.manifest, shards, made_by, together=False)  # as every process reads them now
+        for name in shards:
             for i, row in enumerate(json.loads((self.folder / name).read_text())["rows"]):
                 splits.add(str(row.get("split")))
                 if split in (None, row.get("split")):
@@ -118,6 +117,9 @@ class Shards:
         if not self.rows:
             wanted, got = f" of split {split!r}" if split else "", ", ".join(sorted(splits)) or "none"
             raise UserError(f"{folder}: expected samples{wanted}, its splits are {got}; see its rejects.jsonl")
+        read = {path.name for path, _ in self._where}
+        files = [n for n in self.manifest["files"] if n in read or not n.startswith("shard-")]
+        verify(folder, self.manifest, files, made_by)
 
     def __len__(self) -> int:
         return len(self.rows)

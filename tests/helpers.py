@@ -26,7 +26,7 @@ import prepare
 import sft
 from experiments import evaluate, labels
 from experiments import pairs as samples
-from runtime.files import read_jsonl
+from runtime.files import CHECKED, read_jsonl
 from runtime.options import UserError
 from runtime.shards import Shards
 from tiny import balls
@@ -181,13 +181,13 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file below folder by name, but for the two that hold times and paths.
+    """sha256 of every file below folder by name, but for the three that hold times and paths.
 
     Of a LoRA without its header's metadata, which name the folders that the LoRA was trained on.
     """
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in ("MANIFEST.json", "run.json"):
+        if path.is_file() and path.name not in ("MANIFEST.json", "run.json", CHECKED):
             raw = path.read_bytes()
             if path.name == "lora.safetensors":
                 end = 8 + int.from_bytes(raw[:8], "little")

@@ -108,7 +108,7 @@ def test_phygenbench_and_videogen_eval(chain, tmp_path):
 
 
 def test_two_processes(chain, tmp_path):
-    """torchrun deals the videos out: the same folder, byte for byte."""
+    """torchrun's processes share the videos: the same folder, byte for byte."""
     cfg = config(chain, tmp_path / "one", vbench=lists(tmp_path, scene=f"{A}\n{C}"))
     benchmarks.main(cfg)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "experiments.benchmarks")

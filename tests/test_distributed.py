@@ -1,8 +1,12 @@
-"""Two and four processes with gloo against one: the same global batch gives the same result."""
+"""Several processes with gloo against one: the same result, and none waits for a slow or a dead one."""
 
 import pytest
 from helpers import ROOT, contents, metrics, run_stage, script
 from safetensors.torch import load_file
+
+import sample
+from runtime.group import Group
+from runtime.run import Run
 
 TRAINING = dict(steps=4, micro_batch=2, save_every=2)  # micro_batch: forwards of equal size
 CODE = f"""
@@ -15,11 +19,16 @@ chain, out = map(Path, sys.argv[1:])
 """
 
 
-def torchrun(chain, out, processes: int, lines: str):
-    """Runs `lines` of Python, with run_stage, chain and out, in several processes. Returns the folder out."""
+def start(chain, out, processes: int, lines: str):
+    """Runs `lines` of Python, with run_stage, chain and out, in several processes, to their end."""
     (out / "stages.py").write_text(CODE + lines)
-    start = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)
-    done = script(*start, str(out / "stages.py"), str(chain), str(out))
+    words = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)
+    return script(*words, str(out / "stages.py"), str(chain), str(out))
+
+
+def torchrun(chain, out, processes: int, lines: str):
+    """As `start`; the processes must end well. Returns the folder out."""
+    done = start(chain, out, processes, lines)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -82,6 +91,106 @@ run_stage(chain, "asymdpo", out=out / "asymdpo", **{changes})
 
 @pytest.mark.parametrize("name", ["shards", "pairs"])
 def test_shards_on_two_processes(name, chain, two):
-    """Dealt to two processes they are those of one, byte for byte; so are rejects and contact sheets."""
+    """Shared by two processes they are those of one, byte for byte; so are rejects and contact sheets."""
     assert contents(two / name) == contents(chain / name)
     assert (two / name / "shard-00001.safetensors").exists()  # more than one shard, so both had work
+
+
+# ---- work that the processes share -----------------------------------------------------------------------------------
+
+# one process is so slow that all other pairs are made while it makes its first one; each notes what it made
+SLOW = """
+import time
+import make_pairs, torch
+rank = int(os.environ["RANK"])
+make, write, barrier, made = make_pairs.make_pair, make_pairs.write_shard, torch.distributed.barrier, []
+def early():
+    assert not made, "a barrier after the work began"
+    barrier()
+def slow(*args, **options):
+    end = time.time() + 60
+    awaited = ("shard-*.json", {others}) if rank == {slow} else ("claims/*", 3)  # 3: each has one
+    while not made and len(list((out / "pairs").glob(awaited[0]))) < awaited[1]:
+        if time.time() > end:
+            raise RuntimeError("nobody does the work of the slow process")
+        time.sleep(0.01)
+    return make(*args, **options)
+def noted(folder, k, *rest):
+    write(folder, k, *rest)
+    made.append(k)
+make_pairs.make_pair, make_pairs.write_shard, torch.distributed.barrier = slow, noted, early
+run_stage(chain, "pairs", out=out / "pairs", shard_size=1)
+Path(out, f"made-{{rank}}").write_text(" ".join(map(str, made)))
+"""
+
+
+@pytest.fixture(scope="module")
+def single(chain, tmp_path_factory):
+    """The chain's pairs, in shards of one."""
+    return run_stage(chain, "pairs", out=tmp_path_factory.mktemp("single") / "pairs", shard_size=1)
+
+
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_slow_process_does_not_hold_up_the_others(slow, chain, single, tmp_path):
+    """The others make all but the one shard that it is at: each shard once, and the same bytes. All end well, whether
+    the process that writes the manifest is the last or has to wait for the last, and nobody meets at a barrier.
+    """
+    count = len(list(single.glob("shard-*.json")))
+    done = start(chain, tmp_path, 3, SLOW.format(slow=slow, others=count - 1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = [[int(k) for k in (tmp_path / f"made-{rank}").read_text().split()] for rank in range(3)]
+    assert len(made[slow]) == 1 and sorted(sum(made, [])) == list(range(count))
+    assert contents(tmp_path / "pairs") == contents(single)
+    assert f"{count}/{count}" in done.stderr, "the bar counts what all have made"
+
+
+def test_more_processes_than_work_end_together(chain, tmp_path):
+    """One shard for four processes, three of which find nothing to do: each ends well, and sees a finished folder."""
+    code = 'run_stage(chain, "pairs", out=out / "pairs", clips=2)\nassert (out / "pairs/MANIFEST.json").exists()'
+    torchrun(chain, tmp_path, 4, code)
+    assert sorted(p.name for p in (tmp_path / "pairs").glob("shard-*")) == [
+        "shard-00000.json",
+        "shard-00000.safetensors",
+    ]
+    assert not (tmp_path / "pairs" / "claims").exists()
+
+
+KILLED = """
+import signal, time
+import make_pairs
+rank = int(os.environ["RANK"])
+write, made = make_pairs.write_shard, []
+def dies(*args):
+    if rank == 1 and made:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*args)
+    made.append(1)
+    while rank == 0 and len(list((out / "pairs/claims").glob("*"))) < 3:
+        time.sleep(0.01)
+make_pairs.write_shard = dies
+run_stage(chain, "pairs", out=out / "pairs", shard_size=1)
+"""
+
+
+def test_the_claims_of_the_dead_are_taken_over(chain, single, tmp_path):
+    """kill -9 of one of two processes at its second shard ends the job; the next start, of another number of processes,
+    takes over what was claimed, without a wait, and ends in the same bytes.
+    """
+    done = start(chain, tmp_path, 2, KILLED)
+    assert done.returncode != 0 and not (tmp_path / "pairs" / "MANIFEST.json").exists()
+    stale = [int(p.name) for p in (tmp_path / "pairs" / "claims").iterdir() if not p.stat().st_size]
+    assert not all((tmp_path / "pairs" / f"shard-{k:05d}.json").exists() for k in stale)
+    for name in (".shard-00001.safetensors.1.tmp", ".tmpMHNqGM"):  # as a kill leaves them, the second by safetensors
+        (tmp_path / "pairs" / name).write_bytes(b"half")
+    run_stage(chain, "pairs", out=tmp_path / "pairs", shard_size=1)
+    assert contents(tmp_path / "pairs") == contents(single)
+
+
+def test_a_live_claim_is_left_alone(tmp_path):
+    """What another process has claimed since the start is not done again; it counts as done when that one says so."""
+    run = Run(sample.Config(out=str(tmp_path)), "sample", Group(rank=1))
+    pieces = run.share(5, unit="piece")
+    assert next(pieces) == 0
+    (tmp_path / "claims" / "1").touch()
+    assert list(pieces) == [2, 3, 4]
+    assert {p.name for p in (tmp_path / "claims").iterdir() if not p.stat().st_size} == {"1", "end-1"}

@@ -64,7 +64,7 @@ def test_exact_and_noisy_labels(chain, made, tmp_path, monkeypatch):
 
 def names(made) -> list[str]:
     """The videos that experiments.decode writes of the structural pairs, sorted: each side in five pieces and whole."""
-    ids = [row["id"] for row in Shards(made["structural"], "experiments.pairs", verify=False).rows]
+    ids = [row["id"] for row in Shards(made["structural"], "experiments.pairs").rows]
     parts = [f"-{side}{piece}" for side in SIDES for piece in ("-s0", "-s1", "-s2", "-s3", "-s4", "")]
     return [f"{i:05d}-{name}{part}.mp4" for i, name in enumerate(ids) for part in parts]
 

@@ -15,8 +15,11 @@ from helpers import contents, copy, cut, flip_bit, metrics, refused, run_stage, 
 
 import make_pairs
 import prepare
+import runtime.files
 import runtime.run
+from runtime.files import CHECKED, read_manifest
 from runtime.run import Run
+from runtime.shards import Shards
 
 TRAINED = ("base", "sft", "continuation", "asymdpo")
 SIX = dict(steps=6, save_every=2)
@@ -171,6 +174,110 @@ def test_a_damaged_shard_of_an_unfinished_run_is_made_again(harm, file, chain, t
     harm(tmp_path / f"shard-00000.{file}")
     run_stage(chain, "pairs", out=tmp_path)
     assert contents(tmp_path) == contents(chain / "pairs")
+
+
+# ---- what is hashed, and when ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """The names of the files that are hashed from now on."""
+    names, fingerprint = [], runtime.files.fingerprint
+
+    def noted(path):
+        names.append(path.name)
+        return fingerprint(path)
+
+    monkeypatch.setattr(runtime.files, "fingerprint", noted)
+    return names
+
+
+def test_a_file_is_hashed_once(chain, tmp_path, hashed):
+    """Of a copied folder every file at the first start, none at the next; of one that a stage wrote, none at all."""
+    data = copy(chain, tmp_path, "shards") / "shards"
+    clips = Shards(data, "prepare.py")
+    assert sorted(hashed) == sorted(clips.manifest["files"])
+    hashed.clear()
+    assert len(Shards(data, "prepare.py")) == len(clips) and read_manifest(data, "prepare.py") and not hashed
+    pairs = run_stage(tmp_path, "pairs", **{n: chain / n for n in ("base", "continuation")}, out=tmp_path / "pairs")
+    made = list(pairs.glob("shard-*.safetensors"))
+    assert len(made) > 1 and all(hashed.count(path.name) == 1 for path in made)  # when it was written
+    hashed.clear()
+    Shards(pairs, "make_pairs.py")
+    assert not hashed
+
+
+def test_processes_share_the_hashing(chain, tmp_path, monkeypatch, hashed):
+    """Each file is hashed by one of three, and none takes more than a third of the bytes and a file."""
+    copy(chain, tmp_path, "shards", "continuation")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    files, shares = read_manifest(chain / "shards", "prepare.py")["files"], []
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        (tmp_path / "shards" / CHECKED).unlink(missing_ok=True)
+        hashed.clear()
+        read_manifest(tmp_path / "shards", "prepare.py")
+        shares.append([*hashed])
+    assert sorted(sum(shares, [])) == sorted(files)
+    size = [sum(files[name]["bytes"] for name in share) for share in shares]
+    assert 0 < min(size) and max(size) <= max(facts["bytes"] for facts in files.values()) + sum(size) / 3
+    hashed.clear()
+    read_manifest(tmp_path / "continuation", "continuation.py", together=False)  # as a checkpoint, by every process
+    assert "lora.safetensors" in hashed
+
+
+def test_shards_of_other_splits_are_not_hashed(chain, tmp_path, hashed):
+    """Damage in a shard that the stage does not read does not stop it; in one that it reads it does."""
+    data = run_stage(chain, "shards", videos=some_clips(chain, tmp_path / "clips", 6), shard_size=1, out=tmp_path / "a")
+    split = {row["id"]: row["split"] for row in Shards(data, "prepare.py").rows}
+    assert len(set(split.values())) > 1
+    (data / CHECKED).unlink(missing_ok=True)
+    hashed.clear()
+    kept = Shards(data, "prepare.py", "train")
+    assert sum(name.endswith(".safetensors") and "shard" in name for name in hashed) == len(kept) < len(split)
+    for k, of in enumerate(split.values()):
+        flip_bit(data / f"shard-{k:05d}.safetensors")
+        if of == "train":
+            refused(f"shard-{k:05d}.safetensors: .*damaged", Shards, data, "prepare.py", "train")
+            break
+        Shards(data, "prepare.py", "train")
+
+
+def keep_times(path: Path) -> None:
+    """Damage by something that puts the time of the last change back."""
+    stat = path.stat()
+    flip_bit(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("harm", [flip_bit, keep_times, cut])
+def test_damage_after_a_file_was_remembered_is_found(harm, chain, tmp_path):
+    data = copy(chain, tmp_path, "shards") / "shards"
+    Shards(data, "prepare.py")
+    harm(data / "shard-00001.safetensors")
+    refused("shard-00001.safetensors: .*(damaged|expected .* bytes)", Shards, data, "prepare.py")
+
+
+MIXED_UP = b'{"name": "kept.png", "byt{"name"\0\n[1]\n{"name": "kept.png"}\n{"na'  # the next line is lost, too
+MEMORY = {  # what becomes of a folder's memory, and how many files are hashed at the second start; None: all of them
+    "it cannot be written": (lambda path: (path.unlink(), path.mkdir()), None),
+    "its lines are mixed up": (lambda path: path.write_bytes(MIXED_UP), 1),
+    "it came with a copy": (lambda path: None, 0),
+}
+
+
+@pytest.mark.parametrize("how", MEMORY)
+def test_a_memory_of_no_use_is_no_harm(how, chain, tmp_path, hashed):
+    """Then the files are hashed, and what is damaged is found."""
+    data, (change, again) = copy(chain, tmp_path, "shards") / "shards", MEMORY[how]
+    change(data / CHECKED)
+    files = Shards(data, "prepare.py").manifest["files"]
+    assert sorted(hashed) == sorted(files)
+    hashed.clear()
+    Shards(data, "prepare.py")
+    assert len(hashed) == (len(files) if again is None else again)
+    flip_bit(data / "shard-00001.safetensors")
+    refused("shard-00001.safetensors: .*damaged", Shards, data, "prepare.py")
 
 
 # ---- folders of another run ------------------------------------------------------------------------------------------
