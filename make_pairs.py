@@ -31,7 +31,7 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime.files import read_manifest
-from runtime.group import start_group
+from runtime.group import place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
@@ -64,6 +64,8 @@ class Config:
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
     shard_size: int | None = option(least=1)  # pairs a shard, and sampled together
+    shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
+    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     seed: int = 0  # of N1, N2 and the noise
 
 
@@ -98,6 +100,8 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
     """
     result = x0.clone()
     todo = [i for i, n in enumerate(n_cond.tolist()) if n < x0.shape[2]]
+    if not todo and cfg.shard:  # the other processes of the node do have some, and count on this one's calls
+        todo = [0]
     if todo:
         cond_mask = torch.arange(x0.shape[2], device=x0.device) < n_cond[todo, None].to(x0.device)
         noise = flow.draw_noise(x0.shape[1:], [keys[i] for i in todo]).to(x0.device)
@@ -128,12 +132,13 @@ def sample_shards(run: Run, clips: Shards, count: int, cfg, sample: Callable) ->
     sample(x0 (B, C, F, H, W), text (B, S, text_dim), ids) -> fields and facts, as `make_pair` gives them.
     """
     device = run.group.device
-    for k, index in unfinished(run, count, cfg.shard_size, unit="pair"):
+    for k, index, own in unfinished(run, count, cfg.shard_size, "pair", cfg.shard):
         x0, text = clips.get("x0", index).float().to(device), clips.text(index).to(device)
         fields, facts = sample(x0, text, [clips.rows[i]["id"] for i in index])
         named = [{name: clips.rows[i][name] for name in ("id", "caption")} for i in index]
         rows = [{**names, **fact, "seed": cfg.seed} for names, fact in zip(named, facts)]
-        write_shard(run.folder, k, rows, fields, clips.states(index), [])
+        if own:
+            write_shard(run.folder, k, rows, fields, clips.states(index), [])
     return collect(run.folder, -(-count // cfg.shard_size), [])[0] if run.group.main else []
 
 
@@ -151,7 +156,7 @@ def main(cfg: Config) -> None:
     shape = clips.shape("x0")
     window = windows(cfg, shape[1])
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras)
+    net = place(load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras), cfg, group)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
     negative = clips.negative() if cfg.guidance != 1 else None

@@ -357,7 +357,7 @@ def main(cfg: Config) -> None:
                 fit_codec(cfg, items, run.folder / "codec.safetensors", each)
             group.barrier()
         codec, encoder, device = load_encoders(cfg, run.folder, group.device)
-        for k, index in unfinished(run, len(items), cfg.shard_size, unit="video"):
+        for k, index, _ in unfinished(run, len(items), cfg.shard_size, unit="video"):
             encode_shard(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)
 
         # ---- result

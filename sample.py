@@ -25,7 +25,7 @@ import model
 from kernels.modulate import implementation
 from runtime import video
 from runtime.files import read_manifest, read_text, write_jsonl
-from runtime.group import Group, start_group
+from runtime.group import Group, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from tiny import codec as codecs
@@ -61,6 +61,8 @@ class Options:
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
     negative: str | None = option()  # prompt of the unconditional branch; 1.3b, 14b: Wan's own
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
+    shard: bool = option(False, neutral=True)  # split the network's weights over a node's processes: less memory
+    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     seed: int = 0  # of the noise
 
     continuation = video = ""  # options of sample.py alone
@@ -157,14 +159,16 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     if net.task_prompt and size[1] > len(net.task_prompt.cond):
         raise UserError(f"--frames: expected at most {4 * len(net.task_prompt.cond) - 3}, as in --continuation")
 
+    net = place(net, cfg, run.group)
+
     # ---- sample
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
-    for i in run.share(len(jobs), unit="video"):
+    for i, own in run.share(len(jobs), "video", lambda i: (run.folder / jobs[i][0]).exists(), lockstep=cfg.shard):
         name, prompt, key = jobs[i]
-        if not (run.folder / name).exists():
-            noise = flow.draw_noise(size, [key]).to(device)
-            x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
+        noise = flow.draw_noise(size, [key]).to(device)
+        x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
+        if own:
             video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
 
 

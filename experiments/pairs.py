@@ -25,7 +25,7 @@ import flow
 import model
 from kernels.modulate import implementation
 from make_pairs import PRESETS, read_clips, sample_shards
-from runtime.group import start_group
+from runtime.group import place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from wan.lora import load_adapted, lora_files
@@ -51,6 +51,8 @@ class Config:
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
     shard_size: int | None = option(least=1)  # pairs a shard, and sampled together
+    shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
+    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     seed: int = 0  # of the noise and of η
 
 
@@ -105,7 +107,7 @@ def main(cfg: Config) -> None:
         return
     clips, count = read_clips(cfg)
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = load_adapted(cfg.base, loras, dtype, group.device)
+    net = place(load_adapted(cfg.base, loras, dtype, group.device), cfg, group)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, clips.shape("x0"))
     negative = clips.negative() if cfg.guidance != 1 else None

@@ -2,13 +2,14 @@
 
 import dataclasses
 import datetime
+import functools
 import os
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from runtime.options import UserError
@@ -26,6 +27,27 @@ class Group:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def node_size(self) -> int:
+        """Processes of each node."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    @property
+    def place_in_node(self) -> int:
+        return self.rank % self.node_size
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """All processes by "nodes" and by their place in the "node". The first time, all processes must ask for it."""
+        shape = (self.size // self.node_size, self.node_size)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("nodes", "node"))
+
+    def from_node_main(self, value):
+        """What the first process of this node calls it with."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self.mesh.get_group("node"), group_src=0)
+        return box[0]
 
     def __str__(self) -> str:
         """What a run's first line says."""
@@ -96,13 +118,11 @@ def place(net: nn.Module, cfg, group: Group) -> nn.Module:
     if cfg.shard:
         if not dist.is_initialized():
             raise UserError("--shard: expected several processes, got one alone; start it with torchrun")
-        node = int(os.environ.get("LOCAL_WORLD_SIZE", group.size))
-        mesh = init_device_mesh(group.device.type, (group.size // node, node), mesh_dim_names=("nodes", "node"))
         whole = {p for p in net.parameters() if p.requires_grad}
         if len(whole) == len(list(net.parameters())):
             raise UserError("--shard: expected frozen weights to split, but all are trained; leave --shard out")
         for part in (*net.blocks, net):
-            fully_shard(part, mesh=mesh, ignored_params=whole)
+            fully_shard(part, mesh=group.mesh, ignored_params=whole)
     if cfg.compile:
         for block in net.blocks:  # the method, and not the module: FSDP2's hooks around it are not to be compiled
             block.forward = torch.compile(block.forward, fullgraph=True)

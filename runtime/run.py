@@ -1,12 +1,13 @@
 """A stage's output folder: what makes it, what it logs, its checkpoints, its end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -111,13 +112,19 @@ class Run:
             disable=not self.group.main, dynamic_ncols=True, mininterval=1.0,
         )  # fmt: skip
 
-    def share(self, count: int, unit: str, items: int = 0) -> Iterator[int]:
-        """Yields the pieces of work, of 0 … count − 1, that this process has to do. Each is done when it asks for more.
+    def share(
+        self, count: int, unit: str, done: Callable[[int], bool], items: int = 0, lockstep: bool = False
+    ) -> Iterator[tuple[int, bool]]:
+        """Yields the pieces of work, of 0 … count − 1 but those that are `done`, that this process has to do, and True.
+        Each is done when it asks for more.
 
         A piece goes to the first process that claims it, so a slow process does fewer and holds up nobody. A claim is
         an empty file in claims/, created atomically, with a word in it once the piece is done. Claims hold for one
         start of a command: if a process dies, torchrun ends them all, and the next start takes over at once. So one
         command at a time may write a folder.
+
+        lockstep: for a network that is split over a node, which its processes must call equally often. They take a
+        piece each at the same time. For whom none is left repeats another's, to be dropped: it comes with False.
 
         It ends when nothing is left to claim; in the first process, when everything is done: that one looks until all
         have ended, as a collective would time out. The bar counts what all have done, in `items` if those are given.
@@ -130,17 +137,27 @@ class Run:
                 others[:] = [piece for piece in others if not piece.stat().st_size]
                 bar.update((tried - len(others)) * items // count - bar.n)
 
+            def claimed() -> Iterator[int]:
+                for i in range(count):
+                    try:
+                        (claims / str(i)).touch(exist_ok=False)
+                    except FileExistsError:
+                        others.append(claims / str(i))
+                    else:
+                        if not done(i):
+                            yield i
+                        (claims / str(i)).write_text("done")
+                    if self.group.main:
+                        advance(i + 1)
+
             claims.mkdir(exist_ok=True)
-            for i in range(count):
-                try:
-                    (claims / str(i)).touch(exist_ok=False)
-                except FileExistsError:
-                    others.append(claims / str(i))
-                else:
-                    yield i
-                    (claims / str(i)).write_text("done")
-                if self.group.main:
-                    advance(i + 1)
+            if lockstep:
+                own, size, pieces = self.group.place_in_node, self.group.node_size, claimed()
+                while some := self.group.from_node_main(list(itertools.islice(pieces, size)) if own == 0 else None):
+                    yield (some[own], True) if own < len(some) else (some[0], False)
+            else:
+                for i in claimed():
+                    yield i, True
             (claims / f"end-{self.group.rank}").touch()
             while self.group.main and not all((claims / f"end-{r}").exists() for r in range(self.group.size)):
                 time.sleep(LOOK_EVERY)

@@ -63,14 +63,15 @@ def shard_is_whole(folder: Path, k: int) -> bool:
         return False
 
 
-def unfinished(run: Run, items: int, size: int, unit: str) -> Iterator[tuple[int, range]]:
-    """Yields k and the items of every shard of `size` items that this process has to make: its part of `Run.share`.
+def unfinished(run: Run, items: int, size: int, unit: str, lockstep: bool = False) -> Iterator[tuple[int, range, bool]]:
+    """Yields k and the items of every shard of `size` items that this process has to make, its part of `Run.share`; and
+    whether to keep it, as there.
 
     Shards that an earlier run finished are kept. When it ends in the first process, every shard is whole.
     """
-    for k in run.share(-(-items // size), unit, items):
-        if not shard_is_whole(run.folder, k):
-            yield k, range(k * size, min((k + 1) * size, items))
+    done = functools.partial(shard_is_whole, run.folder)
+    for k, own in run.share(-(-items // size), unit, done, items, lockstep):
+        yield k, range(k * size, min((k + 1) * size, items)), own
 
 
 def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int, int]:

@@ -1,6 +1,9 @@
 """Several processes with gloo against one: the same result, and none waits for a slow or a dead one."""
 
+import shutil
+
 import pytest
+import torch
 from helpers import ROOT, contents, metrics, run_stage, script
 from safetensors.torch import load_file
 
@@ -98,6 +101,32 @@ def test_shards_on_two_processes(name, chain, two):
 
 # ---- work that the processes share -----------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("processes, node", [(2, 2), (4, 2)])
+def test_sampling_from_sharded_weights(processes, node, single, chain, tmp_path):
+    """The processes of a node sample in step, whoever has a winner that is the clip itself, or no pair left: one
+    process's pairs, also where some were there before; and its video.
+    """
+    folder = shutil.copytree(single, tmp_path / "pairs")
+    for name in ("MANIFEST.json", "shard-00001.json", "shard-00004.json", "shard-00008.json"):
+        (folder / name).unlink()
+    options = dict(prompts=str(tmp_path / "prompts.txt"), base=str(chain / "base"), data=str(chain / "shards"), nfe=2)
+    (tmp_path / "prompts.txt").write_text("a red ball\na blue ball\na green ball\n")
+    sample.main(sample.Config(**options, out=str(tmp_path / "alone")))
+    lines = f"""
+os.environ["LOCAL_WORLD_SIZE"] = "{node}"
+import sample
+run_stage(chain, "pairs", out=out / "pairs", shard_size=1, shard=True)
+sample.main(sample.Config(**{options}, out=str(out / "videos"), shard=True))
+"""
+    torchrun(chain, tmp_path, processes, lines)
+    for k in range(len(list(single.glob("shard-*.json")))):
+        a, b = (load_file(pairs / f"shard-{k:05d}.safetensors") for pairs in (single, folder))
+        assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in single.iterdir()}
+    assert {p.name for p in (tmp_path / "videos").iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
+
+
 # one process is so slow that all other pairs are made while it makes its first one; each notes what it made
 SLOW = """
 import time
@@ -189,8 +218,8 @@ def test_the_claims_of_the_dead_are_taken_over(chain, single, tmp_path):
 def test_a_live_claim_is_left_alone(tmp_path):
     """What another process has claimed since the start is not done again; it counts as done when that one says so."""
     run = Run(sample.Config(out=str(tmp_path)), "sample", Group(rank=1))
-    pieces = run.share(5, unit="piece")
-    assert next(pieces) == 0
+    pieces = run.share(6, unit="piece", done=lambda i: i == 5)
+    assert next(pieces) == (0, True)
     (tmp_path / "claims" / "1").touch()
-    assert list(pieces) == [2, 3, 4]
+    assert list(pieces) == [(i, True) for i in (2, 3, 4)]
     assert {p.name for p in (tmp_path / "claims").iterdir() if not p.stat().st_size} == {"1", "end-1"}
