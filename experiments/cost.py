@@ -1,10 +1,11 @@
-"""What a run will cost, before anything is loaded: operations and memory, counted, and hours, predicted.
+"""What a run will cost, before anything is loaded: operations, memory and bytes, counted, and hours, predicted.
 
     python -m experiments.cost asymdpo --preset 14b --checkpointing --micro_batch 2          the stage's own options
     python -m experiments.cost prepare | sft | continuation | make_pairs | sample --preset 1.3b
-    WORLD_SIZE=16 python -m experiments.cost …                                               16 GPUs in place of 8
+    WORLD_SIZE=32 LOCAL_WORLD_SIZE=8 python -m experiments.cost …         four nodes of 8 GPUs, in place of one
 
 It needs no GPU, no weights and no clips. Where the stage's input exists, its number of samples and their size count.
+docs/scale.md has the tables for both presets (experiments/scale.py makes them) and the source of each assumption.
 
 The stage's network and loss run forward and backward on tensors without values. PyTorch's formulas
 (torch.utils.flop_counter) add up matrix products, convolutions and attention. Memory is the most that is alive at once;
@@ -18,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import sys
 import types
@@ -39,15 +41,28 @@ from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
 from wan import text, vae
 
-GROUP = Group(size=int(os.environ.get("WORLD_SIZE", 8)))
+GPUS = int(os.environ.get("WORLD_SIZE", 8))  # as torchrun counts its processes
+NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 8))  # GPUs of a node
 # FLOP/s, dense: NVIDIA's data sheet of the A100 80GB, from which the A800 differs in its NVLink only. TF32 is what
 # cuDNN's convolutions run float32 in, unless told otherwise.
 PEAK = {"bfloat16": 312e12, "float32": 19.5e12, "TF32": 156e12}
 # Assumed. Megatron-LM reports 43 … 52 % (Narayanan et al. 2021, arXiv 2104.04473, table 1), with larger products.
 UTILISATION = 0.40
 MEMORY, RESERVE = 80, 4  # GiB of an A800-80GB; the reserve is for CUDA, NCCL and fragmentation, which are not counted
+# bytes/s that a GPU sends to its node: the A800's NVLink has 400 GB/s, half of it each way, and NCCL's protocol takes
+# about 20 % (github.com/NVIDIA/nccl-tests, issue 212)
+NVLINK = 0.8 * 200e9
+# bytes/s that a node sends: assumed, one port of 200 Gb/s InfiniBand, of which NVIDIA's DGX A100 has eight; as above
+NETWORK = 0.8 * 25e9
+# FSDP2 holds the block in use and the buffer of one all-gather (torch 2.13, _fsdp_param_group.py, wait_for_unshard)
+GATHERED = 2
 SHAPE = (16, 13, 36, 64)  # of the latent of 49 frames of 288 x 512
-CLIPS = 20_000  # assumed where the input does not exist: the paper's number of pairs, as its readers report it
+# assumed where the input does not exist: the paper's clips for the continuation model and for pairs, as its readers
+# report them
+CLIPS = {"train": 80_000, "align": 20_000}
+# bytes/s that the job reads: assumed, Amazon's FSx for Lustre with 8 TiB at 250 MB/s/TiB (of 125 … 1000 that it offers)
+DISK = 2e9
+TEXT = 100 * 4096 * 2  # bytes of a caption's states: 100 tokens, assumed, as text.TextEncoder gives them in bfloat16
 
 
 # In place, as model.Linear adds to its low-rank terms, PyTorch has no formula for the same product.
@@ -110,9 +125,13 @@ def valueless():
         yield
 
 
-def measure(build: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], train: bool = False) -> dict[str, int]:
+def measure(
+    build: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor], train: bool = False, stored: int = 4
+) -> dict[str, int]:
     """Counts call(build()), and if `train` its backward: `flop`, and in bytes the frozen `weights`; the trained ones
     with their gradients and Adam's two moments, `trained`; `activations`, the most that all the rest takes at once.
+    Of the weights, those in a DiT's `blocks`, which --shard splits, and in one `block`; `file`: what all weights take
+    as they are published, in numbers of `stored` bytes.
     """
     with valueless(), torch.set_grad_enabled(train):
         net = build()
@@ -123,8 +142,20 @@ def measure(build: Callable[[], nn.Module], call: Callable[[nn.Module], Tensor],
             out = call(net)
             if train:
                 out.sum().backward()
-    every, trained = (sum(p.nbytes for p in parameters) for parameters in (net.parameters(), trained))
-    return {"flop": count.flop, "weights": every - trained, "trained": 4 * trained, "activations": count.peak}
+
+    def frozen(part: nn.Module, stored: int = 0) -> int:
+        return sum(stored * p.numel() or p.nbytes for p in part.parameters() if not (train and p.requires_grad))
+
+    blocks = [frozen(block) for block in net.blocks] if isinstance(net, model.DiT) else [0]
+    return {
+        "flop": count.flop,
+        "weights": frozen(net),
+        "trained": 4 * sum(p.nbytes for p in trained),
+        "activations": count.peak,
+        "blocks": sum(blocks),
+        "block": blocks[0],
+        "file": frozen(net, stored),
+    }
 
 
 def in_bfloat16(net: model.DiT) -> model.DiT:
@@ -150,14 +181,19 @@ def measure_vae(cfg, call: Callable[[vae.VAE], Tensor]) -> dict[str, int]:
     return measure(lambda: vae.VAE().to(getattr(torch, cfg.dtype)), call)
 
 
+@functools.cache
 def measure_text() -> dict[str, int]:
     """`measure` of UMT5 on a caption of 100 tokens."""
-    return measure(lambda: text.UMT5().bfloat16(), lambda net: net(*torch.ones(2, 1, 100, dtype=torch.int64)))
+    call = lambda net: net(*torch.ones(2, 1, 100, dtype=torch.int64))  # noqa: E731
+    return measure(lambda: text.UMT5().bfloat16(), call, stored=2)
 
 
-def memory(count: dict[str, int]) -> float:
-    """GiB in all."""
-    return (count["weights"] + count["trained"] + count["activations"]) / 2**30
+def memory(count: dict[str, int], ways: int = 1) -> float:
+    """GiB on a GPU; ways: the GPUs that --shard splits the blocks' frozen weights over."""
+    weights = count["weights"]
+    if ways > 1:
+        weights += count["blocks"] / ways - count["blocks"] + GATHERED * count["block"]
+    return (weights + count["trained"] + count["activations"]) / 2**30
 
 
 def together(*counts: dict[str, int]) -> dict[str, int]:
@@ -165,7 +201,69 @@ def together(*counts: dict[str, int]) -> dict[str, int]:
     return {key: (max if key == "activations" else sum)(count[key] for count in counts) for key in counts[0]}
 
 
-# ---- the stages: what is done, the number of samples, a GPU's FLOP/s, the counts with a sample's flop ----------------
+# ---- the stages ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A stage on `gpus` GPUs. A step is one of the optimiser's, and elsewhere one batch on each GPU."""
+
+    work: str  # what is done, in words
+    gpus: int
+    samples: float  # in all
+    share: int  # a GPU's samples of a step
+    batch: int  # of these, at once
+    gathers: int  # times that such a batch needs every block, which --shard has to gather
+    flop: float  # of a sample
+    peak: float  # FLOP/s
+    turns: tuple[dict[str, int], ...]  # as `measure`: the networks that are in memory by turns, the DiT last
+    read: float = 0  # bytes of a sample's files
+    inputs: int = 0  # different samples in the files
+
+    @property
+    def ways(self) -> int:
+        """GPUs that --shard splits the blocks over: a node's, so that gradients alone leave it."""
+        return min(self.gpus, NODE)
+
+    def gib(self, shard: bool = False) -> float:
+        """GiB of a GPU."""
+        return max(memory(count, self.ways if shard else 1) for count in self.turns)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of weights to read at the start, as published. Every process reads them, from a node's cache."""
+        return sum(count["file"] for count in self.turns)
+
+    @property
+    def data(self) -> float:
+        """Bytes of the input's shards, which are hashed once."""
+        return self.inputs * self.read
+
+    @property
+    def summed(self) -> float:
+        """Bytes that a GPU sends for the sum of a step's float32 gradients, by a ring: 2 (n − 1) / n of their size.
+
+        A node sends as many to other nodes.
+        """
+        return 2 * (self.gpus - 1) / self.gpus * self.turns[-1]["trained"] / 4
+
+    @property
+    def gathered(self) -> float:
+        """Bytes that a GPU sends in a step with --shard, for others to gather the blocks' weights."""
+        return self.share / self.batch * self.gathers * (self.ways - 1) / self.ways * self.turns[-1]["blocks"]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a step, predicted: `computing`, `summing` after it, and with --shard `gathering` meanwhile."""
+        link = NVLINK if self.gpus == self.ways else min(NVLINK, NETWORK)
+        computing = self.share * self.flop / (UTILISATION * self.peak)
+        return {"computing": computing, "summing": self.summed / link, "gathering": self.gathered / NVLINK}
+
+    def hours(self, shard: bool = False) -> float:
+        """Predicted, without files. Computing does not wait for blocks that arrive sooner than it is done."""
+        s = self.seconds
+        step = max(s["computing"], s["gathering"] * shard) + s["summing"]
+        return self.samples / (self.gpus * self.share) * step / 3600
 
 
 def latents(folder: str, field: str, split: str | None = None) -> tuple[tuple[int, ...], int, str]:
@@ -173,7 +271,7 @@ def latents(folder: str, field: str, split: str | None = None) -> tuple[tuple[in
     shards = Shards(folder, "prepare.py or make_pairs.py", split) if Path(folder).is_dir() else None
     if shards and shards.shape(field)[0] == SHAPE[0]:
         return shards.shape(field), len(shards), f"{len(shards):,} latents {shards.shape(field)} in {folder}"
-    return SHAPE, CLIPS, f"latents {SHAPE} assumed, as there are none of Wan's in {folder}"
+    return SHAPE, CLIPS.get(split, CLIPS["align"]), f"latents {SHAPE} assumed, as there are none of Wan's in {folder}"
 
 
 def loss(stage, cfg, net: model.DiT, x0: Tensor, *batch: Tensor) -> Tensor:
@@ -186,10 +284,10 @@ def loss(stage, cfg, net: model.DiT, x0: Tensor, *batch: Tensor) -> Tensor:
     return stage.asymdpo_loss(cfg, stage.predict(net, x0, x0.clone(), *batch), n, n)[0]
 
 
-def training(stage, cfg):
+def training(stage, cfg, gpus: int) -> Job:
     """sft.py, continuation.py and asymdpo.py."""
     pairs = stage.__name__ == "asymdpo"
-    shape, _, known = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
+    shape, clips, known = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
 
     def build(net: model.DiT) -> model.DiT:
         model.cast(net, torch.bfloat16 if cfg.rank else torch.float32).gradient_checkpointing = cfg.checkpointing
@@ -199,49 +297,71 @@ def training(stage, cfg):
             model.add_task_prompt(net, shape[1], cfg.prompts)
         return net
 
-    size, call = local_batch(cfg, GROUP)[1], functools.partial(loss, stage, cfg)
-    count = measure_dit(cfg.preset, shape, size, call, build, train=True)
-    work = f"{cfg.steps:,} steps of {cfg.batch_size} {'pairs' if pairs else 'clips'}, {size} a forward; {known}"
-    peak = PEAK["bfloat16" if cfg.rank else "float32"]
-    return work, cfg.steps * cfg.batch_size, peak, count | {"flop": count["flop"] / size}
+    share, size = local_batch(cfg, Group(size=gpus))
+    count = measure_dit(cfg.preset, shape, size, functools.partial(loss, stage, cfg), build, train=True)
+    return Job(
+        f"{cfg.steps:,} steps of {cfg.batch_size} {'pairs' if pairs else 'clips'}, {size} a forward; {known}",
+        gpus,
+        samples=cfg.steps * cfg.batch_size,
+        share=share,
+        batch=size,
+        gathers=2 + pairs,  # forward, backward (recomputation within it) and a pair's reference
+        flop=count["flop"] / size,
+        peak=PEAK["bfloat16" if cfg.rank else "float32"],
+        turns=(count,),
+        read=TEXT + (1 + pairs) * 4 * math.prod(shape),  # float32 latents
+        inputs=clips,
+    )
 
 
-def sampling(cfg, shape: tuple[int, ...], known: str, samples: float, batch: int, given: bool):
+def sampling(cfg, gpus: int, shape: tuple[int, ...], known: str, samples: float, batch: int, given: bool) -> Job:
     """make_pairs.py and sample.py: `batch` samples at once; given: some of their frames are given."""
 
     def call(net, x0, text, noise, t):
         return net(x0, t, text, torch.empty(len(x0), shape[1], dtype=torch.bool) if given else None)
 
     forwards, count = cfg.nfe * (1 if cfg.guidance == 1 else 2), measure_dit(cfg.preset, shape, batch, call)
-    work = f"{samples:,.0f} samples of {forwards} forwards, {batch} at once; {known}"
-    return work, samples, PEAK["bfloat16"], count | {"flop": forwards * count["flop"] / batch}
+    return Job(
+        f"{samples:,.0f} samples of {forwards} forwards, {batch} at once; {known}",
+        gpus,
+        samples,
+        share=batch,
+        batch=batch,
+        gathers=forwards,
+        flop=forwards * count["flop"] / batch,
+        peak=PEAK["bfloat16"],
+        turns=(count,),
+    )
 
 
-def make_pairs(stage, cfg):
+def make_pairs(stage, cfg, gpus: int) -> Job:
     shape, clips, known = latents(cfg.data, "x0", cfg.split)
     least, most = stage.windows(cfg, shape[1])[2:]
     whole = (most == shape[1]) / (most - least + 1)  # the share of winners that are the clip itself, and not sampled
-    return sampling(cfg, shape, known, (cfg.clips or clips) * (2 - whole), cfg.shard_size, given=True)
+    clips = cfg.clips or clips
+    job = sampling(cfg, gpus, shape, known, clips * (2 - whole), cfg.shard_size, given=True)
+    return dataclasses.replace(job, read=TEXT + 4 * math.prod(shape), inputs=clips)
 
 
-def sample(stage, cfg):
+def sample(stage, cfg, gpus: int) -> Job:
     stage.check(cfg)
     samples = cfg.samples * (len(stage.read_prompts(cfg)) if cfg.prompt or cfg.prompts else 1)
     shape = (SHAPE[0], stage.latent_frames(cfg), cfg.height // vae.VAE.side, cfg.width // vae.VAE.side)
-    *found, network = sampling(cfg, shape, f"latents {shape}", samples, 1, given=bool(cfg.continuation))
-    both = together(network, measure_vae(cfg, lambda net: net.decode(torch.empty(1, *shape))))
-    most = max(both, measure_text(), key=memory)  # the text encoder is gone before the network comes
-    return *found, most | {"flop": both["flop"]}
+    job = sampling(cfg, gpus, shape, f"latents {shape}", samples, 1, given=bool(cfg.continuation))
+    decoder = measure_vae(cfg, lambda net: net.decode(torch.empty(1, *shape)))
+    turns = measure_text(), together(job.turns[-1], decoder)  # the text encoder is gone before the network comes
+    return dataclasses.replace(job, flop=job.flop + decoder["flop"], turns=turns)
 
 
-def prepare(stage, cfg):
-    clips = cfg.clips * len(stage.read_items(cfg)[0]) if Path(cfg.videos).is_dir() else CLIPS
+def prepare(stage, cfg, gpus: int) -> Job:
+    clips = cfg.clips * len(stage.read_items(cfg)[0]) if Path(cfg.videos).is_dir() else sum(CLIPS.values())
     encoder = measure_vae(cfg, lambda net: net.encode(torch.empty(1, 3, cfg.frames, cfg.height, cfg.width)))
     latent = (SHAPE[0], (cfg.frames - 1) // 4 + 1, cfg.height // vae.VAE.side, cfg.width // vae.VAE.side)
     shown = measure_vae(cfg, lambda net: net.decode(torch.empty(1, *latent)))  # a few clips, for kept.png
     encoder["activations"] = max(encoder["activations"], shown["activations"])
     work = f"{clips:,} clips of {cfg.frames} x {cfg.height} x {cfg.width}, with captions of 100 tokens"
-    return work, clips, PEAK["bfloat16" if cfg.dtype == "bfloat16" else "TF32"], together(encoder, measure_text())
+    count, peak = together(encoder, measure_text()), PEAK["bfloat16" if cfg.dtype == "bfloat16" else "TF32"]
+    return Job(work, gpus, clips, share=1, batch=1, gathers=0, flop=count["flop"], peak=peak, turns=(count,))
 
 
 STAGES = dict(
@@ -249,23 +369,43 @@ STAGES = dict(
 )
 
 
-def main(name: str, cfg) -> None:
-    """Prints what a stage costs: name is a key of STAGES, cfg the stage's Config. UserError for the tiny preset."""
+def job_of(name: str, cfg, gpus: int) -> Job:
+    """name is a key of STAGES, cfg the stage's Config. UserError for the tiny preset, and as the stage itself."""
     stage = importlib.import_module(name)
     if cfg.preset == "tiny":
         raise UserError("--preset: expected 1.3b or 14b, got tiny, which runs on a CPU")
-    cfg = resolve(cfg, stage.PRESETS)
-    work, number, peak, count = STAGES[name](stage, cfg)
-    parts = ", ".join(f"{part} {count[part] / 2**30:.1f}" for part in ("weights", "trained", "activations"))
-    fits = "fits" if memory(count) <= MEMORY - RESERVE else "does NOT fit"
-    hours = number * count["flop"] / (UTILISATION * peak) / 3600
-    print(f"{name} --preset {cfg.preset} on {GROUP.size} x A800-80GB: {work}")
-    print(f"  operations   {count['flop'] / 1e12:,.1f} TFLOP each")
-    print(f"  GiB a GPU    {memory(count):.1f}: {parts}; {fits} in {MEMORY - RESERVE}, which CUDA and NCCL leave")
-    print(
-        f"  GPU-hours    {hours:,.2f}, in {hours / GROUP.size:,.2f} hours: predicted, without files, at "
-        f"{100 * UTILISATION:g} % of {peak / 1e12:g} TFLOP/s"
+    return STAGES[name](stage, resolve(cfg, stage.PRESETS), gpus)
+
+
+def fits(gib: float) -> bool:
+    """Whether a GPU has room for as many GiB."""
+    return gib <= MEMORY - RESERVE
+
+
+def main(name: str, cfg) -> None:
+    """Prints what a stage costs: name is a key of STAGES, cfg the stage's Config. UserError as `job_of`."""
+    job = job_of(name, cfg, GPUS)
+    most, seconds, hours = max(job.turns, key=memory), job.seconds, job.hours(getattr(cfg, "shard", False))
+    parts = ", ".join(f"{part} {most[part] / 2**30:.1f}" for part in ("weights", "trained", "activations"))
+    whole, shard = (
+        f"{'fits' if fits(gib) else 'does NOT fit'} in {MEMORY - RESERVE}" for gib in (job.gib(), job.gib(True))
     )
+    print(f"{name} --preset {cfg.preset} on {job.gpus} x A800-80GB, {job.ways} a node: {job.work}")
+    print(f"  operations   {job.flop / 1e12:,.1f} TFLOP each")
+    print(f"  GiB a GPU    {job.gib():.1f}: {parts}; {whole}, which CUDA and NCCL leave")
+    if job.gathers:
+        print(f"    --shard    {job.gib(True):.1f}, the blocks over {job.ways} GPUs; {shard}")
+        print(f"  GB sent      by a GPU in a step: {job.summed / 1e9:.2f}; --shard: {job.gathered / 1e9:,.1f} more")
+    print(f"  GB read      {job.weights / 1e9:.1f} of weights, {job.data / 1e9:.1f} of data")
+    print(
+        f"  GPU-hours    {job.gpus * hours:,.2f}, in {hours:,.2f} hours: predicted, without files, at "
+        f"{100 * UTILISATION:g} % of {job.peak / 1e12:g} TFLOP/s"
+    )
+    if job.gathers:
+        print(
+            f"  s a step     {seconds['computing']:,.2f}, then {seconds['summing']:.3f} to sum the gradients; --shard "
+            f"sends for {seconds['gathering']:.2f} meanwhile: predicted"
+        )
 
 
 if __name__ == "__main__":
