@@ -10,7 +10,6 @@ Hashing takes minutes on large folders, so a folder remembers the sha256 of its 
 import contextlib
 import csv
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -124,11 +123,27 @@ def fingerprint(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-@functools.lru_cache(maxsize=8)
-def _read_checked(path: Path, size: int) -> dict[str, dict]:
-    """The newest line of each file in a folder's memory; `size` stands for what it holds, as lines are only added."""
-    rows = (row for row in read_jsonl(path) if isinstance(row, dict))
-    return {row.get("name"): row for row in rows}
+_checked: dict[Path, tuple[int, dict[str, dict]]] = {}  # of a folder's memory: the bytes read, and what they say
+
+
+def _read_checked(memory: Path) -> dict[str, dict]:
+    """The newest line of each file in a folder's memory. Lines are only added, so none is read twice: a folder may have
+    100,000 files, and another line with each of them.
+    """
+    start, rows = _checked.pop(memory, (0, {}))
+    with contextlib.suppress(OSError), open(memory, "rb") as f:
+        if start > os.fstat(f.fileno()).st_size:
+            start, rows = 0, {}  # another folder of that name
+        f.seek(start)
+        for line in f:
+            if not line.endswith(b"\n"):
+                break  # somebody is writing it
+            start += len(line)
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                rows[row["name"]] = row
+        _checked[memory] = start, rows
+    return _checked.get(memory, (0, {}))[1]
 
 
 def checksums(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -138,9 +153,8 @@ def checksums(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
     add lines at once: one that got mixed up is dropped, or fits no file. Where the folder cannot be written, nothing is
     remembered.
     """
-    memory, known = folder / CHECKED, {}
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        known = _read_checked(memory, memory.stat().st_size)
+    memory = folder / CHECKED
+    known = _read_checked(memory)
     for name in names:
         stat, row = (folder / name).stat(), known.get(name, {})
         stamp = {"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}

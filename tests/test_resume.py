@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import helpers
@@ -17,9 +18,10 @@ import make_pairs
 import prepare
 import runtime.files
 import runtime.run
+import runtime.shards
 from runtime.files import CHECKED, read_manifest
 from runtime.run import Run
-from runtime.shards import Shards
+from runtime.shards import Shards, shard_is_whole, write_shard
 
 TRAINED = ("base", "sft", "continuation", "asymdpo")
 SIX = dict(steps=6, save_every=2)
@@ -205,6 +207,30 @@ def test_a_file_is_hashed_once(chain, tmp_path, hashed):
     hashed.clear()
     Shards(pairs, "make_pairs.py")
     assert not hashed
+
+
+def test_what_was_remembered_is_read_once(tmp_path, monkeypatch):
+    """With every shard its folder's memory grows by a line, and no line before it is read again."""
+    lines, loads = [], runtime.files.json.loads
+    noted = lambda text: (lines.append(text), loads(text))[1]  # noqa: E731
+    monkeypatch.setattr(runtime.files, "json", types.SimpleNamespace(loads=noted, dumps=runtime.files.json.dumps))
+    for k in range(9):
+        write_shard(tmp_path, k, [{}], {"x0": torch.zeros(1, 1)}, [torch.zeros(2, 4)], [])
+    assert 0 < len(lines) <= 9
+    (tmp_path / CHECKED).unlink()
+    assert shard_is_whole(tmp_path, 8) and shard_is_whole(tmp_path, 8) and len(lines) <= 10
+
+
+def test_few_files_stay_open(chain, monkeypatch):
+    """However many shards there are: each open file is a map of memory, and a process may have 65,530."""
+    clips = Shards(chain / "shards", "prepare.py")
+    order = random.Random(0).sample(range(len(clips)), len(clips))
+    every = clips.get("x0", order)
+    files = len(clips._open)
+    monkeypatch.setattr(runtime.shards, "OPEN", 2)
+    clips = Shards(chain / "shards", "prepare.py")
+    few = [(clips.get("x0", [i]), len(clips._open)) for i in order]
+    assert torch.equal(torch.cat([x0 for x0, _ in few]), every) and max(n for _, n in few) == 2 < files
 
 
 def test_processes_share_the_hashing(chain, tmp_path, monkeypatch, hashed):
