@@ -1,0 +1,201 @@
+"""What a GPU says of this code: checks first, then times. Nothing is downloaded, weights are random.
+
+    python bench/gpu.py [kernels] [1.3b] [14b]     each at most 8 minutes of one H100 or A800; none named: all three
+    python bench/gpu.py readme                     writes README's table from docs/gpu.json
+
+Each section runs in a process of its own, as an illegal access to memory spoils its process, and has a time limit.
+Every line is printed, and the JSON file written anew, as soon as it is known: a run that is cut still tells. Exit code
+1 says that a check failed or a section did not come to its end.
+
+It needs torch, triton, einops, safetensors, numpy, tqdm and tokenizers; beside diffusers and PEFT where they are
+installed. `--toy` runs all of it at toy sizes, on the CPU where there is no GPU.
+"""
+
+import argparse
+import collections
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a script, Python looks in bench/ alone
+
+import torch
+
+from runtime.files import commit, write_json
+from runtime.options import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = {"kernels": "bench.gpu_kernels", "1.3b": "bench.gpu_model", "14b": "bench.gpu_model"}
+ELSEWHERE = {"peers": "bench.step"}  # it imports diffusers, which takes seconds
+SECTIONS = {  # suite -> section -> its seconds at most; the most important first
+    "kernels": dict(
+        card=30, cases=90, twice=40, graph=40, large=60, block=100, speed=150, inductor=200, options=90
+    ),
+    "1.3b": dict(
+        card=30, step_zero=60, resume=60, kernels=60, split=60, eager=60, compiled=150, attention=40, continuation=60,
+        decode=40, peers=90,
+    ),
+    "14b": dict(card=30, large_forward=90, large_pair=150),
+}  # fmt: skip
+BUDGET = 470  # seconds of a suite
+MARK = "row "  # what a section's process prints before each row
+SHOWN = "in README"  # a row that has it is a line of README's table
+BEGIN, END = "<!-- written by python bench/gpu.py readme -->", "<!-- end of what it wrote -->"
+
+
+# ---- a section, in a process of its own ------------------------------------------------------------------------------
+
+
+def child(suite: str, section: str, toy: bool) -> None:
+    """Runs the section's function, (device, sizes) -> rows, and prints each row: `name`, and what is known of it."""
+    module = importlib.import_module(ELSEWHERE.get(section, MODULES[suite]))
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for row in getattr(module, section)(device, (module.TOY if toy else module.SIZES)[suite]):
+        print(MARK + json.dumps(row), flush=True)
+
+
+def run_section(suite: str, section: str, limit: float, toy: bool, found: Callable[[dict], None]) -> str:
+    """Starts the process, gives each row to `found` as it comes, and returns how the process ended."""
+    code = f"from bench.gpu import child; child({suite!r}, {section!r}, {toy})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    cut = threading.Event()
+
+    def stop():
+        cut.set()
+        os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
+
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    said: collections.deque[str] = collections.deque(maxlen=30)
+    try:
+        for line in process.stdout:
+            if line.startswith(MARK):
+                found(json.loads(line[len(MARK) :]))
+            elif line.strip():
+                said.append(line.rstrip())
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            stop()
+    if cut.is_set():
+        return f"cut after {limit:.0f} s"
+    if code:
+        print("\n".join(said), file=sys.stderr)
+        return f"exit code {code}: {said[-1] if said else 'it said nothing'}"
+    return "done"
+
+
+# ---- a suite ---------------------------------------------------------------------------------------------------------
+
+
+def text(row: dict) -> str:
+    """A row in words: its name, then each number with what it counts, and of each check whether it holds."""
+
+    def value(key, a) -> str:
+        if isinstance(a, bool):
+            return f"{key}: {'yes' if a else 'NO'}"
+        return f"{a:.4g} {key}" if isinstance(a, int | float) else f"{key} {a}"
+
+    return f"{row['name']}: " + ", ".join(value(key, a) for key, a in row.items() if key not in ("name", SHOWN))
+
+
+def failed(row: dict) -> bool:
+    """Whether it is a check that did not hold: a value that is false."""
+    return any(a is False for a in row.values())
+
+
+def read(file: Path) -> dict:
+    """What is known: suite -> commit, toy, sections. UserError for a damaged file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: expected what an earlier run wrote, got damaged text ({error}); delete it") from None
+
+
+def run_suite(suite: str, file: Path, toy: bool) -> bool:
+    """Runs all sections and writes what they say under the suite's name. Returns whether all came to a good end."""
+    known, began = read(file), time.monotonic()
+    known[suite] = {"commit": commit(), "toy": toy, "sections": {}}
+    for section, most in SECTIONS[suite].items():
+        entry = known[suite]["sections"][section] = {"ended": "cut", "rows": []}
+        limit, start = min(most, BUDGET - (time.monotonic() - began)), time.monotonic()
+
+        def found(row: dict, entry=entry) -> None:
+            entry["rows"].append(row)
+            write_json(file, known)
+            print(f"  {text(row)}", flush=True)
+
+        print(f"{suite}, {section}", flush=True)
+        entry["ended"] = run_section(suite, section, limit, toy, found) if limit > 5 else "not started: no time left"
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        write_json(file, known)
+        print(f"  {entry['ended']}, {entry['seconds']} s", flush=True)
+    sections = known[suite]["sections"].values()
+    return all(entry["ended"] == "done" and not any(map(failed, entry["rows"])) for entry in sections)
+
+
+# ---- README's table --------------------------------------------------------------------------------------------------
+
+
+def summary(suite: str, result: dict | None) -> Iterator[list[str]]:
+    """Lines of the table: the card, the checks, the rows to show, and the sections that came to no good end."""
+    if result is None:
+        yield [f"`{suite}`", "not run yet"]
+        return
+    rows = [row for entry in result["sections"].values() for row in entry["rows"]]
+    checks = [a for row in rows for a in row.values() if isinstance(a, bool)]
+    yield [f"`{suite}`", f"commit {result['commit']}: {sum(checks)} of {len(checks)} checks hold"]
+    yield from (["", text(row)] for row in rows if SHOWN in row)
+    yield from (["", f"{name}: {e['ended']}"] for name, e in result["sections"].items() if e["ended"] != "done")
+
+
+def table(known: dict) -> str:
+    lines = [["`python bench/gpu.py`", "what it said"], ["---", "---"]]
+    for suite in SECTIONS:
+        lines += summary(suite, known.get(suite))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_table(page: str, known: dict) -> str:
+    """The page with the table between its two marks written anew."""
+    return re.sub(f"(?<={re.escape(BEGIN)}\n).*?(?={re.escape(END)})", lambda _: table(known) + "\n", page, flags=re.S)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="kernels | 1.3b | 14b | readme", help="what to do")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, to see that everything runs")
+    parser.add_argument("--out", type=Path, help="JSON file to write: docs/gpu.json, or out/gpu.json with --toy")
+    given = parser.parse_args()
+    figures = ROOT / "docs/gpu.json"
+    if given.suites == ["readme"]:
+        page = ROOT / "README.md"
+        page.write_text(with_table(page.read_text(encoding="utf-8"), read(figures)), encoding="utf-8")
+        return
+    if unknown := set(given.suites) - SECTIONS.keys():
+        parser.error(f"expected {', '.join(SECTIONS)}, or readme alone, got {' '.join(sorted(unknown))}")
+    if not given.toy and not torch.cuda.is_available():
+        parser.error("expected a CUDA GPU, got none that PyTorch can use; --toy runs on the CPU")
+    file = given.out or (ROOT / "out/gpu.json" if given.toy else figures)
+    try:
+        good = [run_suite(suite, file, given.toy) for suite in given.suites or SECTIONS]
+    except UserError as error:
+        parser.error(str(error))
+    sys.exit(not all(good))
+
+
+if __name__ == "__main__":
+    main()
