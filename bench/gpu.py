@@ -54,18 +54,19 @@ BEGIN, END = "<!-- written by python bench/gpu.py readme -->", "<!-- end of what
 # ---- a section, in a process of its own ------------------------------------------------------------------------------
 
 
-def child(suite: str, section: str, toy: bool) -> None:
+def child(module: str, suite: str, section: str, toy: bool) -> None:
     """Runs the section's function, (device, sizes) -> rows, and prints each row: `name`, and what is known of it."""
-    module = importlib.import_module(ELSEWHERE.get(section, MODULES[suite]))
+    found = importlib.import_module(module)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for row in getattr(module, section)(device, (module.TOY if toy else module.SIZES)[suite]):
+    for row in getattr(found, section)(device, (found.TOY if toy else found.SIZES)[suite]):
         print(MARK + json.dumps(row), flush=True)
 
 
 def run_section(suite: str, section: str, limit: float, toy: bool, found: Callable[[dict], None]) -> str:
     """Starts the process, gives each row to `found` as it comes, and returns how the process ended."""
-    code = f"from bench.gpu import child; child({suite!r}, {section!r}, {toy})"
+    module = ELSEWHERE.get(section, MODULES[suite])
+    code = f"from bench.gpu import child; child({module!r}, {suite!r}, {section!r}, {toy})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
