@@ -43,7 +43,7 @@ SECTIONS = {  # suite -> section -> its seconds at most; the most important firs
         card=30, step_zero=60, resume=60, kernels=60, split=60, eager=60, compiled=150, attention=40, continuation=60,
         decode=40, peers=90,
     ),
-    "14b": dict(card=30, large_forward=90, large_pair=150),
+    "14b": dict(card=30, large_forward=90, large_pair=150, shard=150),
 }  # fmt: skip
 BUDGET = 470  # seconds of a suite
 MARK = "row "  # what a section's process prints before each row

@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -36,7 +39,7 @@ from bench.measure import (
 from bench.measure import card as card  # a section, too
 from experiments import cost
 from kernels import modulate, norm_rope, region_dpo
-from runtime.group import Group
+from runtime.group import Group, place, start_group
 from runtime.run import Run
 from wan import vae
 
@@ -120,7 +123,7 @@ def predicted(sizes: Sizes, checkpointing: bool) -> dict[str, int]:
     """What experiments/cost.py counts of a step without running it."""
 
     def build(net: model.DiT) -> model.DiT:
-        net.bfloat16().gradient_checkpointing = checkpointing
+        cost.in_bfloat16(net).gradient_checkpointing = checkpointing
         model.add_lora(net, sizes.rank, sizes.rank, "attn")
         return net
 
@@ -129,6 +132,7 @@ def predicted(sizes: Sizes, checkpointing: bool) -> dict[str, int]:
 
 
 def forward_flop(sizes: Sizes) -> int:
+    """Of one clip."""
     return cost.measure_dit(sizes.preset, sizes.shape, 1, lambda net, x0, text, noise, t: net(x0, t, text))["flop"]
 
 
@@ -140,7 +144,8 @@ def used(flop: float, took: float, device: torch.device) -> dict[str, float]:
 
 def timed_forward(trainer: Trainer, way: str, device: torch.device, sizes: Sizes, calls: int = 3) -> dict:
     took = seconds(trainer.forward, device, calls)
-    return {"name": f"a forward, {way}", "ms": 1e3 * took, **used(forward_flop(sizes), took, device), SHOWN: 1}
+    share = used(2 * forward_flop(sizes), took, device)
+    return {"name": f"a forward of both clips, {way}", "ms": 1e3 * took, **share, SHOWN: 1}
 
 
 def timed_step(
@@ -178,8 +183,7 @@ def compiled(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     for way, context in (("kernels, compiled", contextlib.nullcontext), ("definitions, compiled", definitions)):
         torch._dynamo.reset()
         trainer = trainer_of(sizes, device)
-        for block in trainer.net.blocks:
-            block.compile(fullgraph=True, backend="inductor" if device.type == "cuda" else "aot_eager")
+        place(trainer.net, dataclasses.replace(CONFIG, compile=True), Group(device=device))
         with context():
             yield from speed(trainer, way, device, sizes)
 
@@ -286,3 +290,17 @@ def large_forward(device: torch.device, sizes: Sizes) -> Iterator[dict]:
 
 def large_pair(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     yield timed_step(trainer_of(sizes, device), "14B", device, sizes, True, calls=1)
+
+
+def shard(device: torch.device, sizes: Sizes) -> Iterator[dict]:
+    """--shard, with one process to split the weights over: the same loss, and what the splitting itself costs."""
+    trainer = trainer_of(sizes, device)
+    expected = trainer.loss()[0].item()
+    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    with mock.patch.dict(os.environ, alone):
+        place(trainer.net, dataclasses.replace(CONFIG, shard=True), start_group())
+    try:
+        yield {"name": "sharded", "same loss": trainer.loss()[0].item() == expected}
+        yield timed_step(trainer, "14B, sharded", device, sizes, True, calls=1)
+    finally:
+        dist.destroy_process_group()

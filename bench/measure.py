@@ -55,9 +55,10 @@ def fill_random(net: nn.Module, device: torch.device) -> nn.Module:
     shapes = {name: a.shape for name, a in net.state_dict().items()}
 
     def get(name: str) -> Tensor:
-        return 0.02 * torch.randn(shapes[name], device=device) + bool(re.search(r"norm\w*\.weight$", name))
+        a = 0.02 * torch.randn(shapes[name], device=device) + bool(re.search(r"norm\w*\.weight$", name))
+        return a.to(model.weight_dtype(name, dtype_of(device)))
 
-    return model.fill(net, get, dtype_of(device), device)
+    return model.fill(net, get)
 
 
 def random_dit(config: model.DiTConfig, device: torch.device) -> model.DiT:
@@ -102,9 +103,10 @@ class Trainer:
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        """Of one clip, the policy's."""
-        chosen, _, text, noise, t = self.pair
-        return self.velocity(flow.add_noise(chosen, noise, t), t, text)
+        """The policy's velocity of both clips."""
+        chosen, rejected, text, noise, t = self.pair
+        x_t = flow.add_noise(torch.cat([chosen, rejected]), torch.cat([noise] * 2), t.repeat(2))
+        return self.velocity(x_t, t.repeat(2), torch.cat([text] * 2))
 
 
 def lora_trainer(config: model.DiTConfig, shape: tuple[int, ...], rank: int, device: torch.device) -> Trainer:

@@ -118,7 +118,7 @@ SIDES = {"ours": ours, "diffusers": theirs}
 
 def our_name(name: str) -> str:
     """Our name of a parameter under PEFT's names: …to_q.base_layer.weight, …to_q.lora_A.default.weight."""
-    return model.wan_name(name.replace(".base_layer", "")).replace(".default.weight", "")
+    return re.sub(r"lora_(.)\.default\.weight", r"lora.0.\1", model.wan_name(name.replace(".base_layer", "")))
 
 
 def pair_up(sizes: Sizes, device: torch.device) -> dict[str, Trainer]:
