@@ -2,18 +2,33 @@
 
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
 import torch
+from kernel_cases import CASES
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 import model
 from bench.cases import BF16, ROWS, Case, dpo_case, modulation_cases, norm_rope_case, real_norm_rope
 from bench.gpu import SHOWN
-from bench.measure import GIB, apart, both, both_passes, copy_bandwidth, definitions, fill_random, upstream
+from bench.measure import (
+    GIB,
+    apart,
+    both,
+    both_passes,
+    copy_bandwidth,
+    definitions,
+    deterministic,
+    fill_random,
+    upstream,
+)
 from bench.measure import card as card  # a section, too
 from kernels import modulate, norm_rope, region_dpo
 
@@ -48,6 +63,14 @@ def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
 
 
 # ---- are they right --------------------------------------------------------------------------------------------------
+
+
+def cases(device: torch.device, sizes: Sizes) -> Iterator[dict]:
+    """The tests' own cases against float64: errors of outputs and gradients, over what they may be."""
+    for name, case in CASES.items():
+        with deterministic(), torch.device(device):
+            worst = max(case().values())
+        yield {"name": name, "of the error allowed": worst, "right": worst <= 1}
 
 
 def twice(device: torch.device, sizes: Sizes) -> Iterator[dict]:

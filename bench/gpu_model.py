@@ -29,6 +29,7 @@ from bench.measure import (
     Trainer,
     both_passes,
     definitions,
+    deterministic,
     lora_trainer,
     peak_bytes,
     peak_flops,
@@ -86,9 +87,8 @@ def step_zero(device: torch.device, sizes: Sizes) -> Iterator[dict]:
 
 def resume(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     """A step after Run.save and Run.resume gives the bits of a step without: parameters and AdamW's moments."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # or attention's backward adds in any order
     trainer = trainer_of(sizes, device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, deterministic():  # or attention's backward adds in any order
         run = Run(asymdpo.Config(out=folder), "asymdpo", Group(device=device))
         for _ in range(2):
             trainer.step()

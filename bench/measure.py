@@ -124,6 +124,16 @@ def definitions():
         yield
 
 
+@contextlib.contextmanager
+def deterministic():
+    """Within it PyTorch's operations give the same bits each time, and new tensors are filled with NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form runs all the same
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 # ---- time and memory -------------------------------------------------------------------------------------------------
 
 
