@@ -189,7 +189,7 @@ def upstream(function: Callable, inputs: list) -> list[Tensor]:
 
 def both(function: Callable, inputs: list, gradients: list[Tensor]) -> list[Tensor]:
     """Forward and backward: the outputs, and the gradients of all inputs that are used and ask for one."""
-    outputs, wanted = forward(function, inputs), [a for a in inputs if a.requires_grad]
+    outputs, wanted = forward(function, inputs), [a for a in inputs if a is not None and a.requires_grad]
     found = torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
     return [a.detach() for a in (*outputs, *found) if a is not None]
 
