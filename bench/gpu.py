@@ -37,7 +37,7 @@ MODULES = {"kernels": "bench.gpu_kernels", "1.3b": "bench.gpu_model", "14b": "be
 ELSEWHERE = {"peers": "bench.step"}  # it imports diffusers, which takes seconds
 SECTIONS = {  # suite -> section -> its seconds at most; the most important first
     "kernels": dict(
-        card=30, cases=90, twice=40, graph=40, large=60, block=100, speed=150, inductor=200, options=90
+        card=30, cases=120, twice=40, graph=40, large=60, block=100, speed=150, inductor=200, options=90
     ),
     "1.3b": dict(
         card=30, step_zero=60, resume=60, kernels=60, split=60, eager=60, compiled=150, attention=40, continuation=60,

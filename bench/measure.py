@@ -148,7 +148,7 @@ def milliseconds(run: Callable, device: torch.device) -> float:
     On a CPU, the best of three by the clock.
     """
     if device.type == "cuda":
-        return do_bench_cudagraph(run, rep=20, return_mode="median")
+        return do_bench_cudagraph(run, rep=10, return_mode="median")
     return 1e3 * min(clock(run, device) for _ in range(3))
 
 
