@@ -184,7 +184,7 @@ def block_inputs(config: model.DiTConfig, frames: int, sizes: Sizes, device: tor
     """x, table, row, text and rope of model.Block."""
     with torch.device(device):
         x = torch.randn(1, frames * sizes.tokens, config.dim, requires_grad=True)
-        table, row = torch.randn(1, ROWS, 6, config.dim), (torch.arange(frames) % ROWS).int()[None]
+        table, row = torch.randn(1, ROWS, 6, config.dim), (torch.arange(frames) % ROWS).bool()[None]
         text = torch.randn(1, config.text_len, config.dim)
         return [
             x,

@@ -27,9 +27,10 @@ except ImportError:  # no Triton for this platform, and so no CUDA
     do_bench_cudagraph = None
 
 MODULES = (modulate, norm_rope, region_dpo)
-# FLOP/s of products in bfloat16 with float32 sums, dense: NVIDIA's data sheets of A100, H100 SXM and H200. The A800 and
-# the H800 differ from A100 and H100 in their NVLink only.
-BF16_PEAK = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12}
+# FLOP/s of products in bfloat16 with float32 sums, dense: NVIDIA's data sheets of A100, H100 and H200. The A800 and the
+# H800 differ from A100 and H100 in their NVLink only. The first name that is part of the card's counts.
+BF16_PEAK = {"A100": 312e12, "A800": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+             "H200": 989e12}  # fmt: skip
 GIB = 2**30
 # Of the loss. beta multiplies what is lost in a difference of two errors, as others write it: small, losses compare.
 CONFIG = asymdpo.Config(beta=50.0, form="outside")
