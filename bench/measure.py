@@ -48,25 +48,26 @@ def peak_flops(device: torch.device) -> float | None:
     return next((flops for card, flops in BF16_PEAK.items() if card in name), None)
 
 
-def fill_random(net: nn.Module, device: torch.device) -> nn.Module:
+def fill_random(net: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """Random weights, each made on the device, for a network of the meta device. Returns net, frozen.
 
-    Normal of deviation 0.02, and around 1 for the weights of norms: activations stay of order 1.
+    Normal of deviation 0.02, and around 1 for the weights of norms: activations stay of order 1. Matrix products run in
+    dtype, by default that of the stages.
     """
     shapes = {name: a.shape for name, a in net.state_dict().items()}
 
     def get(name: str) -> Tensor:
         a = 0.02 * torch.randn(shapes[name], device=device) + bool(re.search(r"norm\w*\.weight$", name))
-        return a.to(model.weight_dtype(name, dtype_of(device)))
+        return a.to(model.weight_dtype(name, dtype or dtype_of(device)))
 
     return model.fill(net, get)
 
 
-def random_dit(config: model.DiTConfig, device: torch.device) -> model.DiT:
+def random_dit(config: model.DiTConfig, device: torch.device, dtype: torch.dtype | None = None) -> model.DiT:
     """As `model.load_model` gives it."""
     with torch.device("meta"):
         net = model.DiT(config)
-    return fill_random(net, device)
+    return fill_random(net, device, dtype)
 
 
 def random_pair(config: model.DiTConfig, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
@@ -110,8 +111,10 @@ class Trainer:
         return self.velocity(x_t, t.repeat(2), torch.cat([text] * 2))
 
 
-def lora_trainer(config: model.DiTConfig, shape: tuple[int, ...], rank: int, device: torch.device) -> Trainer:
-    net = random_dit(config, device)
+def lora_trainer(
+    config: model.DiTConfig, shape: tuple[int, ...], rank: int, device: torch.device, dtype=None
+) -> Trainer:
+    net = random_dit(config, device, dtype)
     model.add_lora(net, rank, rank, "attn")
     return Trainer(net, random_pair(config, shape, device))
 

@@ -1,5 +1,6 @@
 """bench/: what it counts, against bytes counted by hand; and all that it asks of a GPU, at toy sizes on the CPU."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -306,8 +307,28 @@ def test_peak_of_a_step_by_hand():
 def test_differences_can_be_seen():
     """One entry of one adapter that differs is seen in the loss's gradients."""
     pytest.importorskip("diffusers"), pytest.importorskip("peft")
-    sides = step.pair_up(step.TOY["1.3b"], CPU)
+    sides = step.pair_up(dataclasses.replace(step.TOY["1.3b"], dtype=torch.float32), CPU)
     assert max(step.differences(sides).values()) < 1e-3
     with torch.no_grad():
         next(iter(sides["ours"].trained.values())).mul_(1.01)
     assert max(step.differences(sides).values()) > 1e-3
+
+
+RESIDENT = """
+import torch
+from bench import step
+
+class Side:
+    def step(self):
+        torch.ones(2**26).add_(1)
+
+step.SIDES = {"ours": lambda sizes, device: Side()}
+print(step.resident("ours", "float32"))
+"""
+
+
+def test_resident_memory_is_what_a_step_adds():
+    """A step that makes 256 MiB and lets go of them."""
+    done = script("-c", RESIDENT)
+    assert done.returncode == 0, done.stderr
+    assert 2**28 <= int(done.stdout) < 1.25 * 2**28
