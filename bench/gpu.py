@@ -13,6 +13,7 @@ installed. `--toy` runs all of it at toy sizes, on the CPU where there is no GPU
 
 import argparse
 import collections
+import contextlib
 import importlib
 import json
 import os
@@ -46,7 +47,7 @@ SECTIONS = {  # suite -> section -> its seconds at most; the most important firs
     "14b": dict(card=30, large_forward=90, large_pair=150, shard=150),
 }  # fmt: skip
 BUDGET = 470  # seconds of a suite
-MARK = "row "  # what a section's process prints before each row
+MARK, DONE = "row ", "no more rows"  # what a section's process prints before each row, and after the last
 SHOWN = "in README"  # a row that has it is a line of README's table
 BEGIN, END = "<!-- written by python bench/gpu.py readme -->", "<!-- end of what it wrote -->"
 
@@ -61,6 +62,7 @@ def child(module: str, suite: str, section: str, toy: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for row in getattr(found, section)(device, (found.TOY if toy else found.SIZES)[suite]):
         print(MARK + json.dumps(row), flush=True)
+    print(DONE, flush=True)
 
 
 def run_section(suite: str, section: str, limit: float, toy: bool, found: Callable[[dict], None]) -> str:
@@ -72,16 +74,13 @@ def run_section(suite: str, section: str, limit: float, toy: bool, found: Callab
         start_new_session=True,
     )  # fmt: skip
     cut = threading.Event()
-
-    def stop():
-        cut.set()
-        os.killpg(process.pid, signal.SIGKILL)  # its compilers, too
-
-    timer = threading.Timer(limit, stop)
+    timer = threading.Timer(limit, lambda: (cut.set(), kill(process)))
     timer.start()
     said: collections.deque[str] = collections.deque(maxlen=30)
     try:
         for line in process.stdout:
+            if line.strip() == DONE:
+                return "done"
             if line.startswith(MARK):
                 found(json.loads(line[len(MARK) :]))
             elif line.strip():
@@ -89,14 +88,18 @@ def run_section(suite: str, section: str, limit: float, toy: bool, found: Callab
         code = process.wait()
     finally:
         timer.cancel()
-        if process.poll() is None:
-            stop()
+        kill(process)
     if cut.is_set():
         return f"cut after {limit:.0f} s"
-    if code:
-        print("\n".join(said), file=sys.stderr)
-        return f"exit code {code}: {said[-1] if said else 'it said nothing'}"
-    return "done"
+    print("\n".join(said), file=sys.stderr)
+    return f"exit code {code}: {said[-1] if said else 'it said nothing'}"
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Ends a section's process and the compilers that it started, which may outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 # ---- a suite ---------------------------------------------------------------------------------------------------------
@@ -158,7 +161,8 @@ def summary(suite: str, result: dict | None) -> Iterator[list[str]]:
         return
     rows = [row for entry in result["sections"].values() for row in entry["rows"]]
     checks = [a for row in rows for a in row.values() if isinstance(a, bool)]
-    yield [f"`{suite}`", f"commit {result['commit']}: {sum(checks)} of {len(checks)} checks hold"]
+    toy = " at toy sizes" * result["toy"]
+    yield [f"`{suite}`", f"commit {result['commit']}{toy}: {sum(checks)} of {len(checks)} checks hold"]
     yield from (["", text(row)] for row in rows if SHOWN in row)
     yield from (["", f"{name}: {e['ended']}"] for name, e in result["sections"].items() if e["ended"] != "done")
 

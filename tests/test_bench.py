@@ -174,10 +174,11 @@ def test_kinds_of_kernels():
 # ---- gpu.py: its processes, its file, README's table -----------------------------------------------------------------
 
 FAKE = """
-import os, signal, time
+import os, signal, subprocess, time
 SIZES = TOY = {"fake": 7}
 
 def good(device, sizes):
+    subprocess.Popen(["sleep", "300"])  # as a compiler, it outlives the section and holds the pipe open
     yield {"name": "first", "size": sizes, "right": True, "in README": 1}
 
 def wrong(device, sizes):
