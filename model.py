@@ -80,6 +80,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
         """y + scale · (x Aᵀ) Bᵀ for rows x (N, in), written into y (N, out) where there is one."""
+        if not self.on:
+            return x.new_zeros(len(x), len(self.B)) if y is None else y
         low, up = F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype).t()
         return low @ up if y is None else y.addmm_(low, up)
 
@@ -92,8 +94,8 @@ class Linear(nn.Linear):
 
     The sum begins with the terms, the newest first, because a matrix product adds to what is there in float32 and
     rounds once. In bfloat16 the other order would round a small term away: x Wᵀ is rounded, and does not change by less
-    than half of its last bit. A term that is off takes part as a zero, so that the product is the same operation, and
-    a LoRA with B = 0 changes no bit.
+    than half of its last bit. If the newest term is off, it takes part as a zero, so that what is added to it are the
+    same operations, and a LoRA with B = 0 changes no bit.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -105,9 +107,7 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         rows, y = x.flatten(0, -2), None
         for term in reversed(self.lora):
-            if term.on:
-                y = term(rows, y)
-        y = rows.new_zeros(len(rows), self.out_features) if y is None else y
+            y = term(rows, y)
         return y.addmm_(rows, self.weight.t()).add_(self.bias).unflatten(0, x.shape[:-1])
 
 

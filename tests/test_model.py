@@ -11,6 +11,7 @@ import torch
 from helpers import cut, flip_bit, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from bench import rounding
@@ -242,6 +243,28 @@ def test_a_fresh_lora_does_not_move(layers, count, dtype):
             before += 2 * count
             for term in model.trained_lora(net).values():
                 torch.nn.init.normal_(term.B, std=0.1)
+
+
+def test_a_fresh_lora_adds_no_other_operation():
+    """On and off, what is added to a sum is added by the same operations: on a GPU, a product alone and one that adds
+    to a zero need not be the same kernel.
+    """
+    net, args = with_lora(layers="attn"), inputs()
+    model.add_lora(net, 4, 4, "attn")
+
+    class Additions(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, given, named=None):
+            if operation is torch.ops.aten.addmm_.default:
+                seen.append([tuple(a.shape) for a in given])
+            return operation(*given, **(named or {}))
+
+    seen = on = []
+    with Additions():
+        net(*args)
+    seen = off = []
+    with Additions(), model.lora_off(net):
+        net(*args)
+    assert on == off and len(on) == 2 * 16  # the older term and x Wᵀ, in each layer
 
 
 @torch.no_grad()
