@@ -97,7 +97,12 @@ def start_group(implementation: Callable[[torch.device], str] | None = None) -> 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UserError(f"expected a GPU for each process, got {count}: start torchrun --nproc_per_node {count}")
         torch.cuda.set_device(device)
+        # cuBLAS may else add the parts of a long bfloat16 sum in bfloat16, and round more than once
+        # (docs.pytorch.org/docs/stable/notes/cuda.html, "Reduced Precision Reduction in BF16 GEMMs")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if "RANK" in os.environ and not dist.is_initialized():
         # for what differs by minutes: loading, hashing, writing a checkpoint. No collective waits for longer work
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))

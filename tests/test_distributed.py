@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
-from helpers import ROOT, contents, metrics, run_stage, script
+from helpers import ROOT, contents, metrics, refused, run_stage, script
 from safetensors.torch import load_file
 
 import sample
-from runtime.group import Group
+from runtime.group import Group, start_group
 from runtime.run import Run
 
 TRAINING = dict(steps=4, micro_batch=2, save_every=2)  # micro_batch: forwards of equal size
@@ -90,6 +90,18 @@ asymdpo.place = seen
 run_stage(chain, "asymdpo", out=out / "asymdpo", **{changes})
 """
     assert same_training(one, torchrun(chain, tmp_path, processes, lines) / "asymdpo", 1e-5)
+
+
+def test_a_gpu_for_each_process(monkeypatch):
+    """More processes than GPUs are a mistake of the user's. On a GPU bfloat16 products are added up in float32."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # PyTorch's default
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start_group().device == torch.device("cuda", 1)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    refused("expected a GPU for each process, got 2: start", start_group)
 
 
 @pytest.mark.parametrize("name", ["shards", "pairs"])
