@@ -313,7 +313,8 @@ class DiT(nn.Module):
     def _rope_table(self, size: tuple[int, int, int], device) -> Tensor:
         key = (*size, device)
         if key not in self._rope:
-            self._rope[key] = rope_table(self.config.dim // self.config.num_heads, size, device)
+            with torch.inference_mode(False):  # else no later forward could be trained
+                self._rope[key] = rope_table(self.config.dim // self.config.num_heads, size, device)
         return self._rope[key]
 
     def _check(self, x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None) -> None:

@@ -160,6 +160,15 @@ def test_compiled_blocks(monkeypatch):
     assert all(close(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_inference_mode_leaves_a_network_that_can_be_trained():
+    """What a forward remembers, the RoPE table, is no tensor of inference mode."""
+    net = with_lora()
+    with torch.inference_mode():
+        net(*inputs())
+    net(*inputs()).sum().backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+
 def test_gradient_checkpointing_changes_nothing():
     """Outputs and every gradient are those of the plain run."""
     results = []
