@@ -90,7 +90,7 @@ def step_zero(device: torch.device, sizes: Sizes) -> Iterator[dict]:
 def resume(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     """A step after Run.save and Run.resume gives the bits of a step without: parameters and AdamW's moments."""
     trainer = trainer_of(sizes, device)
-    with tempfile.TemporaryDirectory() as folder, deterministic():  # or attention's backward adds in any order
+    with tempfile.TemporaryDirectory() as folder, deterministic(strict=True):  # attention, too
         run = Run(asymdpo.Config(out=folder), "asymdpo", Group(device=device))
         for _ in range(2):
             trainer.step()

@@ -3,6 +3,7 @@ and memory on a GPU or a CPU.
 """
 
 import contextlib
+import os
 import re
 import statistics
 import time
@@ -129,9 +130,15 @@ def definitions():
 
 
 @contextlib.contextmanager
-def deterministic():
-    """Within it PyTorch's operations give the same bits each time, and new tensors are filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form runs all the same
+def deterministic(strict: bool = False):
+    """Within it PyTorch's operations give the same bits each time, and new tensors are filled with NaN.
+
+    What has no such form runs all the same, or, if strict, is a RuntimeError. Flash attention's backward has one, but
+    takes it only if strict (aten/src/ATen/native/transformers/cuda/attention_backward.cu).
+    """
+    if strict:  # cuBLAS then asks for one of two settings
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     try:
         yield
     finally:

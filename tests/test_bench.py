@@ -111,6 +111,19 @@ def test_a_section_runs_and_its_checks_hold(suite, section, monkeypatch):
     assert all(len(row) > 1 and "\n" not in gpu.text(row) and json.loads(json.dumps(row)) == row for row in rows)
 
 
+def test_a_resume_is_compared_with_deterministic_attention(monkeypatch):
+    """Where PyTorch only warns of what differs from run to run, flash attention's backward goes on differing."""
+    seen, real = [], torch.use_deterministic_algorithms
+
+    def spy(mode, *, warn_only=False):
+        seen.append((mode, warn_only))
+        real(mode, warn_only=warn_only)
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", spy)
+    rows_of("1.3b", "resume")
+    assert seen == [(True, False), (False, False)]
+
+
 def test_checks_can_fail(monkeypatch):
     """S at step 0 with an adapter that is not zero; a resume that forgets a moment; an operation with noise."""
     with monkeypatch.context() as patch:
