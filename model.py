@@ -294,7 +294,8 @@ class DiT(nn.Module):
                 x = block(x, table, row, text, rope)
         f, h, w = size
         unpatch = "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)"
-        return rearrange(self.head(x, time, row), unpatch, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
+        v = rearrange(self.head(x, time, row), unpatch, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
+        return v.contiguous()
 
     def _time(self, t: Tensor, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Time embedding (B, R, D) and its projection (B, R, 6, D), float32, and each frame's row (B, F) of them: two
