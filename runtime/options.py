@@ -137,14 +137,14 @@ def program(main: Callable, config: type, doc: str) -> None:
 
 
 def _disk_full(error: OSError) -> str:
-    folder = Path(error.filename or ".").absolute()
+    again = "free some space and run the same command again, what was finished is kept"
+    if not error.filename:  # a write to a file that was open: it may be on any disk
+        return f"disk full; {again}"
+    folder = Path(error.filename).absolute()
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**20
-    return (
-        f"disk full writing {error.filename}: {free:.1f} MiB free; free some space and run the same "
-        "command again, what was finished is kept"
-    )
+    return f"disk full writing {error.filename}: {free:.1f} MiB free; {again}"
 
 
 def _last_line(line: str, code: int) -> int:

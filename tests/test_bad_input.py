@@ -239,6 +239,18 @@ def test_a_full_disk_loses_nothing(name, call, chain, tmp_path, monkeypatch, cap
     assert contents(tmp_path / "out") == contents(chain / name)
 
 
+def test_a_full_disk_of_unknown_name(monkeypatch, capsys):
+    """A line that is appended, to metrics.jsonl for one, meets a full disk without a name: none is made up."""
+
+    def main(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(SystemExit, match="2"):
+        program(main, prepare.Config, "")
+    assert capsys.readouterr().err.startswith("error: disk full; free some space")
+
+
 def test_a_real_full_disk(chain, tmp_path):
     """A file system of 250 KB: make_pairs fills it, keeps its whole shards, and finishes once there is room."""
     out = tmp_path / "small"
