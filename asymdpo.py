@@ -137,7 +137,7 @@ def learning_rate(step: int, cfg) -> float:
 def size_of_B(net: model.DiT) -> float:
     """Root mean square of B in the LoRA that is being trained; 0 at the start."""
     every = [term.B for term in model.trained_lora(net).values()]
-    return math.sqrt(sum(B.double().square().sum() for B in every) / sum(B.numel() for B in every))
+    return torch.nn.utils.get_total_norm(every).item() / math.sqrt(sum(B.numel() for B in every))
 
 
 def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:

@@ -4,6 +4,8 @@ import dataclasses
 import datetime
 import functools
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -39,7 +41,15 @@ class Group:
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
-        """All processes by "nodes" and by their place in the "node". The first time, all processes must ask for it."""
+        """All processes by "nodes" and by their place in the "node". The first time, all processes must ask for it.
+
+        UserError unless each node has as many processes.
+        """
+        sizes = [None] * self.size
+        dist.all_gather_object(sizes, self.node_size)
+        if len(set(sizes)) > 1 or self.node_size < 1 or self.size % self.node_size:
+            got = ", ".join(map(str, sorted(set(sizes))))
+            raise UserError(f"--shard: expected as many processes on every node, got {got} of {self.size} in all")
         shape = (self.size // self.node_size, self.node_size)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("nodes", "node"))
 
@@ -74,6 +84,28 @@ class Group:
             dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Waits until all processes are here, for days if need be, and calls `meanwhile` twice a second.
+
+        UserError if one of them ended before, which is noticed at once, on any node: its connections close.
+        """
+        if self.size == 1:
+            return
+        work = dist.barrier(group=_patient(), async_op=True)
+        while not work.is_completed():
+            time.sleep(0.5)
+            meanwhile()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise UserError(f"another process ended: {error}; see what it said, and start all again") from None
+
+
+@functools.cache
+def _patient() -> dist.ProcessGroup:
+    """All processes, to wait for each other's work: by gloo, as NCCL's waiting occupies the GPU."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
 
 def alone() -> Group:
     """For a command that runs in one process. UserError under torchrun with several, which would all do its work."""
@@ -103,9 +135,10 @@ def start_group(implementation: Callable[[torch.device], str] | None = None) -> 
         # cuBLAS may else add the parts of a long bfloat16 sum in bfloat16, and round more than once
         # (docs.pytorch.org/docs/stable/notes/cuda.html, "Reduced Precision Reduction in BF16 GEMMs")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    if "RANK" in os.environ and not dist.is_initialized():
-        # for what differs by minutes: loading, hashing, writing a checkpoint. No collective waits for longer work
+    if (size > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
+        # for what differs by minutes: loading, hashing, writing a checkpoint. `Group.wait` waits for longer work
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
+        _patient()
     try:
         return Group(rank, size, device, implementation(device) if implementation else "")
     except (RuntimeError, ValueError) as error:
@@ -129,6 +162,9 @@ def place(net: nn.Module, cfg, group: Group) -> nn.Module:
         for part in (*net.blocks, net):
             fully_shard(part, mesh=group.mesh, ignored_params=whole)
     if cfg.compile:
+        # without it Inductor makes a rounded product and a sum of addmm: github.com/pytorch/pytorch/pull/176848
+        if not getattr(torch._inductor.config, "keep_addmm_fused_for_half_dtypes", False):
+            print("warning: --compile of this PyTorch rounds a LoRA twice in bfloat16; 2.13 does not", file=sys.stderr)
         for block in net.blocks:  # the method, and not the module: FSDP2's hooks around it are not to be compiled
             block.forward = torch.compile(block.forward, fullgraph=True)
     return net

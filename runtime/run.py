@@ -1,6 +1,7 @@
 """A stage's output folder: what makes it, what it logs, its checkpoints, its end."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ from runtime.files import (
 from runtime.group import Group
 from runtime.options import UserError, neutral
 
-LOOK_EVERY = 0.5  # seconds, where a process waits for what another writes
+DRAWS = 2  # changes when a stage's random draws or its checkpoints' names do: what is half made is not gone on with
 
 
 class Run:
@@ -48,7 +49,8 @@ class Run:
         left_out = neutral(type(cfg)) | inputs.keys()
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}
         digests |= {name: identity(Path(path)) for name, path in inputs.items() if path}
-        self.facts = json.loads(json.dumps({"stage": stage, "config": config, "inputs": digests}))
+        self.facts = json.loads(json.dumps({"stage": stage, "config": config, "inputs": digests, "draws": DRAWS}))
+        self._lock = None
         recipe = self.folder / "run.json"
         if recipe.exists():
             try:
@@ -58,28 +60,55 @@ class Run:
             if not isinstance(before, dict):
                 raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}")
             self._compare(before)
-        elif file := next((p for p in (self.folder, *self.folder.parents) if p.is_file()), None):
-            raise UserError(f"--out: expected a folder to write, got {self.folder}, and {file} is a file")
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder}: expected an empty folder or an earlier {stage} run, got other files; use another --out"
             )
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not there.is_dir() or not (os.access(there, os.W_OK) or (self.folder / MANIFEST).exists()):
+            state = "cannot be written" if there.is_dir() else "is a file"
+            raise UserError(f"--out: expected a folder to write, got {self.folder}, and {there} {state}")
         group.barrier()
 
     def claim(self) -> None:
         """Writes run.json: from now on the folder is this run's. After all checks, so that a mistake claims nothing.
 
-        Forgets what the processes of an earlier start had claimed in `share`.
+        Forgets what the processes of an earlier start had claimed in `share`. UserError if one of them is alive, or
+        another command writes the folder, where the file system has locks.
         """
+        if self._lock:
+            return
+        recipe = self.folder / "run.json"
         if self.group.main:
-            if not (self.folder / "run.json").exists():
-                write_json(self.folder / "run.json", self.facts)
+            if not recipe.exists():
+                write_json(recipe, self.facts)
+            self._hold(recipe, fcntl.LOCK_EX)  # nobody else is here
             if (self.folder / "claims").exists():
                 shutil.rmtree(self.folder / "claims")
+            self._hold(recipe, fcntl.LOCK_SH)
         self.group.barrier()
+        for _ in range(60):  # a network's file system may show a new file late
+            if recipe.exists():
+                break
+            time.sleep(1)
+        self._hold(recipe, fcntl.LOCK_SH)
+
+    def _hold(self, recipe: Path, lock: int) -> None:
+        """Locks run.json until this process ends. A process does not keep itself out."""
+        try:
+            self._lock = self._lock or open(recipe, "r+")
+            fcntl.lockf(self._lock, lock | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            raise UserError(f"--out: expected a folder that all nodes share, but {recipe} is not there") from None
+        except (BlockingIOError, PermissionError):
+            got = "another command is writing it, or what is left of one"
+            raise UserError(f"{self.folder}: {got}; wait for it to end, or end it") from None
+        except OSError:  # this file system has no locks
+            pass
 
     def _compare(self, before: dict) -> None:
-        for part in ("stage", "config", "inputs"):
+        half_made = not (self.folder / MANIFEST).is_file()
+        for part in ("stage", "config", "inputs") + ("draws",) * half_made:
             old, new = before.get(part), self.facts[part]
             if old == new:
                 continue
@@ -120,14 +149,12 @@ class Run:
 
         A piece goes to the first process that claims it, so a slow process does fewer and holds up nobody. A claim is
         an empty file in claims/, created atomically, with a word in it once the piece is done. Claims hold for one
-        start of a command: if a process dies, torchrun ends them all, and the next start takes over at once. So one
-        command at a time may write a folder.
+        start of a command: if a process dies, all end, and the next start takes over at once.
 
         lockstep: for a network that is split over a node, which its processes must call equally often. They take a
         piece each at the same time. For whom none is left repeats another's, to be dropped: it comes with False.
 
-        It ends when nothing is left to claim; in the first process, when everything is done: that one looks until all
-        have ended, as a collective would time out. The bar counts what all have done, in `items` if those are given.
+        It ends when everything is done. The bar counts what all have done, in `items` if those are given.
         """
         claims, others, items = self.folder / "claims", [], items or count
         with self.progress(items, unit=unit) as bar:
@@ -158,10 +185,7 @@ class Run:
             else:
                 for i in claimed():
                     yield i, True
-            (claims / f"end-{self.group.rank}").touch()
-            while self.group.main and not all((claims / f"end-{r}").exists() for r in range(self.group.size)):
-                time.sleep(LOOK_EVERY)
-                advance(count)
+            self.group.wait(lambda: advance(count) if self.group.main else None)
             if self.group.main:
                 advance(count)
 
@@ -219,17 +243,16 @@ class Run:
     def finish(self, files: list[str], **facts) -> None:
         """The first process writes MANIFEST.json over `files` and drops checkpoints and claims: the run is done.
 
-        The others look until it is there. They do not end before: when all processes of a node have ended, torchrun
-        waits 300 s for other nodes (exit_barrier_timeout in torch/distributed/elastic/agent/server/api.py) and then
-        ends there, with the rendezvous of all nodes if this node holds it.
+        The others wait. They do not end before: when all processes of a node have ended, torchrun waits 300 s for other
+        nodes (exit_barrier_timeout in torch/distributed/elastic/agent/server/api.py) and then ends there, with the
+        rendezvous of all nodes if this node holds it.
         """
         if self.group.main:
             logged = ["metrics.jsonl"] if (self.folder / "metrics.jsonl").exists() else []
             facts = {**self.facts, "commit": commit(), "seconds": round(self.seconds, 2), **facts}
             write_manifest(self.folder, files + logged, **facts)
             self._tidy()
-        while not (self.folder / MANIFEST).is_file():
-            time.sleep(LOOK_EVERY)
+        self.group.wait()
 
     def _tidy(self) -> None:
         """Drops what is of use only while the run is made, and what a kill left half-written."""

@@ -1,10 +1,14 @@
 """Several processes with gloo against one: the same result, and none waits for a slow or a dead one."""
 
+import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import ROOT, contents, metrics, refused, run_stage, script
+from helpers import ROOT, contents, environment, metrics, refused, run_stage, script
 from safetensors.torch import load_file
 
 import sample
@@ -145,9 +149,9 @@ import time
 import make_pairs, torch
 rank = int(os.environ["RANK"])
 make, write, barrier, made = make_pairs.make_pair, make_pairs.write_shard, torch.distributed.barrier, []
-def early():
-    assert not made, "a barrier after the work began"
-    barrier()
+def early(group=None, **more):
+    assert group or not made, "a barrier that gives up after half an hour, after the work began"
+    return barrier(group, **more)
 def slow(*args, **options):
     end = time.time() + 60
     awaited = ("shard-*.json", {others}) if rank == {slow} else ("claims/*", 3)  # 3: each has one
@@ -229,9 +233,52 @@ def test_the_claims_of_the_dead_are_taken_over(chain, single, tmp_path):
 
 def test_a_live_claim_is_left_alone(tmp_path):
     """What another process has claimed since the start is not done again; it counts as done when that one says so."""
+    (tmp_path / "run.json").write_text(json.dumps(Run(sample.Config(out=str(tmp_path)), "sample", Group()).facts))
     run = Run(sample.Config(out=str(tmp_path)), "sample", Group(rank=1))
     pieces = run.share(6, unit="piece", done=lambda i: i == 5)
     assert next(pieces) == (0, True)
     (tmp_path / "claims" / "1").touch()
     assert list(pieces) == [(i, True) for i in (2, 3, 4)]
-    assert {p.name for p in (tmp_path / "claims").iterdir() if not p.stat().st_size} == {"1", "end-1"}
+    assert {p.name for p in (tmp_path / "claims").iterdir() if not p.stat().st_size} == {"1"}
+
+
+DIES = """
+import time
+import make_pairs
+write, made = make_pairs.write_shard, []
+def dies(*args):
+    write(*args)
+    made.append(1)
+    if os.environ["RANK"] == "1" and len(made) == 2:
+        os._exit(9)
+    time.sleep(0.2)
+make_pairs.write_shard = dies
+run_stage(chain, "pairs", out=out / "pairs", shard_size=1)
+"""
+
+
+def test_a_node_that_dies_ends_the_others(chain, tmp_path):
+    """Two nodes, one of which ends in its second shard: the other does not wait for it, and says why it ends."""
+    (tmp_path / "stages.py").write_text(CODE + DIES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", str(port)
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words, "--node_rank", str(rank), "stages.py", chain, "."],
+            cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=120)[1] for node in nodes]
+    assert all(node.returncode for node in nodes) and "another process ended" in said[0], said[0][-2000:]
+    assert not (tmp_path / "pairs" / "MANIFEST.json").exists()
+
+
+def test_nodes_of_other_sizes_are_refused(chain, tmp_path):
+    lines = """
+os.environ["LOCAL_WORLD_SIZE"] = str(1 + int(os.environ["RANK"]))
+run_stage(chain, "asymdpo", out=out / "asymdpo", shard=True)
+"""
+    assert "--shard: expected as many processes on every node, got 1, 2" in start(chain, tmp_path, 2, lines).stderr

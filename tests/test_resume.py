@@ -1,5 +1,6 @@
 """Interrupted runs: what was stopped, killed or damaged ends, when started again, in the bytes of a straight run."""
 
+import json
 import os
 import random
 import signal
@@ -336,3 +337,35 @@ def test_options_without_effect_may_change(chain, straight, stopped, tmp_path):
     copy(stopped, tmp_path, "sft")
     run_stage(chain, "sft", out=tmp_path / "sft", **{**SIX, "save_every": 3, "micro_batch": 4})
     assert contents(tmp_path / "sft") == contents(straight / "sft")
+
+
+# ---- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+def test_one_command_at_a_time(chain, tmp_path, monkeypatch):
+    """A folder that a living process writes, of another start or left over from a killed one, is refused; then not."""
+    out = tmp_path / "run"
+    code = "import sys, fcntl; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_SH); print(flush=True); input()"
+    with stop_at(monkeypatch, make_pairs, "write_shard", 1), pytest.raises(KeyboardInterrupt):
+        run_stage(chain, "pairs", out=out)
+    other = [sys.executable, "-c", code, str(out / "run.json")]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        refused("another command is writing it", run_stage, chain, "pairs", out=out)
+        process.communicate(b"\n")
+    assert contents(run_stage(chain, "pairs", out=out)) == contents(chain / "pairs")
+
+
+def test_what_other_draws_began_is_not_gone_on_with(chain, tmp_path):
+    """A half-made folder of a version with other random draws is refused; a finished one is finished."""
+    out = run_stage(chain, "pairs", out=tmp_path / "run")
+    facts = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key != "draws"}))
+    run_stage(chain, "pairs", out=out)
+    (out / "MANIFEST.json").unlink()
+    refused("was made with draws = None, now 2", run_stage, chain, "pairs", out=out)
+
+
+def test_a_folder_that_cannot_be_written(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    refused("--out: expected a folder to write, .* cannot be written", run_stage, chain, "pairs", out=tmp_path / "run")
