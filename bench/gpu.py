@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 import torch
 
 from runtime.files import commit, write_json
+from runtime.group import start_group
 from runtime.options import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +42,8 @@ SECTIONS = {  # suite -> section -> its seconds at most; the most important firs
         card=30, cases=120, twice=40, graph=40, large=60, block=100, speed=150, inductor=200, options=90
     ),
     "1.3b": dict(
-        card=30, step_zero=60, resume=60, kernels=60, split=60, eager=60, compiled=150, attention=40, continuation=60,
-        decode=40, peers=90,
+        card=30, step_zero=60, small_term=60, resume=60, kernels=60, split=60, eager=60, compiled=150, attention=40,
+        continuation=60, decode=40, peers=90,
     ),
     "14b": dict(card=30, large_forward=90, large_pair=150, shard=150),
 }  # fmt: skip
@@ -59,7 +60,7 @@ def child(module: str, suite: str, section: str, toy: bool) -> None:
     """Runs the section's function, (device, sizes) -> rows, and prints each row: `name`, and what is known of it."""
     found = importlib.import_module(module)
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_group().device  # as a stage does, with what it asks of bfloat16 products
     for row in getattr(found, section)(device, (found.TOY if toy else found.SIZES)[suite]):
         print(MARK + json.dumps(row), flush=True)
     print(DONE, flush=True)

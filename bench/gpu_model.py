@@ -40,6 +40,7 @@ from bench.measure import (
     seconds,
 )
 from bench.measure import card as card  # a section, too
+from bench.rounding import kept
 from experiments import cost
 from kernels import modulate, norm_rope, region_dpo
 from runtime.group import Group, place, start_group
@@ -73,18 +74,45 @@ def trainer_of(sizes: Sizes, device: torch.device) -> Trainer:
 
 def step_zero(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     """Before the first update policy equals reference: S = 0 exactly, the loss ln 2 / K, and there is a gradient."""
-    trainer = trainer_of(sizes, device)
-    for way, context in (("kernels", contextlib.nullcontext), ("definitions", definitions)):
-        with context():
-            loss, parts = trainer.loss()
-            loss.sum().backward()
-        norm = torch.nn.utils.clip_grad_norm_(trainer.trained.values(), 1.0).item()
-        trainer.optimizer.zero_grad()
-        off = abs(loss.item() * (sizes.shape[1] - N1) - math.log(2))
-        yield {
-            "name": f"step 0, {way}", "S": parts["S"].item(), "S is 0": not parts["S"].any().item(),
-            "loss is ln 2 / K": off < 1e-6, "gradient": norm, "gradient is finite, not 0": 0 < norm < math.inf,
-        }  # fmt: skip
+    for below, make in (("", trainer_of), (", on a frozen LoRA", on_a_frozen_lora)):
+        trainer = make(sizes, device)
+        for way, context in (("kernels", contextlib.nullcontext), ("definitions", definitions)):
+            with context():
+                loss, parts = trainer.loss()
+                loss.sum().backward()
+            norm = torch.nn.utils.clip_grad_norm_(trainer.trained.values(), 1.0).item()
+            trainer.optimizer.zero_grad()
+            off = abs(loss.item() * (sizes.shape[1] - N1) - math.log(2))
+            yield {
+                "name": f"step 0, {way}{below}", "S": parts["S"].item(), "S is 0": not parts["S"].any().item(),
+                "loss is ln 2 / K": off < 1e-6, "gradient": norm, "gradient is finite, not 0": 0 < norm < math.inf,
+            }  # fmt: skip
+
+
+def on_a_frozen_lora(sizes: Sizes, device: torch.device) -> Trainer:
+    """As trainer_of, on top of a LoRA as SFT leaves it."""
+    sft = model.trained_lora(trainer_of(sizes, device).net)
+    for term in sft.values():
+        torch.nn.init.normal_(term.B, std=3e-3)
+    net = model.attach_lora(random_dit(sizes.config, device), sft)
+    model.add_lora(net, sizes.rank, sizes.rank, "attn")
+    return Trainer(net, random_pair(sizes.config, sizes.shape, device))
+
+
+def small_term(device: torch.device, sizes: Sizes) -> Iterator[dict]:
+    """On minus off is all of a LoRA, however small, in bfloat16: torch.compile may round x Wᵀ before it is added."""
+    D, compiler = sizes.config.dim, "inductor" if device.type == "cuda" else "aot_eager"
+    with torch.device(device):
+        layer, x = model.Linear(D, D).bfloat16(), torch.randn(4096, D, dtype=torch.bfloat16)
+    model.add_lora(layer, 16, 16, "all")
+    [term] = layer.lora
+    for way, run in (("eager", layer), ("compiled", torch.compile(layer, fullgraph=True, backend=compiler))):
+        for size, most in ((3e-4, 0.05), (3e-5, 0.2)):
+            torch.nn.init.normal_(term.B, std=size)
+            on = run(x).detach()
+            with torch.no_grad(), model.lora_off(layer):
+                share = kept(on - run(x), x.double() @ term.A.double().t() @ term.B.double().t())
+            yield {"name": f"a LoRA with B of {size:g}, {way}", "kept": share, "is kept": abs(share - 1) < most}
 
 
 def resume(device: torch.device, sizes: Sizes) -> Iterator[dict]:
@@ -187,6 +215,9 @@ def compiled(device: torch.device, sizes: Sizes) -> Iterator[dict]:
         trainer = trainer_of(sizes, device)
         place(trainer.net, dataclasses.replace(CONFIG, compile=True), Group(device=device))
         with context():
+            S = trainer.loss()[1]["S"].abs().item()
+            noise = asymdpo.PRESETS[sizes.preset]["beta"] * S  # not 0 where policy and reference are two graphs
+            yield {"name": f"step 0, {way}", "|S|": S, "beta |S|": noise, "beta |S| < 1": noise < 1}
             yield from speed(trainer, way, device, sizes)
 
 

@@ -1,5 +1,6 @@
 """bench/: what it counts, against bytes counted by hand; and all that it asks of a GPU, at toy sizes on the CPU."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from helpers import ROOT, environment, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
-from bench import cases, gpu, gpu_kernels, gpu_model, measure, step, traffic
+import model
+from bench import cases, gpu, gpu_kernels, gpu_model, measure, rounding, step, traffic
 from runtime import run
 
 
@@ -129,6 +132,8 @@ def test_checks_can_fail(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(measure.model, "add_lora", with_b(measure.model.add_lora))
         assert not any(row["S is 0"] for row in rows_of("1.3b", "step_zero"))
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        assert not next(gpu_model.compiled(CPU, gpu_model.TOY["1.3b"]))["beta |S| < 1"]
     with monkeypatch.context() as patch:
         unpack = run._unpack
         patch.setattr(run, "_unpack", lambda state, *rest: unpack(without_moments(state), *rest))
@@ -139,12 +144,33 @@ def test_checks_can_fail(monkeypatch):
         assert not any(row["right"] for row in rows_of("kernels", "large"))
 
 
+def test_a_reference_without_sft_is_seen(monkeypatch):
+    """Off is the trained LoRA alone: a reference that loses the frozen one is another model."""
+
+    @contextlib.contextmanager
+    def all_off(net):
+        terms = [term for layer in model.linears(net).values() for term in layer.lora]
+        with contextlib.ExitStack() as stack:
+            for term in terms:
+                stack.enter_context(mock.patch.object(term, "on", False))
+            yield
+
+    monkeypatch.setattr(model, "lora_off", all_off)
+    assert [row["S is 0"] for row in rows_of("1.3b", "step_zero")] == [True, True, False, False]
+
+
+def test_a_compiler_that_rounds_before_it_adds_is_seen(monkeypatch):
+    """Of a small LoRA it loses a part that the layer itself keeps."""
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: functools.partial(rounding.rounded_first, layer))
+    assert [row["is kept"] for row in rows_of("1.3b", "small_term")] == [True, True, False, False]
+
+
 def with_b(add_lora):
     """add_lora, and an adapter that does something."""
 
     def changed(net, *rest):
         for p in (added := add_lora(net, *rest)):
-            torch.nn.init.normal_(p, std=0.1)
+            torch.nn.init.normal_(p)
         return added
 
     return changed
@@ -207,6 +233,21 @@ def hang(device, sizes):
     time.sleep(600)
 """
 ENDS = {"good": "done", "wrong": "done", "crash": "exit code -11: about to fail", "hang": "cut after 9 s"}
+
+
+def test_a_section_runs_as_a_stage_does(monkeypatch, capfd):
+    """On a GPU, on its own device and with products of bfloat16 added up in float32."""
+    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = True  # PyTorch's default
+
+    def section(device, sizes):
+        yield {"name": str(device), "added in bfloat16": matmul.allow_bf16_reduced_precision_reduction}
+
+    monkeypatch.setattr(gpu_model, "card", section)
+    gpu.child("bench.gpu_model", "1.3b", "card", toy=True)
+    assert '{"name": "cuda:0", "added in bfloat16": false}' in capfd.readouterr().out
 
 
 @pytest.fixture
