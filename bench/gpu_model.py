@@ -331,6 +331,7 @@ def shard(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     trainer = trainer_of(sizes, device)
     expected = trainer.forward()
     alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    alone["TORCHELASTIC_RUN_ID"] = "bench"  # as torchrun, without which one process joins no group
     with mock.patch.dict(os.environ, alone):
         place(trainer.net, dataclasses.replace(CONFIG, shard=True), start_group())
     try:
