@@ -295,7 +295,7 @@ def test_only_good_ends_are_a_success(fake, monkeypatch):
 def test_a_run_that_is_cut_still_tells(fake):
     """Interrupted in its second section: what was known is in the file, and no process is left."""
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background job ignores it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in the background
         "import pathlib; from bench import gpu; gpu.MODULES = {'fake': 'fake_sections'}; "
         "gpu.SECTIONS = {'fake': dict(good=60, hang=60)}; gpu.run_suite('fake', pathlib.Path('gpu.json'), True)"
     )
