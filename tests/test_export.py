@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import model
 from runtime.files import read_manifest
 from wan import checkpoint, export
-from wan.lora import load_adapted, load_lora, read_lora
+from wan.lora import load_adapted, read_lora
 
 CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20: RoPE's split is unequal
 
@@ -239,7 +239,7 @@ def test_one_lora_is_their_sum(second, root, tmp_path):
     """Ranks side by side, one rank in all layers, whoever wrote the files: W + BA as fused one after the other."""
     run(root, tmp_path / "out", "lora", f"sft,{second}")
     path, expected = tmp_path / "out/lora.safetensors", sequential(root)
-    net = model.merge_lora(load_lora(model.load_model(root / "base"), path))
+    net = model.merge_lora(model.load_lora(model.load_model(root / "base"), path))
     for name, a in net.state_dict().items():
         assert close(a, expected.state_dict()[name], 1e-6), name
     with safe_open(path, "pt") as file:
@@ -270,7 +270,7 @@ def test_one_lora_opens_in_diffusers(names, dtype, root, tmp_path):
     assert (after - before).abs().max() > 0.1
     if dtype == "float32":
         assert close(after, output(exact), 1e-5)
-    assert close(after, output(load_lora(base, path)), 1e-5)
+    assert close(after, output(model.load_lora(base, path)), 1e-5)
     pipeline.fuse_lora()
     loras = [read_lora(base, root / f"{name}/lora.safetensors") for name in loras]
     for key in ("blocks.1.self_attn.k", "blocks.0.ffn.0"):  # of both LoRAs, of sft alone

@@ -20,7 +20,7 @@ from experiments import invariants
 from runtime.group import Group
 from runtime.options import resolve
 from runtime.shards import Shards, batch_order
-from wan.lora import load_continuation, load_lora
+from wan.lora import load_continuation
 
 NAN = float("nan")
 
@@ -166,7 +166,7 @@ def test_reference_is_the_cold_start(chain):
     """LoRA off is base + SFT, not the base; and stays so when the policy moves."""
     cfg = asymdpo.Config(base=str(chain / "base"), sft=str(chain / "sft"), layers="attn", rank=4)
     net = asymdpo.build(cfg, Group(), (48, 13, 2, 2))
-    sft = model.merge_lora(load_lora(model.load_model(chain / "base"), chain / "sft" / "lora.safetensors"))
+    sft = model.merge_lora(model.load_lora(model.load_model(chain / "base"), chain / "sft" / "lora.safetensors"))
     x, t, text = torch.randn(2, 48, 13, 2, 2), torch.rand(2), torch.randn(2, 5, 32)
     with torch.no_grad():
         for term in model.trained_lora(net).values():

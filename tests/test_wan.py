@@ -13,7 +13,7 @@ import model
 from wan import text, vae
 from wan.checkpoint import write_checkpoint
 from wan.export import diffusers_name, open_model
-from wan.lora import load_lora
+from wan.lora import read_lora
 
 
 @pytest.mark.parametrize("build, count, names", [(vae.VAE, 126_892_531, 194), (text.UMT5, 5_680_910_336, 242)])
@@ -310,6 +310,11 @@ def diffusers_layer(layer: str) -> str:
     return diffusers_name(f"{layer}.weight").removesuffix(".weight")
 
 
+def with_file(net: model.DiT, path) -> model.DiT:
+    """net with the LoRA of a file that anybody wrote."""
+    return model.attach_lora(net, read_lora(net, path))
+
+
 FILES = {  # how others write a LoRA: keys, their words for A and B, their names of layers, and whether alpha is there
     "peft": ("base_model.model.{}.lora_{}.default.weight", "AB", str, False),
     "no prefix": ("{}.lora_{}.weight", "AB", str, False),
@@ -335,7 +340,7 @@ def test_loras_of_others(style, tmp_path):
             tensors[key.partition(".lora_")[0].format(name) + ".alpha"] = torch.tensor(8.0)
     save_file(tensors, tmp_path / "lora.safetensors")
     with torch.no_grad():
-        before, after = again(*inputs), load_lora(again, tmp_path / "lora.safetensors")(*inputs)
+        before, after = again(*inputs), with_file(again, tmp_path / "lora.safetensors")(*inputs)
         assert (after - before).abs().max() > 0.01 and torch.allclose(after, ours(*inputs), atol=1e-5)
 
 
@@ -355,7 +360,7 @@ def test_alpha_as_peft_keeps_it(writer, tmp_path):
     ours, inputs = model.load_model(tmp_path), dit_inputs()
     with torch.no_grad():
         before, expected = ours(*inputs), theirs(adapted, *inputs)
-        after = load_lora(ours, path)(*inputs)
+        after = with_file(ours, path)(*inputs)
     assert (after - before).abs().max() > 0.01 and close(after, expected)
 
 
@@ -365,11 +370,11 @@ def test_alphas_that_are_not_read(told, tmp_path):
     tensors = {f"blocks.0.ffn.0.lora_{x}.weight": torch.zeros(s) for x, s in (("A", (4, 40)), ("B", (56, 4)))}
     path, words = tmp_path / "lora.safetensors", "expected (a LoRA with one alpha|PEFT's configuration)"
     save_file(tensors, path, {"lora_adapter_metadata": told})
-    refused(f"lora.safetensors: {words}", load_lora, small_dit(), path)
+    refused(f"lora.safetensors: {words}", read_lora, small_dit(), path)
 
 
 def test_a_lora_that_matches_nothing(tmp_path):
     """An error that names a key, never silence."""
     for key in ("lora_unet_blocks_0_attn_x.lora_down.weight", "diffusion_model.blocks.0.attn.q.x"):
         save_file({key: torch.zeros(4, 40)}, tmp_path / "lora.safetensors")
-        refused("expected a LoRA for this model", load_lora, small_dit(), tmp_path / "lora.safetensors")
+        refused("expected a LoRA for this model", read_lora, small_dit(), tmp_path / "lora.safetensors")

@@ -108,11 +108,6 @@ def read_lora(net: model.DiT, path: str | Path) -> model.LoRA:
         raise UserError(f"{path}: {error}") from None
 
 
-def load_lora(net: model.DiT, path: str | Path) -> model.DiT:
-    """Adds the LoRA of a file to net, frozen, and returns net. UserError as `read_lora`."""
-    return model.attach_lora(net, read_lora(net, path))
-
-
 def load_adapted(
     base: str | Path, loras: list[Path], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> model.DiT:
