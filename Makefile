@@ -14,8 +14,8 @@ OUT    := out/seed-$(SEED)
 PY     := $(VENV)/bin/python
 MADE   := MANIFEST.json
 
-# The demo's models are so small that more threads make them slower.
-export OMP_NUM_THREADS ?= 2
+# The demo's models are so small that more threads make them slower: much so, where others use the cores.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo tables test lint clean
 demo: $(OUT)/report.html
@@ -30,15 +30,18 @@ $(OUT)/base/$(MADE): $(OUT)/shards/$(MADE)
 	$(PY) sft.py --data $(OUT)/shards --split train --out $(OUT)/base --seed $(SEED)
 $(OUT)/sft/$(MADE): $(OUT)/base/$(MADE)
 	$(PY) sft.py --data $(OUT)/shards --split align --base $(OUT)/base --out $(OUT)/sft --seed $(SEED)
+# as many steps as cost the operations of sft, continuation, pairs and asymdpo together
+$(OUT)/sft_longer/$(MADE): $(OUT)/base/$(MADE)
+	$(PY) sft.py --data $(OUT)/shards --split align --base $(OUT)/base --out $(OUT)/sft_longer --steps 2700 --seed $(SEED)
 $(OUT)/continuation/$(MADE): $(OUT)/base/$(MADE)
 	$(PY) continuation.py --base $(OUT)/base --data $(OUT)/shards --out $(OUT)/continuation --seed $(SEED)
 $(OUT)/pairs/$(MADE): $(OUT)/continuation/$(MADE)
 	$(PY) make_pairs.py --base $(OUT)/base --continuation $(OUT)/continuation --data $(OUT)/shards --out $(OUT)/pairs --seed $(SEED)
 $(OUT)/asymdpo/$(MADE): $(OUT)/pairs/$(MADE) $(OUT)/sft/$(MADE)
 	$(PY) asymdpo.py --base $(OUT)/base --sft $(OUT)/sft --pairs $(OUT)/pairs --out $(OUT)/asymdpo --seed $(SEED)
-$(OUT)/eval/$(MADE): $(OUT)/asymdpo/$(MADE)
-	$(PY) -m experiments.evaluate --base $(OUT)/base --sft $(OUT)/sft --asymdpo $(OUT)/asymdpo --continuation $(OUT)/continuation \
-		--pairs $(OUT)/pairs --data $(OUT)/shards --out $(OUT)/eval --seed $(SEED)
+$(OUT)/eval/$(MADE): $(OUT)/asymdpo/$(MADE) $(OUT)/sft_longer/$(MADE)
+	$(PY) -m experiments.evaluate --base $(OUT)/base --sft $(OUT)/sft --sft_longer $(OUT)/sft_longer --asymdpo $(OUT)/asymdpo \
+		--continuation $(OUT)/continuation --pairs $(OUT)/pairs --data $(OUT)/shards --out $(OUT)/eval --seed $(SEED)
 $(OUT)/report.html: $(OUT)/eval/$(MADE)
 	$(PY) -m experiments.page --demo $(OUT)
 

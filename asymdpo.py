@@ -47,15 +47,16 @@ from wan.lora import load_adapted
 WAN = dict(
     rank=128, batch_size=32, lr=5e-6, beta=800.0, steps=625,  # the paper's, as one reader reports: 20,000 pairs, once
     form="outside",  # as the paper prints it
-    layers="attn", warmup=20,  # chosen
+    layers="attn", warmup=20, decay="none", sft_weight=0.0,  # chosen
 )  # fmt: skip
 PRESETS = {  # see docs/method.md
     "tiny": dict(
-        layers="attn+ffn", rank=16, batch_size=16, steps=200, lr=5e-5, warmup=20, beta=50.0, form="inside", t_mean=1.0
+        layers="all", rank=32, batch_size=16, steps=400, lr=1e-3, warmup=20, decay="cosine", beta=5.0, form="inside",
+        sft_weight=1.0, t_mean=1.0,
     ),
     "1.3b": WAN,
     "14b": WAN,
-}
+}  # fmt: skip
 BUCKETS = 4  # t in [0, ¼), [¼, ½), [½, ¾), [¾, 1]: what is logged is split by these
 
 
@@ -72,14 +73,15 @@ class Config:
     form: str | None = option(choices=("outside", "inside"))  # where 1/K stands: see the equations above
     region: str = option("23", choices=("123", "23", "3"))  # frames in the loss: 123 all, 23 from N1, 3 from N2
     reference_free: bool = False  # leave the reference out, as in the loss as printed
-    sft_weight: float = option(0.0, least=0)  # λ: weight of the winner's own loss; 1: DPO's own pull on it at step 0
+    sft_weight: float | None = option(least=0)  # λ: weight of the winner's own loss; 1: DPO's own pull on it at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
     rank: int | None = option(least=1)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up; constant after
+    warmup: int | None = option(least=0)  # steps of linear warm-up
+    decay: str | None = option(choices=("none", "cosine"))  # what the learning rate does after the warm-up
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
@@ -129,8 +131,9 @@ def asymdpo_loss(cfg, prediction, n1, n2) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def learning_rate(step: int, cfg) -> float:
-    """Linear warm-up, then constant."""
-    return cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
+    """Linear warm-up; with --decay cosine also a cosine to 0."""
+    lr = cfg.lr * min(1, (step + 1) / max(cfg.warmup, 1))
+    return lr * 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) if cfg.decay == "cosine" else lr
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ class Config:
     n1_max: int | None = None  # most given frames of a loser; not given: 60 % of the clip, rounded down
     n2_min: int | None = None  # fewest given frames of a winner; not given: 80 % of the clip, rounded up
     n2_max: int | None = None  # most given frames of a winner; not given: all of them
+    solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # Wan's own; euler shrinks what it samples
     nfe: int | None = option(least=1)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
@@ -106,7 +107,8 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
         cond_mask = torch.arange(x0.shape[2], device=x0.device) < n_cond[todo, None].to(x0.device)
         noise = flow.draw_noise(x0.shape[1:], [keys[i] for i in todo]).to(x0.device)
         call = flow.guided(net, cfg.guidance, negative)
-        result[todo] = flow.euler(call, noise, text[todo], flow.time_grid(cfg.nfe, cfg.t_shift), x0[todo], cond_mask)
+        solve, levels = flow.SOLVERS[cfg.solver], flow.time_grid(cfg.nfe, cfg.t_shift)
+        result[todo] = solve(call, noise, text[todo], levels, x0[todo], cond_mask)
     return result
 
 

@@ -58,11 +58,12 @@ class DiTConfig:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    frames: int = 0  # latent frames that have an embedding of their place in the clip; 0, as in Wan: none
 
 
 PRESETS = {
     "tiny": DiTConfig(
-        96, 192, 3, 3, in_dim=48, out_dim=48, text_dim=32, text_len=24, freq_dim=64, patch_size=(1, 1, 1)
+        96, 192, 3, 3, in_dim=28, out_dim=28, text_dim=32, text_len=24, freq_dim=64, patch_size=(1, 1, 1), frames=13
     ),
     "1.3b": DiTConfig(1536, 8960, 12, 30),
     "14b": DiTConfig(5120, 13824, 40, 40),
@@ -234,7 +235,7 @@ class TaskPrompt(nn.Module):
 
 # Parameters that stay float32 in a bfloat16 model: those that Wan computes with under autocast(dtype=torch.float32)
 # (wan/modules/model.py: WanModel, WanAttentionBlock, Head, WanLayerNorm, WanRMSNorm), and those that Wan does not have.
-FLOAT32 = re.compile(r"^(time_embedding|time_projection|head|task_prompt)\.|modulation$|norm|\.lora\.")
+FLOAT32 = re.compile(r"^(time_embedding|time_projection|head|task_prompt)\.|modulation$|frame_embedding$|norm|\.lora\.")
 
 
 def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -260,6 +261,8 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        # RoPE tells how far apart two frames are, and a few layers cannot make out from that which one comes first
+        self.frame_embedding = nn.Parameter(torch.zeros(config.frames, D)) if config.frames else None
         self.task_prompt: TaskPrompt | None = None
         self.gradient_checkpointing = False
         self._rope: dict[tuple, Tensor] = {}
@@ -280,6 +283,8 @@ class DiT(nn.Module):
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.text_embedding[0].weight.dtype)
         text = self.text_embedding(text)  # (B, text_len, D)
         x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
+        if self.frame_embedding is not None:
+            x = x + self.frame_embedding[: size[0]].repeat_interleave(size[1] * size[2], dim=0)
         if cond_mask is not None and self.task_prompt is not None:
             prompt = self.task_prompt(cond_mask)
             if self.task_prompt.where == "text":
@@ -324,6 +329,8 @@ class DiT(nn.Module):
             wanted = f"(B, {c.in_dim}, F, H, W) with F, H, W divisible by {c.patch_size}"
             raise ValueError(f"x_t: expected {wanted}, got {tuple(x_t.shape)}")
         B, F_ = x_t.shape[0], x_t.shape[2]
+        if c.frames and F_ // c.patch_size[0] > c.frames:
+            raise ValueError(f"x_t: expected at most {c.frames} latent frames, which this model knows, got {F_}")
         shapes = [(B,)] if cond_mask is not None else [(B,), (B, F_)]
         if tuple(t.shape) not in shapes:
             raise ValueError(f"t: expected {' or '.join(map(str, shapes))}, got {tuple(t.shape)}")
@@ -484,8 +491,9 @@ def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def wan_config(config: DiTConfig) -> dict:
-    """config.json of Wan's layout."""
-    return {"_class_name": "WanModel", "model_type": "t2v", **dataclasses.asdict(config)}
+    """config.json of Wan's layout, which knows no `frames`: the tensors tell."""
+    sizes = {name: size for name, size in dataclasses.asdict(config).items() if name != "frames"}
+    return {"_class_name": "WanModel", "model_type": "t2v", **sizes}
 
 
 def save_model(net: DiT, folder: str | Path) -> list[str]:
@@ -524,7 +532,8 @@ def read_config(shape: Mapping[str, tuple[int, ...]], recipe: Path) -> DiTConfig
         raise ValueError(f"{recipe}: expected the sizes of its weights, dim {dim} and num_layers {layers}, got {got}")
     if text_len < 1 or not 0 < eps < 1:
         raise ValueError(f"{recipe}: expected text_len of at least 1, eps between 0 and 1, got {text_len} and {eps}")
-    return DiTConfig(dim, ffn_dim, heads, layers, in_dim, out, text_dim, text_len, freq_dim, tuple(patch), eps)
+    frames = shape["frame_embedding"][0] if "frame_embedding" in shape else 0
+    return DiTConfig(dim, ffn_dim, heads, layers, in_dim, out, text_dim, text_len, freq_dim, tuple(patch), eps, frames)
 
 
 def check_shapes(net: nn.Module, shape: Mapping[str, tuple[int, ...]]) -> None:

@@ -10,9 +10,9 @@ the columns `video,caption`, as OpenVid-1M's does. A video is looked for under i
 part of that name in every folder below, because OpenVid-1M's parts unpack into folders of their own.
 
 Clips are read at 16 pictures a second, by timestamps. Pictures are resized to cover the wanted size and cut at the
-centre. Videos that cannot be trusted are left out and listed (see runtime/decode.py). A hash of the video's id puts all
-its clips into one split: train (base and continuation model), align (pairs and cold start) or, where --train and
---align leave some, eval.
+centre. Videos that cannot be trusted are left out and listed (see runtime/decode.py). All clips of a video are in one
+split: train (base and continuation model), align (pairs and cold start) or, where --train and --align leave some, eval.
+The table's column `split` says which, if it has one, else a hash of the video's id.
 
 The presets 1.3b and 14b make the same shards with Wan2.1's VAE and text encoder from --base. The preset tiny fits a
 linear codec on the train clips, stores it beside the shards, and encodes text by a fixed vector for each word.
@@ -58,6 +58,7 @@ WAN = dict(
 )  # fmt: skip
 TINY = dict(frames=49, height=64, width=64, train=0.6, align=0.2, shard_size=250, negative="")  # a fifth to evaluate on
 PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
+SPLITS = ("train", "align", "eval")
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
@@ -99,14 +100,18 @@ class Item:
     video: str  # path in the folder
     caption: str
     motion: str  # the text in the column `motion score`, if there is one
+    split: str  # the text in the column `split`, if there is one
 
 
 # ---- videos and captions ---------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path) -> list[dict]:
-    """The rows of a csv file: `video`, `caption` and, if present, `motion score`. UserError if it cannot be read."""
-    wanted = ("video", "caption", "motion score")
+    """The rows of a csv file: `video`, `caption` and, if present, `motion score` and `split`.
+
+    UserError if it cannot be read.
+    """
+    wanted = ("video", "caption", "motion score", "split")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             table = csv.DictReader(f)
@@ -165,8 +170,11 @@ def find_item(root: Path, by_name: dict[str, list[Path]], row: dict, seen: set) 
         raise ValueError("the video is listed twice")
     if clip in seen:
         raise ValueError("its name differs from another video's only in the ending")
+    split = row.get("split", "")
+    if split not in ("", *SPLITS):
+        raise ValueError(f"its split is none of {', '.join(SPLITS)}")
     seen |= {path, clip}
-    return Item(clip, str(inside), row["caption"].strip(), row.get("motion score", ""))
+    return Item(clip, str(inside), row["caption"].strip(), row.get("motion score", ""), split)
 
 
 def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
@@ -207,10 +215,10 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     return items, rejects
 
 
-def split_of(clip: str, train: float, align: float) -> str:
-    """train, align or eval, by a hash of the video's id: adding or dropping other videos does not move it."""
-    u = int.from_bytes(hashlib.blake2b(clip.encode(), digest_size=8).digest(), "big") / 2**64
-    return "train" if u < train else "align" if u < train + align else "eval"
+def split_of(item: Item, cfg) -> str:
+    """What the table says, else by a hash of the video's id: adding or dropping other videos does not move it."""
+    u = int.from_bytes(hashlib.blake2b(item.id.encode(), digest_size=8).digest(), "big") / 2**64
+    return item.split or ("train" if u < cfg.train else "align" if u < cfg.train + cfg.align else "eval")
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -245,7 +253,7 @@ def with_motion(cfg, item: Item, clip: video.Clip) -> tuple[video.Clip, float] |
 
 def fit_codec(cfg, items: list[Item], path: Path, each: Callable) -> None:
     """Fits the linear codec on the first clips that can be read, train clips first, and stores it."""
-    order = sorted(items, key=lambda item: split_of(item.id, cfg.train, cfg.align) != "train")
+    order = sorted(items, key=lambda item: split_of(item, cfg) != "train")
     clips, bad = [], []
     for item, found in zip(order, each(functools.partial(read, cfg), order)):
         bad += [f"; {item.video}: {clip}" for clip in found if isinstance(clip, video.BadVideo)]
@@ -275,7 +283,7 @@ def encode_shard(cfg, k: int, items: list[Item], codec, encoder, device, folder:
                 continue
             clip, motion = found
             x0.append(codec.encode(video.to_pixels(clip.frames)[None].to(device))[0].cpu())
-            split = split_of(item.id, cfg.train, cfg.align)
+            split = split_of(item, cfg)
             row = {"id": f"{item.id}#{number}" if number else item.id, "caption": item.caption, "split": split}
             rows.append({**row, "motion": round(motion, 4), "video": item.video, "start": clip.start})
     captions = list(dict.fromkeys(row["caption"] for row in rows))
@@ -341,7 +349,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"--preset {cfg.preset} needs --base, the folder of Wan2.1's VAE and text encoder")
     group = start_group()
     items, rejects = read_items(cfg, group.main)
-    facts = [(item.id, item.caption, item.motion, Path(cfg.videos, item.video).stat().st_size) for item in items]
+    facts = [(*dataclasses.astuple(item), Path(cfg.videos, item.video).stat().st_size) for item in items]
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text")}
     run = Run(cfg, "prepare", group, inputs, items=hashlib.sha256(repr(facts).encode()).hexdigest())
     if run.done:

@@ -34,11 +34,11 @@ WAN = dict(
     layers="attn", warmup=20,  # chosen
 )  # fmt: skip
 PRESETS = {  # the LoRA cold start; see docs/method.md
-    "tiny": dict(layers="attn+ffn", rank=16, batch_size=32, steps=60, lr=2e-4, warmup=10, t_mean=1.0),
+    "tiny": dict(layers="all", rank=32, batch_size=32, steps=1600, lr=3e-3, warmup=50, t_mean=1.0),
     "1.3b": WAN,
     "14b": WAN,
 }
-FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=2200, lr=4e-3, warmup=100, t_mean=1.0)}
+FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=1500, lr=4e-3, warmup=100, t_mean=1.0)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,15 @@
                 clip and once over the generated frames alone, because more given frames make more of the clip real.
     next frame  the first generated frame against the true one, in px, and against holding the last given picture
     labels      how often the exact score agrees that the winner of a pair is better
-    table       Pretrain, SFT and DynamicsBoost on the same prompts and noise; the paired difference and its interval
+    table       Pretrain, SFT, SFT for as many operations as the method and DynamicsBoost, on the same prompts and noise
+    controls    SFT and DynamicsBoost from less noise and by another solver; DynamicsBoost's LoRA at half strength: what
+                a smaller spread, or a part of the training, gains by itself
+
+Differences are paired by prompt, with an interval by bootstrap over the prompts.
 
 In    the folders of the other stages; clips of tiny.balls, whose captions say what physics to expect
 Out   summary.json; samples.safetensors, the latents that experiments.page shows
-Cost  about 13 continuations of `--sweep_clips` clips and three samples of each of `--clips` prompts
+Cost  about 13 continuations of `--sweep_clips` clips and eleven samples of each of `--clips` prompts
 """
 
 import dataclasses
@@ -20,17 +24,20 @@ import numpy as np
 import torch
 
 import flow
+import model
 from runtime.files import commit, read_manifest, write_json, write_tensors
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve
+from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards
 from tiny import balls
 from tiny import codec as codecs
-from wan.lora import load_adapted, load_continuation, lora_files
+from wan.lora import load_adapted, load_continuation, lora_files, read_lora
 
 PRESETS = {"tiny": dict(nfe=12, t_shift=4.0)}
 SHOWN = 8  # samples kept for the page's players
+NOISE = (0.95, 0.85)  # what the initial noise is multiplied by in the controls
+DIFFERENCES = ("score", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +47,16 @@ class Config:
     preset: str = "tiny"  # the only one whose physics is known
     base: str = "out/demo/base"  # model folder: the Pretrain row
     sft: str = "out/demo/sft"  # folder of sft.py --base: the SFT row
+    sft_longer: str = ""  # one more, trained for as many operations as sft, pairs and asymdpo together; or none
     asymdpo: str = "out/demo/asymdpo"  # folder of asymdpo.py: the DynamicsBoost row
     continuation: str = "out/demo/continuation"  # folder of continuation.py
     pairs: str = "out/demo/pairs"  # folder of make_pairs.py
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("eval", choices=("train", "align", "eval"))  # which clips: train, align or eval
     out: str = option("out/demo/eval", neutral=True)  # folder to write
-    clips: int = option(512, least=2)  # prompts in the table
+    clips: int = option(500, least=2)  # prompts in the table
     sweep_clips: int = option(96, least=2)  # clips in the sweep
+    solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # what samples; the controls have the other one
     nfe: int | None = option(least=1)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     seed: int = 0  # of the noise and the bootstrap
@@ -57,7 +66,17 @@ class Config:
 
 
 def means(scores: dict[str, np.ndarray]) -> dict[str, float]:
-    return {m: round(float(v.mean()), 4) for m, v in scores.items()}
+    return {m: round(float(v.mean()), 4) for m, v in scores.items() if m != "speed"}
+
+
+def judged(scores: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean metrics, and `w1`, the distance of the distribution of speed from the real clips', px/frame."""
+    return means(scores) | {"w1": round(balls.wasserstein(scores["speed"], real["speed"]), 4)}
+
+
+def differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
+    """`paired_bootstrap` of one minus other, for each of DIFFERENCES."""
+    return {m: paired_bootstrap(one[m].astype(float) - other[m], seed) for m in DIFFERENCES}
 
 
 def paired_bootstrap(difference: np.ndarray, seed: int, draws: int = 10_000) -> dict[str, float]:
@@ -68,26 +87,25 @@ def paired_bootstrap(difference: np.ndarray, seed: int, draws: int = 10_000) -> 
     return {"mean": round(float(difference.mean()), 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4)}
 
 
-def centre_errors(made: np.ndarray, true: np.ndarray, held: np.ndarray, caption: str) -> np.ndarray:
-    """Distances (2, balls, n) px from each ball's true centre: of the ball that was made, and of the held picture's.
+def centre_errors(made: np.ndarray, true: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Distances (2, B, n) px from the ball's true centre: of the ball that was made, and of the held picture's.
 
-    made, true (n, h, w, 3): the same n pictures; held (h, w, 3): the last given one; all float in [0, 1]. A ball that
-    was not made counts as balls.MISSING px.
+    made, true (B, n, h, w, 3): the same n pictures; held (B, h, w, 3): the last given one; all float in [0, 1]. A ball
+    that was not made counts as balls.MISSING px.
     """
-    (at, mass), (truth, _), (still, _) = (balls.detect(pictures) for pictures in (made, true, held[None]))
-    colours = list(balls.read_caption(caption)[0])
-    errors, holding = (np.hypot(*np.moveaxis((found - truth)[colours], 1, 0)) for found in (at, still))
-    return np.stack([np.where(mass[colours] > 0.5, errors, balls.MISSING), holding])
+    (at, seen), (truth, _), (still, _) = (balls.detect(balls.light_of(a)) for a in (made, true, held[:, None]))
+    errors, holding = (np.hypot(*np.moveaxis(found - truth, 1, 0)) for found in (at, still))
+    return np.stack([np.where(seen, errors, balls.MISSING), holding])
 
 
 # ---- sweep, labels, table --------------------------------------------------------------------------------------------
 
 
 def sample_all(net, noise, text, cfg, *given: torch.Tensor, bar=None) -> torch.Tensor:
-    """Samples (B, C, F, H, W) by flow.euler, 64 at a time; given x0 and cond_mask, continuations."""
-    made, levels = [], flow.time_grid(cfg.nfe, cfg.t_shift)
+    """Samples (B, C, F, H, W), 64 at a time; given x0 and cond_mask, continuations."""
+    made, levels, solve = [], flow.time_grid(cfg.nfe, cfg.t_shift), flow.SOLVERS[cfg.solver]
     for part_noise, part_text, *part_given in zip(*(a.split(64) for a in (noise, text, *given))):
-        made.append(flow.euler(net, part_noise, part_text, levels, *part_given))
+        made.append(solve(net, part_noise, part_text, levels, *part_given))
         if bar:
             bar.update(len(part_noise))
     return torch.cat(made)
@@ -113,8 +131,8 @@ def sweep(net, codec, clips, cfg, bar=None) -> tuple[list[dict], dict]:
             row |= {"generated_score": means(generated)["score"], "generated": means(generated)}
         if 0 < n < frames:
             got = balls.pixels(codec, made[:, :, : n + 1])[:, first:]
-            each = [centre_errors(g, t[first : first + 4], t[first - 1], c) for g, t, c in zip(got, true, captions)]
-            distances = dict(zip(("next_frame", "hold"), np.concatenate(each, axis=1)))
+            found = centre_errors(got, true[:, first : first + 4], true[:, first - 1])
+            distances = dict(zip(("next_frame", "hold"), found))
             row |= means(distances) | means({f"{name}_last": px[:, -1] for name, px in distances.items()})
         rows.append(row)
         shown[f"sweep_{n}"] = made[:SHOWN]
@@ -140,17 +158,48 @@ def prompts(clips: Shards, count: int, seed: int) -> tuple[list[int], torch.Tens
     return index, flow.draw_noise(clips.shape("x0"), keys), clips.text(index), [clips.rows[i]["caption"] for i in index]
 
 
-def table(cfg, codec, clips, bar) -> tuple[dict, dict, dict]:
-    """Every model on the same prompts and noise, and the real clips: mean metrics, scores by clip, samples to show."""
+def adapted(base: str, loras: list, strength: float = 1.0) -> model.DiT:
+    """The base with LoRAs on it, the last one at `strength`."""
+    if strength == 1:
+        return load_adapted(base, loras)
+    net = load_adapted(base, loras[:-1])
+    lora = read_lora(net, loras[-1])
+    for term in lora.values():
+        term.scale *= strength
+    return model.attach_lora(net, lora)
+
+
+def table(cfg, codec, clips, bar) -> tuple[dict, dict]:
+    """Every model on the same prompts and noise, the real clips, the controls: what summary.json says of them, and
+    samples to show.
+    """
     index, noise, text, captions = prompts(clips, cfg.clips, cfg.seed)
-    loras = {"Pretrain": "", "SFT": cfg.sft, "DynamicsBoost": f"{cfg.sft},{cfg.asymdpo}"}
-    scores, shown = {}, {}
-    for name, folders in loras.items():
-        net = load_adapted(cfg.base, lora_files(folders))
-        made = sample_all(net, noise, text, cfg, bar=bar)
-        scores[name], shown[f"table_{name}"] = balls.score(codec, made, captions), made[:SHOWN]
-    real = means(balls.score(codec, clips.get("x0", index), captions))
-    return {**{name: means(s) for name, s in scores.items()}, "real clips": real}, scores, shown
+    real, shown = balls.score(codec, clips.get("x0", index), captions), {}
+
+    def measure(name: str, strength=1.0, noise=noise, solver=cfg.solver) -> dict[str, np.ndarray]:
+        net = adapted(cfg.base, lora_files(loras[name]), strength)
+        made = sample_all(net, noise, text, dataclasses.replace(cfg, solver=solver), bar=bar)
+        shown.setdefault(f"table_{name}", made[:SHOWN])
+        return balls.score(codec, made, captions)
+
+    loras = {"Pretrain": "", "SFT": cfg.sft, "SFT, as many operations": cfg.sft_longer}
+    loras = {name: folder for name, folder in loras.items() if folder or name == "Pretrain"}
+    loras["DynamicsBoost"] = f"{cfg.sft},{cfg.asymdpo}"
+    scores = {name: measure(name) for name in loras}
+    ours, half = scores["DynamicsBoost"], measure("DynamicsBoost", strength=0.5)
+    kinds = {f"noise × {share}": dict(noise=noise * share) for share in NOISE}
+    kinds |= {f"solver {name}": dict(solver=name) for name in flow.SOLVERS if name != cfg.solver}
+    controls = {}
+    for kind, options in kinds.items():
+        pair = {name: measure(name, **options) for name in ("SFT", "DynamicsBoost")}
+        controls[kind] = {name: judged(s, real) for name, s in pair.items()}
+        controls[kind]["difference"] = differences(pair["DynamicsBoost"], pair["SFT"], cfg.seed)
+    return {
+        "table": {name: judged(s, real) for name, s in {**scores, "real clips": real}.items()},
+        "difference": {name: differences(ours, s, cfg.seed) for name, s in scores.items() if name != "DynamicsBoost"},
+        "half": judged(half, real) | {"difference": differences(half, scores["SFT"], cfg.seed)},
+        "controls": controls,
+    }, shown
 
 
 def main(cfg: Config) -> None:
@@ -159,31 +208,33 @@ def main(cfg: Config) -> None:
     inputs = {name: getattr(cfg, name) for name in ("data", "base", "sft", "continuation", "pairs", "asymdpo")}
     read_manifest(cfg.base, "sft.py")
     makers = {"sft": "sft.py", "asymdpo": "asymdpo.py or experiments.baselines", "continuation": "continuation.py"}
+    if cfg.sft_longer:
+        inputs["sft_longer"], makers["sft_longer"] = cfg.sft_longer, "sft.py"
     for name, maker in makers.items():
         read_manifest(inputs[name], maker)
     clips, pairs = Shards(cfg.data, "prepare.py", cfg.split), Shards(cfg.pairs, "make_pairs.py")
     if cfg.sweep_clips > len(clips):
         raise UserError(f"--sweep_clips: expected at most {len(clips)}, all of {cfg.split!r}, got {cfg.sweep_clips}")
-    if not all(balls.read_caption(row["caption"])[0] for row in clips.rows + pairs.rows):
-        raise UserError(f"{cfg.data}: expected clips of tiny.balls, got other captions, which no physics can score")
+    with user_errors():
+        for row in clips.rows + pairs.rows:
+            balls.falls(row["caption"])
     run = Run(cfg, "experiments.evaluate", alone(), inputs)
     if run.done:
         return
     codec, frames = codecs.load(cfg.data), clips.shape("x0")[1]
 
     # ---- measure: short enough to do without checkpoints
-    with run.progress(frames * cfg.sweep_clips + 3 * cfg.clips, unit="clip") as bar:
+    with run.progress(frames * cfg.sweep_clips + (10 + bool(cfg.sft_longer)) * cfg.clips, unit="clip") as bar:
         net = load_continuation(cfg.base, cfg.continuation)
         curve, shown = sweep(net, codec, clips, cfg, bar)
-        rows, scores, more = table(cfg, codec, clips, bar)
+        measured, more = table(cfg, codec, clips, bar)
     labels = label_accuracy(codec, pairs)
 
     # ---- result
-    difference = scores["DynamicsBoost"]["score"] - scores["SFT"]["score"]
     # from two given latent frames on: one picture alone does not show a velocity
     between = [row for row in curve if 2 <= row["n_cond"] <= frames - 1]
     distances = ("next_frame", "hold", "next_frame_last", "hold_last")
-    summary = {
+    summary = measured | {
         "label_accuracy": labels["accuracy"],
         "labels": labels,
         "sweep": {
@@ -191,8 +242,6 @@ def main(cfg: Config) -> None:
             "generated": {row["n_cond"]: row["generated_score"] for row in curve[:-1]},
         },
         "sweep_rows": curve,
-        "table": rows,
-        "asymdpo_minus_sft": paired_bootstrap(difference, cfg.seed),
         "next_frame_error": {key: round(float(np.mean([row[key] for row in between])), 4) for key in distances},
         "clips": cfg.clips,
         "sweep_clips": cfg.sweep_clips,

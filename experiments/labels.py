@@ -9,7 +9,7 @@ DynamicsBoost needs none of this: in its pairs the winner is the side that was g
 
     exact        the tiny world's physics score, which also judges the models: no real user has such a scorer
     noisy        exact, with a share `--flip` of the labels turned round: a scorer that is often wrong
-    appearance   what single frames show, presence and shape: blind to motion
+    appearance   what single frames show, the ball's shape: blind to motion
     file         a csv with one row a video, as VideoAlign's inference writes it: the video's name under `path`, its
                  score under --column
 
@@ -34,7 +34,7 @@ import flow
 from experiments.pairs import SIDES
 from runtime.files import read_csv, read_manifest, write_jsonl
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve
+from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, pixel_frames
 from tiny import balls
@@ -78,14 +78,16 @@ def video_name(place: int, row: dict, field: str, segment: int | None = None) ->
 def physics_scores(codec, pairs: Shards, cuts: list[int], scorer: str, bar) -> Tensor:
     """Scores (pairs, 2, segments) by the exact physics, or by what single frames show."""
     scores = torch.zeros(len(pairs), 2, len(cuts) - 1, dtype=torch.float64)
-    for i, row in enumerate(pairs.rows):
+    for first in range(0, len(pairs), 32):
+        index = list(range(len(pairs)))[first : first + 32]
+        captions = [pairs.rows[i]["caption"] for i in index]
         for side, field in enumerate(SIDES):
-            clip = balls.pixels(codec, pairs.get(field, [i]))[0]
-            for k, (first, end) in enumerate(zip(cuts, cuts[1:])):
-                found = balls.score_clip(clip, row["caption"], pixel_frames(first, end))
+            x0 = pairs.get(field, index)
+            for k, cut in enumerate(zip(cuts, cuts[1:])):
+                found = balls.score(codec, x0, captions, pixel_frames(*cut))
                 frames_alone = found["score"] + found["traj"] / 4  # the score without its term of motion
-                scores[i, side, k] = frames_alone if scorer == "appearance" else found["score"]
-        bar.update()
+                scores[index, side, k] = torch.from_numpy(frames_alone if scorer == "appearance" else found["score"])
+        bar.update(len(index))
     return scores
 
 
@@ -149,8 +151,9 @@ def main(cfg: Config) -> None:
     cuts = segment_cuts(pairs.shape("first")[1], cfg.segments)
     if not from_file:
         read_manifest(cfg.data, "prepare.py")
-        if not all(balls.read_caption(row["caption"])[0] for row in pairs.rows):
-            raise UserError(f"{cfg.pairs}: expected clips of tiny.balls for --scorer {cfg.scorer}; else --scorer file")
+        with user_errors():
+            for row in pairs.rows:
+                balls.falls(row["caption"])
 
     # ---- score, label
     if from_file:

@@ -1,4 +1,4 @@
-"""The tiny preset's codec: linear, a PCA of picture patches, fitted on the clips in seconds.
+"""The tiny preset's codec: linear, a PCA of whole small pictures, fitted on the clips in seconds.
 
     encode(video (B, 3, 4k+1, h, w) in [-1, 1]) -> x0 (B, C, k+1, H, W)          decode(x0) -> video, clamped to [-1, 1]
 
@@ -14,15 +14,14 @@ from torch import Tensor
 from runtime.files import read_tensors, write_tensors
 
 GROUP = 4  # pixel frames in a latent frame, after the first
-PATCH = 32  # px, side of the patches
+PATCH = 64  # px, side of the patches: a clip of the balls is one, so that it has no seams
 
 
 class LinearVAE:
-    """Codes each patch of a colour channel, of one frame (the first) or of four, by its first principal components.
+    """Codes each patch, of one frame (the first) or of four, by its first principal components: the latent channels.
 
-    Colour channels and patches share one basis. Latent channel = colour · components + component. One scale for all
-    components makes their mean variance 1 and keeps distances. With a scale for each, the faint components, which
-    nobody sees, would weigh as much as a ball's position, and a model would learn visibly slower.
+    One scale for all components makes their mean variance 1 and keeps distances. With a scale for each, the faint
+    components, which nobody sees, would weigh as much as a ball's position, and a model would learn visibly slower.
     """
 
     side = PATCH
@@ -32,16 +31,16 @@ class LinearVAE:
 
     @property
     def channels(self) -> int:
-        return 3 * self.tensors["first.basis"].shape[1]
+        return self.tensors["first.basis"].shape[1]
 
     @classmethod
-    def fit(cls, videos: Tensor, components: int = 16) -> "LinearVAE":
+    def fit(cls, videos: Tensor, components: int = 28) -> "LinearVAE":
         """Fits a codec on videos (B, 3, 4k+1, h, w) in [-1, 1], h and w divisible by PATCH."""
         tensors = {}
         codec = cls(tensors)
         for name, x in zip(("first", "group"), codec._patches(videos)):
             flat = x.reshape(-1, x.shape[-1])
-            flat = flat[:: max(1, len(flat) // 10_000)]
+            flat = flat[:: max(1, len(flat) // 3000)]
             mean = flat.mean(0)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # svd_lowrank starts from a random subspace
@@ -53,29 +52,30 @@ class LinearVAE:
         return codec
 
     def encode(self, video: Tensor) -> Tensor:
-        """video (B, 3, 4k+1, h, w) in [-1, 1] -> x0 (B, 3·components, k+1, h/PATCH, w/PATCH). Else ValueError."""
+        """video (B, 3, 4k+1, h, w) in [-1, 1] -> x0 (B, components, k+1, h/PATCH, w/PATCH). Else ValueError."""
         coded = []
         for name, x in zip(("first", "group"), self._patches(video)):
             mean, basis, scale = (self.tensors[f"{name}.{part}"] for part in ("mean", "basis", "scale"))
             coded.append((x - mean) @ (basis / scale))
-        return rearrange(torch.cat(coded, dim=1), "b f h w c k -> b (c k) f h w")
+        return rearrange(torch.cat(coded, dim=1), "b f h w k -> b k f h w")
 
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `encode`, clamped to [-1, 1]."""
-        x0 = rearrange(x0, "b (c k) f h w -> b f h w c k", c=3)
+        x0 = rearrange(x0, "b k f h w -> b f h w k")
         video = []
         for name, x, frames in (("first", x0[:, :1], 1), ("group", x0[:, 1:], GROUP)):
             mean, basis, scale = (self.tensors[f"{name}.{part}"] for part in ("mean", "basis", "scale"))
             pixels = x @ (basis * scale).T + mean
-            video.append(rearrange(pixels, "b f h w c (g p q) -> b c (f g) (h p) (w q)", g=frames, p=PATCH))
+            join = "b f h w (c g p q) -> b c (f g) (h p) (w q)"
+            video.append(rearrange(pixels, join, c=3, g=frames, p=PATCH, q=PATCH))
         return torch.cat(video, dim=2).clamp(-1, 1)
 
     def _patches(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """First frame and groups of 4, cut into patches: (B, 1 | k, H, W, 3, pixels)."""
+        """First frame and groups of 4, cut into patches: (B, 1 | k, H, W, values)."""
         T = video.shape[2]
         if T % GROUP != 1:
             raise ValueError(f"video: expected 4k+1 frames, got {T}")
-        cut = "b c (f g) (h p) (w q) -> b f h w c (g p q)"
+        cut = "b c (f g) (h p) (w q) -> b f h w (c g p q)"
         first, rest = (video[:, :, :1], 1), (video[:, :, 1:], GROUP)
         return tuple(rearrange(part, cut, g=g, p=PATCH, q=PATCH) for part, g in (first, rest))
 
