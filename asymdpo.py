@@ -51,7 +51,7 @@ WAN = dict(
 )  # fmt: skip
 PRESETS = {  # see docs/method.md
     "tiny": dict(
-        layers="all", rank=32, batch_size=16, steps=400, lr=1e-3, warmup=20, decay="cosine", beta=5.0, form="inside",
+        layers="all", rank=32, batch_size=16, steps=200, lr=1e-3, warmup=20, decay="cosine", beta=5.0, form="inside",
         sft_weight=1.0, t_mean=1.0,
     ),
     "1.3b": WAN,

@@ -39,7 +39,7 @@ WAN = dict(
 )  # fmt: skip
 PRESETS = {  # see docs/method.md
     "tiny": dict(
-        layers="all", rank=32, batch_size=32, steps=300, lr=4e-3, warmup=20, t_mean=1.0, prompts="text",
+        layers="all", rank=32, batch_size=32, steps=200, lr=4e-3, warmup=20, t_mean=1.0, prompts="text",
         caption_dropout=0.0,
     ),
     "1.3b": WAN,

@@ -34,7 +34,7 @@ WAN = dict(
     layers="attn", warmup=20,  # chosen
 )  # fmt: skip
 PRESETS = {  # the LoRA cold start; see docs/method.md
-    "tiny": dict(layers="all", rank=32, batch_size=32, steps=1600, lr=3e-3, warmup=50, t_mean=1.0),
+    "tiny": dict(layers="all", rank=32, batch_size=32, steps=2000, lr=3e-3, warmup=50, t_mean=1.0),
     "1.3b": WAN,
     "14b": WAN,
 }

@@ -54,7 +54,7 @@ class Config:
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("eval", choices=("train", "align", "eval"))  # which clips: train, align or eval
     out: str = option("out/demo/eval", neutral=True)  # folder to write
-    clips: int = option(500, least=2)  # prompts in the table
+    clips: int = option(512, least=2)  # prompts in the table
     sweep_clips: int = option(96, least=2)  # clips in the sweep
     solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # what samples; the controls have the other one
     nfe: int | None = option(least=1)  # solver steps
