@@ -1,8 +1,10 @@
 """Prompts, and first frames where they are given, to mp4 files.
 
-    python sample.py --prompt "a red ball and a blue ball fall" --lora out/demo/sft,out/demo/asymdpo --out out/one
+    python sample.py --prompt "a ball from top left falls quickly rightwards and gently upwards" \\
+        --lora out/demo/sft,out/demo/asymdpo --out out/one
     python sample.py --prompts prompts.txt --samples 4 --out out/many
-    python sample.py --prompt "a green ball floats" --continuation out/demo/continuation --video clip.mp4 --out out/more
+    python sample.py --prompt "a ball from middle centre floats slowly leftwards and gently downwards" \\
+        --continuation out/demo/continuation --video clip.mp4 --out out/more
     torchrun --nproc_per_node 8 sample.py --preset 1.3b --base Wan2.1-T2V-1.3B --lora out/sft --prompts prompts.txt
 
 The noise of a video depends only on the seed and on the numbers of its prompt and sample: not on the process that makes
@@ -36,7 +38,7 @@ WAN = dict(  # Wan2.1's command line: 50 steps, shift 5, guidance 5; its README:
     frames=49, height=288, width=512, nfe=50, t_shift=5.0, guidance=5.0, solver="unipc", grid="wan",
     negative=text.NEGATIVE,
 )  # fmt: skip
-TINY = dict(frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0, solver="euler", grid="even", negative="")
+TINY = dict(frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0, solver="unipc", grid="even", negative="")
 PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 
 

@@ -62,7 +62,7 @@ class Sizes:
 
 
 SIZES = {name: Sizes(name, cost.SHAPE, 128, 50, 96) for name in ("1.3b", "14b")}
-TOY = {name: Sizes("tiny", (48, 4, 2, 2), 4, 2, 4) for name in SIZES}
+TOY = {name: Sizes("tiny", (28, 4, 2, 2), 4, 2, 4) for name in SIZES}
 
 
 def trainer_of(sizes: Sizes, device: torch.device) -> Trainer:
