@@ -216,7 +216,7 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
     if step == 0:
         expected = "anything: there is no reference" if cfg.reference_free else "exactly 0"
         at_ln2 = "ln 2 / K" if cfg.form == "outside" else "ln 2 = 0.6931"
-        at_ln2 += f" and {cfg.sft_weight * cfg.beta / 2:g} times the winner's own loss" if cfg.sft_weight else ""
+        at_ln2 += f" and {cfg.sft_weight * cfg.beta / 2:g} times the flow-matching loss" if cfg.sft_weight else ""
         return f"step 0: S = {row['S']:g} (expected {expected}), loss {row['loss']:.4f} (expected {at_ln2})"
     if step == max(50, 2 * cfg.warmup):
         # AdamW's steps are its rate long, unless the gradient is near its eps of 1e-8; this far they lead at random

@@ -1,12 +1,14 @@
-"""The baselines: DPO on two samples of which a scorer says who won. Read it beside asymdpo.py: the rest is the same.
+"""The baselines: DPO on two clips and a label that says who won. Read it beside asymdpo.py: the rest is the same.
 
     e_i(f; x) = mean over C, H, W of (v_i − f(x_t, t, text)_i)²           v = noise − x0, one t for the clip
     d_i       = e_i(policy; x) − e_i(ref; x)
     label_i   = 1 where the first sample won, −1 where the second did, 0 for a tie; one for the clip or for each segment
     S         = Σ_i label_i · (d_i^first − d_i^second),   K = number of frames that are not tied
 
-    --loss flow    L = softplus(β/2 · S / K)     Flow-DPO (arXiv 2501.13918); StructuralDPO on structural pairs
-    --loss dense   L = softplus(β · S / K)       DenseDPO (arXiv 2506.03517), on structural pairs labelled by segment
+    --loss flow    L = softplus(β/2 · S / K)     Flow-DPO (arXiv 2501.13918); StructuralDPO (2506.03517) on structural
+                                                 pairs; Reg-DPO (2511.01450) on real ones, with --sft_weight
+    --loss dense   L = softplus(β · S / K)       DenseDPO (2506.03517), on structural pairs labelled by segment;
+                                                 LocalDPO (2601.04068), on local pairs labelled by frame
 
     python -m experiments.pairs --kind flow --lora out/demo/sft --out out/baseline/pairs
     python -m experiments.labels --pairs out/baseline/pairs --scorer exact --out out/baseline/labels
@@ -14,13 +16,16 @@
         --sft out/demo/sft --out out/baseline/dpo
 
 How this differs from asymdpo.py: a label says who won, and all frames but the tied ones are in the loss. As in
-DenseDPO, a clip is left out unless more than a fifth of its frames has a label.
+DenseDPO, a clip is left out unless more than a fifth of its frames has a label. --sft_weight λ adds λ·L'(0) times the
+flow-matching loss of the real clip, all of its frames, at the pair's noise and t: L'(0), the derivative of L by the
+winner's mean error at S = 0, is β/4 for flow and β/2 for dense. So λ = 1 is DPO's own pull there, as in asymdpo.py.
 
-What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2.
+What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2, plus λ's term.
 
 In    a model folder, a finished sft.py folder (its LoRA), pairs of experiments.pairs, labels of experiments.labels
 Out   lora.safetensors (on top of base + SFT), metrics.jsonl
-Cost  two forwards and backwards of the policy and two forwards of the reference a pair
+Cost  two forwards and backwards of the policy and two forwards of the reference a pair; with --sft_weight one more of
+      the policy, unless the real clip is a side of the pair
 """
 
 import dataclasses
@@ -34,6 +39,7 @@ from torch import Tensor
 import flow
 import model
 from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, names, predict, size_of_B
+from experiments.pairs import CLIP
 from kernels.modulate import implementation
 from kernels.region_dpo import frame_errors
 from runtime.files import read_jsonl, read_manifest, whole_file
@@ -41,13 +47,14 @@ from runtime.group import local_batch, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
+from sft import flow_loss
 
 LABELLED = 0.2  # a clip is kept if more than this share of its frames has a label
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains the text-to-video model by Flow-DPO or DenseDPO."""
+    """Trains the text-to-video model by Flow-DPO, DenseDPO or one of their siblings."""
 
     preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
@@ -57,13 +64,15 @@ class Config:
     out: str = option("out/baseline/dpo", neutral=True)  # folder to write
     loss: str = option("flow", choices=("flow", "dense"))  # flow: Flow-DPO, a label a clip; dense: DenseDPO
     beta: float | None = option(above=0)  # DPO temperature; flow halves it
+    sft_weight: float | None = option(least=0)  # λ: weight of the clip's own loss; 1: DPO's pull on a winner at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
     rank: int | None = option(least=1)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up; constant after
+    warmup: int | None = option(least=0)  # steps of linear warm-up
+    decay: str | None = option(choices=("none", "cosine"))  # what the learning rate does after the warm-up
     t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
@@ -72,7 +81,12 @@ class Config:
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order, noise and times
 
-    form, reference_free, sft_weight = "inside", False, 0.0  # not options: asymdpo.explain asks for them
+    form, reference_free = "inside", False  # not options: asymdpo.explain asks for them
+
+
+def temperature(cfg) -> float:
+    """What S / K is multiplied by."""
+    return cfg.beta / 2 if cfg.loss == "flow" else cfg.beta
 
 
 def baseline_loss(cfg, prediction, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,7 +103,7 @@ def baseline_loss(cfg, prediction, label: Tensor) -> tuple[Tensor, dict[str, Ten
     d_w, policy_w, reference_w = (torch.where(first_won, a, b) for a, b in zip(first, second))
     d_l, policy_l, reference_l = (torch.where(first_won, b, a) for a, b in zip(first, second))
     S, K = (d_w - d_l).sum(1), labelled.sum(1)
-    beta = cfg.beta / 2 if cfg.loss == "flow" else cfg.beta
+    beta = temperature(cfg)
     loss = F.softplus(beta * S / K)
     parts = {
         "err/w_policy": policy_w, "err/w_ref": reference_w, "diff/w": d_w,
@@ -97,6 +111,16 @@ def baseline_loss(cfg, prediction, label: Tensor) -> tuple[Tensor, dict[str, Ten
         "rewards/chosen": -beta * d_w.sum(1) / K, "rewards/rejected": -beta * d_l.sum(1) / K,
     }  # fmt: skip
     return loss, {name: a.detach() for name, a in parts.items()}
+
+
+def clip_loss(net, prediction, x0, text, noise, t) -> Tensor:
+    """The policy's flow-matching loss (B,) of the real clips x0 (B, C, F, H, W), or None where they are the first side.
+
+    prediction: `asymdpo.predict` of the pairs; text, noise, t as there.
+    """
+    if x0 is None:
+        return (prediction[0] - prediction[4]).square().mean(dim=(1, 2, 3, 4))
+    return flow_loss(net, x0, text, noise, t)
 
 
 def read_labels(cfg, made_of: str) -> Tensor:
@@ -150,6 +174,9 @@ def main(cfg: Config) -> None:
     for name in starts.values():
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
     pairs = Shards(cfg.pairs, "experiments.pairs")
+    clip = CLIP[pairs.manifest["config"]["kind"]]
+    if clip not in pairs.fields():
+        raise UserError(f"{cfg.pairs}: expected the real clips as {clip}, got none; make the pairs anew")
     labels = read_labels(cfg, run.facts["inputs"]["pairs"])
     usable = decided(labels)
     if not usable:
@@ -162,6 +189,7 @@ def main(cfg: Config) -> None:
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     first = run.resume(trained, optimizer)
+    said = dataclasses.replace(cfg, beta=temperature(cfg))  # what asymdpo.explain takes for its β
 
     # ---- train
     bar = run.progress(cfg.steps, first, plan=plan)
@@ -174,10 +202,16 @@ def main(cfg: Config) -> None:
             noise = flow.draw_noise(one.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
             label = labels[index].to(group.device)
-            prediction = predict(net, *(a.to(group.device) for a in (one, two, text, noise, t)))
+            one, two, text, noise, t = (a.to(group.device) for a in (one, two, text, noise, t))
+            prediction = predict(net, one, two, text, noise, t)
             losses, parts = baseline_loss(cfg, prediction, label)
+            if cfg.sft_weight:
+                x0 = None if clip == "first" else pairs.get(clip, index).to(group.device)
+                error = clip_loss(net, prediction, x0, text, noise, t)
+                losses = losses + cfg.sft_weight * temperature(cfg) / 2 * error
+                parts["err/x0"] = error.detach()
             (losses.sum() / cfg.batch_size).backward()
-            for name, value in summarise(parts, losses, t.to(group.device), label != 0).items():
+            for name, value in summarise(parts, losses, t, label != 0).items():
                 sums[name] = sums.get(name, 0) + value
         group.sum_gradients(trained.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -188,7 +222,7 @@ def main(cfg: Config) -> None:
         # ---- log, save
         row = averages(group.sum(sums)) | {"lora_B": size_of_B(net), "grad_norm": norm.item()}
         run.log(step + 1, **row, lr=learning_rate(step, cfg))
-        if group.main and (sentence := explain(cfg, step, row)):
+        if group.main and (sentence := explain(said, step, row)):
             bar.write(sentence, file=sys.stderr)
         bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
         bar.update()

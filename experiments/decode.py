@@ -52,7 +52,7 @@ def main(cfg: Config) -> None:
     own = (Path(cfg.shards) / "codec.safetensors").is_file()
     codec, device = sample.load_codec(dataclasses.replace(cfg, data=cfg.shards) if own else cfg, group.device)
     shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs")
-    fields = shards.fields()
+    fields = [name for name in shards.fields() if name != "x0"] or ["x0"]  # of a pair its sides
     channels, frames = shards.shape(fields[0])[:2]
     if channels != codec.channels:
         expected = f"expected latents of {codec.channels} channels for this codec, got {channels}"

@@ -1,4 +1,4 @@
-"""Labels for the baselines' pairs: which of two samples is better, whole or segment by segment, by a named scorer.
+"""Labels for the baselines' pairs: which of two clips is better, whole or segment by segment, by a named scorer.
 
 DynamicsBoost needs none of this: in its pairs the winner is the side that was given more real frames.
 
@@ -10,6 +10,8 @@ DynamicsBoost needs none of this: in its pairs the winner is the side that was g
     exact        the tiny world's physics score, which also judges the models: no real user has such a scorer
     noisy        exact, with a share `--flip` of the labels turned round: a scorer that is often wrong
     appearance   what single frames show, the ball's shape: blind to motion
+    real         no scorer: real frames are better than generated ones, in pairs that hold the clip itself
+                 (experiments.pairs --kind real or local); of local pairs each frame has a label, outside the window 0
     file         a csv with one row a video, as VideoAlign's inference writes it: the video's name under `path`, its
                  score under --column
 
@@ -20,7 +22,7 @@ a tie, where they differ by `--tie` or less.
 In    pairs of experiments.pairs
 Out   labels.jsonl: for each pair its id, the scores of `first` and `second`, and the label of each segment: 1 where
       `first` is better, -1 where `second` is
-Cost  decoding and scoring two clips a pair; with a file, reading it
+Cost  decoding and scoring two clips a pair; with a file, reading it; real: none
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 import flow
-from experiments.pairs import SIDES
+from experiments.pairs import CLIP, SIDES
 from runtime.files import read_csv, read_manifest, write_jsonl
 from runtime.group import alone
 from runtime.options import UserError, option, program, resolve, user_errors
@@ -46,13 +48,13 @@ class Config:
     """Labels the baselines' pairs."""
 
     pairs: str = "out/baseline/pairs"  # folder of experiments.pairs
-    scorer: str = option("exact", choices=("exact", "noisy", "appearance", "file"))  # who says which is better
+    scorer: str = option("exact", choices=("exact", "noisy", "appearance", "real", "file"))  # who says so
     scores: str = ""  # file: the csv
     column: str = "reward_Overall"  # file: its column with the score; by default VideoAlign's sum of all aspects
     segments: int = option(1, least=1)  # pieces of a clip, each with a label of its own; DenseDPO: 5
     flip: float = option(0.3, least=0, most=1)  # noisy: share of the labels that are turned round
     tie: float = option(0.0, least=0)  # scores that differ by no more than this are a tie
-    data: str = "out/demo/shards"  # folder of prepare.py with the tiny world's codec; file needs none
+    data: str = "out/demo/shards"  # folder of prepare.py with the tiny world's codec; file, real: none
     out: str = option("out/baseline/labels", neutral=True)  # folder to write
     seed: int = 0  # of the flips
 
@@ -88,6 +90,25 @@ def physics_scores(codec, pairs: Shards, cuts: list[int], scorer: str, bar) -> T
                 frames_alone = found["score"] + found["traj"] / 4  # the score without its term of motion
                 scores[index, side, k] = torch.from_numpy(frames_alone if scorer == "appearance" else found["score"])
         bar.update(len(index))
+    return scores
+
+
+def real_cuts(pairs: Shards) -> list[int]:
+    """The segments in which a pair is real against generated: each frame of local pairs, the whole clip of others.
+
+    UserError for pairs without a real side.
+    """
+    kind, frames = pairs.manifest["config"]["kind"], pairs.shape("first")[1]
+    if CLIP[kind] not in SIDES:
+        raise UserError(f"{pairs.folder}: expected pairs of --kind real or local for --scorer real, got {kind}")
+    return list(range(frames + 1)) if kind == "local" else [0, frames]
+
+
+def real_scores(pairs: Shards, cuts: list[int]) -> Tensor:
+    """Scores (pairs, 2, segments): 1 where a segment is real, as `first` is everywhere, 0 where it is generated."""
+    scores = torch.ones(len(pairs), 2, len(cuts) - 1, dtype=torch.float64)
+    for i, row in enumerate(pairs.rows):
+        scores[i, 1, row.get("start", 0) : row.get("end")] = 0
     return scores
 
 
@@ -141,15 +162,18 @@ def flipped(label: Tensor, ids: list[str], share: float, seed: int) -> Tensor:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg, from_file = resolve(cfg), cfg.scorer == "file"
+    by_physics = cfg.scorer in ("exact", "noisy", "appearance")
     if from_file != bool(cfg.scores):
         raise UserError(f"expected --scores with --scorer file, and only there, got {cfg.scores!r} and {cfg.scorer!r}")
-    inputs = {"pairs": cfg.pairs, "scores": cfg.scores, "data": "" if from_file else cfg.data}
+    if cfg.scorer == "real" and cfg.segments > 1:
+        raise UserError(f"--segments: expected none with --scorer real, which has its own, got {cfg.segments}")
+    inputs = {"pairs": cfg.pairs, "scores": cfg.scores, "data": cfg.data if by_physics else ""}
     run = Run(cfg, "experiments.labels", alone(), inputs)
     if run.done:
         return
     pairs = Shards(cfg.pairs, "experiments.pairs")
-    cuts = segment_cuts(pairs.shape("first")[1], cfg.segments)
-    if not from_file:
+    cuts = real_cuts(pairs) if cfg.scorer == "real" else segment_cuts(pairs.shape("first")[1], cfg.segments)
+    if by_physics:
         read_manifest(cfg.data, "prepare.py")
         with user_errors():
             for row in pairs.rows:
@@ -158,6 +182,9 @@ def main(cfg: Config) -> None:
     # ---- score, label
     if from_file:
         scores = file_scores(Path(cfg.scores), cfg.column, pairs, cfg.segments)
+        run.claim()
+    elif cfg.scorer == "real":
+        scores = real_scores(pairs, cuts)
         run.claim()
     else:
         codec = codecs.load(cfg.data)

@@ -1,18 +1,23 @@
-"""Pairs for the baselines: two samples of the model that is to be trained, in no order. experiments.labels finds one.
+"""Pairs for the baselines, each of two clips for one prompt. Who won is experiments.labels' to say.
 
     --kind flow          two samples of the clip's prompt, each from its own noise: Flow-DPO (arXiv 2501.13918)
     --kind structural    two samples from the clip itself, noised to one time η ~ U(0.65, 0.8), each with its own noise:
                          StructuralDPO and DenseDPO (arXiv 2506.03517)
+    --kind real          the clip itself and a sample of its prompt: Reg-DPO (arXiv 2511.01450)
+    --kind local         the clip itself and the clip with a window of frames that the model made anew, as it does when
+                         it fills a gap: LocalDPO (arXiv 2601.04068), whose masks also have a shape in space
 
     python -m experiments.pairs --kind flow --base out/demo/base --lora out/demo/sft --data out/demo/shards \\
         --out out/baseline/pairs
 
-How this differs from make_pairs.py: the model is text-to-video, no frame is given, and no side is better by
-construction.
+How this differs from make_pairs.py: the model is text-to-video and the one that is to be trained; there is no
+continuation model. Neither side of flow and structural is better by construction.
 
 In    a model folder, the LoRAs that training starts from, shards of prepare.py
-Out   shards with `first` and `second` (C, F, H, W), text states, and for each pair id and caption; structural: eta
-Cost  two samples a clip of nfe forwards each, twice that with guidance; structural takes the steps below eta_max only
+Out   shards with `first` and `second` (C, F, H, W), text states, and for each pair id and caption; flow, structural:
+      the clip as `x0`, which is `first` in the others; structural: eta; local: the window's `start` and `end`
+Cost  two samples a clip of nfe forwards each, one of them for real and local, twice that with guidance; structural
+      takes the steps below eta_max only
 """
 
 import dataclasses
@@ -31,14 +36,15 @@ from runtime.run import Run
 from wan.lora import load_adapted, lora_files
 
 SIDES = ("first", "second")
+CLIP = {"flow": "x0", "structural": "x0", "real": "first", "local": "first"}  # kind -> the field with the clip itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Samples two sides for every clip, in no order."""
+    """Makes a pair of every clip, for a baseline."""
 
     preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
-    kind: str = option("flow", choices=("flow", "structural"))  # flow or structural: what a sample starts from
+    kind: str = option("flow", choices=tuple(CLIP))  # what the two sides are
     base: str = "out/demo/base"  # model folder
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
     data: str = "out/demo/shards"  # shards of prepare.py
@@ -47,13 +53,14 @@ class Config:
     clips: int = option(0, least=0)  # number of clips; 0: every clip of the split
     eta_min: float = option(0.65, above=0, most=1)  # structural: least time that a clip is noised to
     eta_max: float = option(0.8, above=0, most=1)  # structural: most
+    solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # structural has Euler's own part of the grid
     nfe: int | None = option(least=1)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
     shard_size: int | None = option(least=1)  # pairs a shard, and sampled together
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
-    seed: int = 0  # of the noise and of η
+    seed: int = 0  # of the noise, of η and of the windows
 
 
 def structural_steps(cfg) -> int:
@@ -78,21 +85,52 @@ def denoise(net, x0, noise, text, eta, cfg):
     return x
 
 
-def sample_pairs(net, x0, text, ids: list[str], cfg):
-    """Two samples of each clip: `first` and `second` (B, C, F, H, W), and what is noted of each pair.
-
-    x0 (B, C, F, H, W), of which flow takes the shape alone; text (B, S, text_dim).
+def draw_window(seed: int, clip: str, frames: int) -> tuple[int, int]:
+    """Start and end of the latent frames of a clip that are made anew: more than a fifth of them, as
+    experiments.baselines asks for, and at most 70 %, anywhere.
     """
-    draws = torch.tensor([flow.generator("eta", cfg.seed, i).random() for i in ids])
-    eta = cfg.eta_min + (cfg.eta_max - cfg.eta_min) * draws
-    sides = {}
+    g, least = flow.generator("window", seed, clip), frames // 5 + 1
+    length = int(g.integers(least, max(least, math.floor(0.7 * frames)), endpoint=True))
+    start = int(g.integers(0, frames - length, endpoint=True))
+    return start, start + length
+
+
+def fill_window(net, x0, noise, text, windows: list[tuple[int, int]], cfg):
+    """The clips x0 (B, C, F, H, W) with the frames start … end − 1 of each window sampled from noise.
+
+    In every step the network sees the other frames as they are at that step's noise level. They come out bit for bit.
+    """
+    start, end = torch.tensor(windows, device=x0.device).T[..., None]
+    frame = torch.arange(x0.shape[2], device=x0.device)
+    kept = ((frame < start) | (frame >= end))[:, None, :, None, None]
+
+    def call(x, t, text):  # the solver takes each entry for itself: what it holds of the kept ones does not matter
+        return net(torch.where(kept, flow.add_noise(x0, noise, t), x), t, text)
+
+    return torch.where(kept, x0, flow.SOLVERS[cfg.solver](call, noise, text, flow.time_grid(cfg.nfe, cfg.t_shift)))
+
+
+def sample_pairs(net, x0, text, ids: list[str], cfg):
+    """The pair of each clip x0 (B, C, F, H, W): fields as x0, and what is noted of each pair. text (B, S, text_dim)."""
+    fields, facts = {CLIP[cfg.kind]: x0}, [{} for _ in ids]
+    if cfg.kind == "structural":
+        draws = torch.tensor([flow.generator("eta", cfg.seed, i).random() for i in ids])
+        eta = cfg.eta_min + (cfg.eta_max - cfg.eta_min) * draws
+        facts = [{"eta": round(e, 4)} for e in eta.tolist()]
+    if cfg.kind == "local":
+        windows = [draw_window(cfg.seed, i, x0.shape[2]) for i in ids]
+        facts = [{"start": start, "end": end} for start, end in windows]
     for side in SIDES:
+        if side in fields:
+            continue
         noise = flow.draw_noise(x0.shape[1:], [("pair", cfg.seed, i, side) for i in ids]).to(x0.device)
-        if cfg.kind == "flow":
-            sides[side] = flow.euler(net, noise, text, flow.time_grid(cfg.nfe, cfg.t_shift))
+        if cfg.kind == "structural":
+            fields[side] = denoise(net, x0, noise, text, eta.to(x0.device), cfg)
+        elif cfg.kind == "local":
+            fields[side] = fill_window(net, x0, noise, text, windows, cfg)
         else:
-            sides[side] = denoise(net, x0, noise, text, eta.to(x0.device), cfg)
-    return sides, [{} if cfg.kind == "flow" else {"eta": round(e, 4)} for e in eta.tolist()]
+            fields[side] = flow.SOLVERS[cfg.solver](net, noise, text, flow.time_grid(cfg.nfe, cfg.t_shift))
+    return fields, facts
 
 
 def main(cfg: Config) -> None:
@@ -116,7 +154,7 @@ def main(cfg: Config) -> None:
     # ---- sample
     files = sample_shards(run, clips, count, cfg, functools.partial(sample_pairs, call, cfg=cfg))
     if group.main:
-        print(f"experiments.pairs: {count} pairs in no order; experiments.labels finds one")
+        print(f"experiments.pairs: {count} pairs; experiments.labels says who won")
     run.finish(files)
 
 
