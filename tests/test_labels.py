@@ -25,7 +25,8 @@ def test_appearance_is_blind_to_motion():
     sides = {"first": pixels, "second": [p[:, order] for p, order in zip(pixels, orders)]}
 
     class Clips(list):
-        rows, get = [{"caption": c[1]} for c in clips], lambda self, side, index: sides[side][index[0]][None]
+        rows = [{"caption": c[1]} for c in clips]
+        get = lambda self, side, index: torch.stack([sides[side][i] for i in index])  # noqa: E731
 
     codec, bar = SimpleNamespace(decode=lambda x: x), SimpleNamespace(update=lambda: None)
     seen, exact = (
@@ -35,21 +36,22 @@ def test_appearance_is_blind_to_motion():
 
 
 def test_exact_and_noisy_labels(chain, made, tmp_path, monkeypatch):
-    """Scores are score_clip's of each segment's own pictures, ties 0. Of the noisy labels about the share asked for is
+    """Scores are balls.score's of each segment's own pictures, ties 0. Of the noisy labels about the share asked for is
     turned round, by (seed, pair, segment). A run that was cut ends in the same labels."""
     codec, shards = codecs.load(chain / "shards"), Shards(made["structural"], "experiments.pairs")
     exact = read_jsonl(made["by_segment"] / "labels.jsonl")
     assert read_manifest(made["by_segment"], "experiments.labels")["cuts"] == [0, 3, 6, 9, 11, 13]
     for i, side in ((0, "first"), (5, "second")):
-        clip = ((codec.decode(shards.get(side, [i]))[0] + 1) / 2).permute(1, 2, 3, 0).numpy()
+        pixels = ((codec.decode(shards.get(side, [i])) + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
+        light, caption = balls.light_of(pixels), [shards.rows[i]["caption"]]
         parts = [slice(*ends) for ends in ((0, 9), (9, 21), (21, 33), (33, 41), (41, 49))]
-        expected = [balls.score_clip(clip, shards.rows[i]["caption"], part)["score"] for part in parts]
+        expected = [balls.score_clips(light, caption, part)["score"][0] for part in parts]
         assert exact[i][side] == pytest.approx(expected, abs=1e-6)
     gaps = [[a - b for a, b in zip(row["first"], row["second"])] for row in exact]
     assert [row["label"] for row in exact] == [[(g > 0) - (g < 0) for g in row] for row in gaps]
     tie = sorted(abs(g) for row in gaps for g in row)[9]
     options = dict(tie=tie, segments=5)
-    with stop_at(monkeypatch, balls, "score_clip", 7), pytest.raises(KeyboardInterrupt):
+    with stop_at(monkeypatch, balls, "score", 7), pytest.raises(KeyboardInterrupt):
         labelled(chain, made["structural"], tmp_path / "tied", **options)
     tied = labelled(chain, made["structural"], tmp_path / "tied", **options)
     assert [row["label"] for row in tied] == [[(g > tie) - (g < -tie) for g in row] for row in gaps]
@@ -150,6 +152,8 @@ REFUSED = {  # what -> module or stage, options, words
     "no scores": (labels, dict(scorer="file"), "--scores with --scorer file"),
     "no file": (labels, dict(scorer="file", scores="/nowhere.csv"), "/nowhere.csv"),
     "segments": (labels, dict(segments=14), "--segments: expected at most 13"),
+    "nobody real": (labels, dict(scorer="real"), "of --kind real or local for --scorer real, got flow"),
+    "segments of its own": (labels, dict(scorer="real", segments=5), "--segments: expected none with --scorer real"),
 }
 
 
