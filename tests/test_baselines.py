@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import contents, labelled, make_samples, metrics, run_stage
+from helpers import contents, labelled, make_samples, metrics, refused, run_stage
 
 import asymdpo
 import flow
@@ -275,6 +275,13 @@ def test_a_window_is_filled_between_frames_at_its_own_noise(solver):
     assert torch.equal(torch.where(inside, 0, made), torch.where(inside, 0, x0))
     assert torch.allclose(torch.where(inside, made, 0), torch.where(inside, goal, 0), atol=1e-4)
     assert seen == flow.time_grid(6, 4.0)[1].tolist()
+
+
+def test_pairs_without_the_clip(chain, at, tmp_path, monkeypatch):
+    """Those of an earlier version are refused before anything is written."""
+    monkeypatch.setattr(Shards, "fields", lambda self: list(SIDES))
+    refused("expected the real clips as x0, got none", train, "Flow-DPO", chain, at, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_round(chain, tmp_path):

@@ -28,7 +28,7 @@ def test_appearance_is_blind_to_motion():
         rows = [{"caption": c[1]} for c in clips]
         get = lambda self, side, index: torch.stack([sides[side][i] for i in index])  # noqa: E731
 
-    codec, bar = SimpleNamespace(decode=lambda x: x), SimpleNamespace(update=lambda: None)
+    codec, bar = SimpleNamespace(decode=lambda x: x), SimpleNamespace(update=lambda n: None)
     seen, exact = (
         labels.physics_scores(codec, Clips(pixels), [0, 13], s, bar)[..., 0] for s in ("appearance", "exact")
     )
