@@ -190,7 +190,7 @@ def test_samples_in_no_order(kind, chain, made, tmp_path):
 
 def test_structural_samples_start_at_one_time_and_stay_on_the_path():
     """Both sides start at the clip's own η; the exact velocity to some x0 leads there; as many calls as the whole grid
-    has steps below eta_max: of the tiny preset's 12, whose level 0.8 is, 6; of Wan's 50, 23."""
+    has steps below eta_max: of 12 at shift 4, whose level 0.8 is, 6; of Wan's 50, 23."""
     x0, goal, text, seen = *torch.randn(2, 3, 6, 13, 2, 2), torch.randn(3, 5, 8), []
 
     def net(x, t, text):
