@@ -113,7 +113,7 @@ def light_of(pictures: np.ndarray) -> np.ndarray:
     """The inverse of `render`, for any pictures (..., SIZE, SIZE, 3): the nearest mixture of ball and wall."""
     direction = BALL - WALL
     weights = direction / (direction**2).sum(-1, keepdims=True)
-    return np.einsum("...c,...c->...", pictures, weights) - (WALL * weights).sum(-1)
+    return sum(pictures[..., c] * weights[..., c] for c in range(3)) - (WALL * weights).sum(-1)
 
 
 def caption(position: np.ndarray, velocity: np.ndarray, falling: bool) -> str:
@@ -237,7 +237,7 @@ def score_clips(light: np.ndarray, captions: list[str], frames: slice = slice(No
 
 def pixels(codec, x0) -> np.ndarray:
     """Latents (B, C, F, H, W) -> pictures (B, T, h, w, 3) float32 in [0, 1]."""
-    return ((codec.decode(x0.cpu()) + 1) / 2).permute(0, 2, 3, 4, 1).numpy()
+    return codec.decode(x0.cpu()).add_(1).div_(2).permute(0, 2, 3, 4, 1).numpy()
 
 
 def score(codec, x0, captions: list[str], frames: slice = slice(None)) -> dict[str, np.ndarray]:

@@ -61,14 +61,15 @@ class LinearVAE:
 
     def decode(self, x0: Tensor) -> Tensor:
         """The inverse of `encode`, clamped to [-1, 1]."""
-        x0 = rearrange(x0, "b k f h w -> b f h w k")
-        video = []
-        for name, x, frames in (("first", x0[:, :1], 1), ("group", x0[:, 1:], GROUP)):
+        B, _, frames, H, W = x0.shape
+        video = x0.new_empty(B, 3, GROUP * (frames - 1) + 1, H * PATCH, W * PATCH)
+        join = "(b f h w) (c g p q) -> b c (f g) (h p) (w q)"
+        for name, some, g in (("first", slice(0, 1), 1), ("group", slice(1, None), GROUP)):
             mean, basis, scale = (self.tensors[f"{name}.{part}"] for part in ("mean", "basis", "scale"))
-            pixels = x @ (basis * scale).T + mean
-            join = "b f h w (c g p q) -> b c (f g) (h p) (w q)"
-            video.append(rearrange(pixels, join, c=3, g=frames, p=PATCH, q=PATCH))
-        return torch.cat(video, dim=2).clamp(-1, 1)
+            x = rearrange(scale * x0[:, :, some], "b k f h w -> (b f h w) k")
+            values = torch.addmm(mean, x, basis.t())
+            video[:, :, some] = rearrange(values, join, b=B, h=H, w=W, c=3, g=g, p=PATCH, q=PATCH)
+        return video.clamp_(-1, 1)
 
     def _patches(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """First frame and groups of 4, cut into patches: (B, 1 | k, H, W, values)."""
