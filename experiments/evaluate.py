@@ -139,11 +139,13 @@ def sweep(net, codec, clips, cfg, bar=None) -> tuple[list[dict], dict]:
     return rows, shown
 
 
-def label_accuracy(codec, pairs, count: int | None = None) -> dict[str, float]:
-    """Share of the first `count` pairs whose winner has the better exact score (a tie counts half); mean scores."""
+def label_accuracy(codec, pairs, count: int | None = None, sides=("chosen", "rejected")) -> dict[str, float]:
+    """Share of the first `count` pairs whose winner, the first of `sides`, has the better exact score (a tie counts
+    half); mean scores.
+    """
     index = list(range(len(pairs)))[:count]
     captions = [pairs.rows[i]["caption"] for i in index]
-    both = (balls.score(codec, pairs.get(side, index), captions) for side in ("chosen", "rejected"))
+    both = (balls.score(codec, pairs.get(side, index), captions) for side in sides)
     chosen, rejected = (scores["score"] for scores in both)
     agree = float(((chosen > rejected) + 0.5 * (chosen == rejected)).mean())
     return {"accuracy": agree, "chosen": float(chosen.mean()), "rejected": float(rejected.mean()), "pairs": len(index)}
