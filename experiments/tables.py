@@ -495,7 +495,7 @@ def frontiers(found: dict) -> str:
             if name + end in found["rows"]:
                 of_row = functools.partial(values, found, name + end)
                 cells = [shown(interval(of_row(m)), m).replace("**", "").lstrip("+") for m in ("valid", "dyn")]
-                rows.append([title(found, name), f"{rate:g}", *cells, shown(of_row("w1"), "w1")])
+                rows.append([ROWS[name].title, f"{rate:g}", *cells, shown(of_row("w1"), "w1")])
     return table(["lr", *(FORMATS[m][2] for m in ("valid", "dyn", "w1"))], rows)
 
 
@@ -635,8 +635,9 @@ twenty is bold by chance: nothing is corrected for the number of rows.
 
 *operations* are in units of the method's: Φ, pairs and training; those of labels are not counted. SFT for as many
 operations has one schedule from the base. Of each method's three learning rates the one in the middle is its row: that
-with the most valid clips on seeds 10 and 11. All DPO rows have the winner's own loss at λ = 1 (as strong as DPO's own
-pull), Flow-DPO and its kin on the real clip, and the same inner temperature β/2 or β.
+with the most valid clips on seeds 10 and 11; LocalDPO, Reg-DPO and the ablations have the preset's. All DPO rows have
+the winner's own loss at λ = 1 (as strong as DPO's own pull), Flow-DPO and its kin on the real clip, and the same inner
+temperature.
 
 ## Systems
 
@@ -738,7 +739,7 @@ def draw_frontier(axes, found: dict) -> None:
     for (name, (x, y, colour)), height in zip(lines.items(), heights):
         right = axes.get_yaxis_transform()  # x in shares of the width, y in per cent
         weight = "bold" if name == "dynamicsboost" else "normal"
-        label = plain(title(found, name))
+        label = plain(ROWS[name].title)
         axes.annotate(
             label, (x, y), (1.03, height), xycoords="data", textcoords=right, color=colour, va="center", weight=weight,
             arrowprops=dict(arrowstyle="-", color=colour, alpha=0.35), annotation_clip=False,
