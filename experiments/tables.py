@@ -727,7 +727,7 @@ def draw_frontier(axes, found: dict) -> None:
         axes.errorbar(*at, *reversed(list(bars)), fmt="none", ecolor=colour, alpha=0.35, linewidth=1.5)
         axes.plot(*at, "-o", color=colour, linewidth=4 if ours else 2.2, markersize=9 if ours else 6)
         lines[name] = (at[0][-1], at[1][-1], colour)
-    marks = {"real": ("*", 22, "real clips"), "sft": ("s", 11, "SFT, where all start")}
+    marks = {"real": ("*", 22, "real clips"), "sft": ("s", 11, "SFT, the start")}
     for name, (marker, size, label) in marks.items():
         x, y = values(found, name, "dyn").mean(), 100 * values(found, name, "valid").mean()
         axes.plot(x, y, marker, color="black", markersize=size)
