@@ -33,15 +33,18 @@ from tiny import balls
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = dict(batch_size=4, warmup=1, t_mean=1.0, steps=2, lr=1e-3)
-FOLDERS = ("data", "base", "sft", "continuation", "pairs", "asymdpo")
+COLD_START = dict(split="align", layers="attn+ffn", rank=4, **TRAIN)
+DPO = dict(layers="attn", rank=4, beta=25.0, form="inside", sft_weight=0.0, **TRAIN)
+FOLDERS = ("data", "base", "sft", "sft_longer", "continuation", "pairs", "asymdpo")
 SMALLEST = {  # stage -> its module, the folders that it reads, and options that make it as small as it goes
     "clips": (balls, (), dict(clips=80, workers=1)),
     "shards": (prepare, ("videos",), dict(shard_size=30, workers=1)),
     "base": (sft, ("data",), TRAIN),
-    "sft": (sft, ("data", "base"), dict(split="align", layers="attn+ffn", rank=4, **TRAIN)),
+    "sft": (sft, ("data", "base"), COLD_START),
+    "sft_longer": (sft, ("data", "base"), dict(COLD_START, steps=3)),
     "continuation": (continuation, ("data", "base"), dict(layers="all", rank=4, **TRAIN)),
     "pairs": (make_pairs, ("data", "base", "continuation"), dict(nfe=2, shard_size=4)),
-    "asymdpo": (asymdpo, ("base", "sft", "pairs"), dict(layers="attn", rank=4, beta=25.0, form="inside", **TRAIN)),
+    "asymdpo": (asymdpo, ("base", "sft", "pairs"), DPO),
     "eval": (evaluate, FOLDERS, dict(nfe=2, clips=8, sweep_clips=4)),
 }
 STAGES = tuple(SMALLEST)
