@@ -8,6 +8,7 @@ Latent frame 0 is pixel frame 0; latent frame i is pixel frames 4i−3 … 4i, a
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -47,7 +48,9 @@ class LinearVAE:
                 _, s, basis = torch.svd_lowrank(flat - mean, q=components + 8, niter=4)
             sign = basis[basis.abs().argmax(0), torch.arange(basis.shape[1])].sign()  # it is free: make it a fixed one
             tensors[f"{name}.mean"] = mean
-            tensors[f"{name}.basis"] = (basis * sign)[:, :components].contiguous()
+            basis = (basis * sign)[:, :components]
+            # of fewer pictures than components the rest is empty: their channels are 0
+            tensors[f"{name}.basis"] = F.pad(basis, (0, components - basis.shape[1])).contiguous()
             tensors[f"{name}.scale"] = s[:components].square().mean().sqrt() / (len(flat) - 1) ** 0.5
         return codec
 
