@@ -76,7 +76,7 @@ def main() -> int:
     torch.manual_seed(0)
     net = model.init_from_scratch(model.DiT(dataclasses.replace(model.PRESETS["tiny"], num_layers=1)), seed=0)
     torch.nn.init.normal_(net.time_projection[1].weight, std=0.02)  # time must matter
-    chosen, rejected, noise = torch.randn(3, 4, 28, 13, 2, 2)
+    chosen, rejected, noise = torch.randn(3, 4, 28, 13, 2, 3)
     text, t = torch.randn(4, 7, 32), torch.rand(4)
     n1, n2 = torch.tensor([1, 3, 7, 5]), torch.tensor([11, 12, 13, 11])
     results = [*check_model(net, chosen, noise, text, t)]
