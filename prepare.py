@@ -172,7 +172,7 @@ def find_item(root: Path, by_name: dict[str, list[Path]], row: dict, seen: set) 
         raise ValueError("its name differs from another video's only in the ending")
     split = row.get("split", "")
     if split not in ("", *SPLITS):
-        raise ValueError(f"its split is none of {', '.join(SPLITS)}")
+        raise ValueError(f"its split is {split!r}, expected {', '.join(SPLITS)} or nothing")
     seen |= {path, clip}
     return Item(clip, str(inside), row["caption"].strip(), row.get("motion score", ""), split)
 

@@ -79,7 +79,8 @@ def replace(folder: Path, fps: int = 16, **videos: np.ndarray) -> None:
 
 
 def test_both_kinds_of_captions_give_the_same_shards(chain, folder):
-    """metadata.csv and name.txt: byte for byte."""
+    """metadata.csv and name.txt: byte for byte, where the table says no more."""
+    write_csv(folder, [{"video": row["video"], "caption": row["caption"]} for row in captions(chain)])
     assert [row["caption"] for row in run(folder, "csv").rows] == [row["caption"] for row in captions(chain)]
     (folder / "metadata.csv").unlink()
     for row in captions(chain):
@@ -96,7 +97,7 @@ def test_what_a_shard_holds(chain, folder):
     rows = captions(chain)
     (folder / rows.pop(1)["video"]).write_text("no video")
     shards, codec, true = run(folder), codecs.load(folder.parent / "out"), []
-    assert shards.shape("x0") == (48, 13, 2, 2)
+    assert shards.shape("x0") == (28, 13, 1, 1)
     assert [(row["video"], row["caption"]) for row in shards.rows] == [(row["video"], row["caption"]) for row in rows]
     with video.Decoder() as decoder:
         for i, row in enumerate(shards.rows):
@@ -140,7 +141,7 @@ def test_a_folder_of_real_files(folder):
     shards, found = run(folder), rejects(folder)
     slow = {"vtest.avi"} & {path.name for path in real_clips().values()}
     assert found.keys() == slow and all("slower than 16 frames a second" in reason for reason in found.values())
-    assert len(shards) == len(real_clips()) - len(slow) and shards.shape("x0") == (48, 13, 2, 2)
+    assert len(shards) == len(real_clips()) - len(slow) and shards.shape("x0") == (28, 13, 1, 1)
     assert all((folder.parent / "out" / name).read_bytes()[1:4] == b"PNG" for name in ("kept.png", "rejected.png"))
     assert shards.get("x0", range(3)).isfinite().all() and all(row["motion"] > 0.5 for row in shards.rows)
 
@@ -297,37 +298,64 @@ def test_motion_by_frames(folder):
     assert rejects(folder).keys() == {"still.mp4", "slow.mp4"} and "motion score" in rejects(folder)["slow.mp4"]
 
 
+def item(clip: str = "a", motion: str = "", split: str = "") -> prepare.Item:
+    return prepare.Item(clip, f"{clip}.mp4", "a ball", motion, split)
+
+
+def splits(count: int, cfg: Config, said: str = "") -> list[str]:
+    return [prepare.split_of(item(f"clip-{i}", split=said), cfg) for i in range(count)]
+
+
 @pytest.mark.parametrize("score", ["", "fast", "nan"])
 def test_motion_by_column_is_a_number(score):
     """A row without one is rejected with the reason."""
-    found = prepare.with_motion(Config(motion="column"), prepare.Item("a", "a.mp4", "a ball", score), clip=None)
+    found = prepare.with_motion(Config(motion="column"), item(motion=score), clip=None)
     assert isinstance(found, video.BadVideo) and f"expected a number, got {score!r}" in str(found)
 
 
 def test_splits_have_their_shares():
-    """By a hash of the id alone: near the shares that were asked for."""
-    names = [prepare.split_of(f"clip-{i}", 0.6, 0.2) for i in range(2000)]
+    """By a hash of the id alone: near the shares that were asked for. What the table says goes before it."""
+    names = splits(2000, Config(train=0.6, align=0.2))
     assert abs(names.count("train") / 2000 - 0.6) < 0.035
     assert abs(names.count("align") / 2000 - 0.2) < 0.03 and abs(names.count("eval") / 2000 - 0.2) < 0.03
-    assert {prepare.split_of(f"clip-{i}", 1.0, 0.0) for i in range(100)} == {"train"}
+    assert set(splits(100, Config(train=1.0, align=0.0))) == {"train"}
+    assert all(set(splits(20, Config(train=1.0, align=0.0), said)) == {said} for said in ("train", "align", "eval"))
 
 
 @pytest.mark.parametrize("preset, expected", [("1.3b", (80, 20, 0)), ("14b", (80, 20, 0)), ("tiny", (60, 20, 20))])
 def test_splits_of_the_presets(preset, expected):
     """Of 100 clips. Of 100,000 the paper's: 80,000 for the continuation model, 20,000 for cold start and pairs."""
-    cfg = resolve(Config(preset), prepare.PRESETS)
-    names = [prepare.split_of(f"clip-{i}", cfg.train, cfg.align) for i in range(5000)]
+    names = splits(5000, resolve(Config(preset), prepare.PRESETS))
     assert [round(names.count(s) / 50) for s in ("train", "align", "eval")] == pytest.approx(expected, abs=2)
     assert "eval" not in names or preset == "tiny"
 
 
+def test_the_tables_splits(chain, folder):
+    """Its column is honoured for all clips of a video, and where it is empty the hash is; a wrong word is a bad row."""
+    rows = [{**row, "split": said} for row, said in zip(captions(chain), ("eval", "", "align", "train", "", "align"))]
+    write_csv(folder, rows)
+    found = [row["split"] for row in run(folder, "one", train=1.0, align=0.0).rows]
+    assert found == [row["split"] or "train" for row in rows]
+    rows[2]["split"] = "test"
+    write_csv(folder, rows)
+    with pytest.raises(
+        UserError, match=r"metadata.csv row 3 \('ball-00002.mp4'\): its split is 'test', expected train,"
+    ):
+        run(folder, "bad")
+    assert len(run(folder, "fewer", bad_rows="reject").rows) == CLIPS - 1
+    assert rejects(folder, "fewer") == {"ball-00002.mp4": "its split is 'test', expected train, align, eval or nothing"}
+
+
 def test_splits_are_disjoint_and_stay(chain, folder):
     """No clip is lost or in two splits. Dropping clips moves no other: nothing trained on is ever evaluated on."""
-    splits = {split: Shards(chain / "shards", "prepare.py", split).rows for split in ("train", "align", "eval")}
-    before = {row["id"]: split for split, rows in splits.items() for row in rows}
-    assert all(splits.values()) and sum(map(len, splits.values())) == len(before) == 80
-    after = {row["id"]: row["split"] for row in run(folder).rows}
-    assert after == {key: before[key] for key in after} and len(after) == CLIPS
+    found = {split: Shards(chain / "shards", "prepare.py", split).rows for split in ("train", "align", "eval")}
+    before = {row["id"]: split for split, rows in found.items() for row in rows}
+    assert [len(found[split]) for split in ("train", "align", "eval")] == [46, 23, 11] and len(before) == 80
+    write_csv(folder, [{k: v for k, v in row.items() if k != "split"} for row in captions(chain)])
+    hashed = [{row["id"]: row["split"] for row in run(folder, "all").rows}]
+    write_csv(folder, [{k: v for k, v in row.items() if k != "split"} for row in captions(chain)[2:]])
+    hashed.append({row["id"]: row["split"] for row in run(folder, "fewer").rows})
+    assert len(hashed[0]) == CLIPS and hashed[1].items() < hashed[0].items() and len(set(hashed[0].values())) > 1
 
 
 def test_batch_order_reads_every_clip_once_an_epoch():
