@@ -19,7 +19,7 @@ from runtime import files
 from runtime.options import UserError, parse
 from wan import text, vae
 
-TINY, TERA = (48, 13, 2, 2), 1e12
+TINY, TERA = (28, 13, 2, 3), 1e12
 pair_loss = functools.partial(cost.loss, asymdpo, asymdpo.Config(beta=800.0, form="outside"))
 
 
@@ -150,7 +150,7 @@ for checkpointing in (False, True):
     net.gradient_checkpointing = checkpointing
     place(net, types.SimpleNamespace(shard=True, compile=False), Group(0, 8))
     print(sum(p.to_local().nbytes for p in net.blocks.parameters() if not p.requires_grad))
-    x0, noise = torch.randn(2, 2, 48, 13, 2, 2)
+    x0, noise = torch.randn(2, 2, 28, 13, 2, 3)
     batch, n = (torch.randn(2, 24, 32), noise, torch.rand(2)), torch.zeros(2, dtype=torch.int64)
     with Gathers() as clips:
         sft.flow_loss(net, x0, *batch).sum().backward()

@@ -157,7 +157,7 @@ def test_each_stage_draws_its_own_lora(chain):
     first = []
     for stage in (sft, continuation, asymdpo):
         known = {k: v for k, v in options.items() if k in stage.Config.__dataclass_fields__}
-        net = stage.build(stage.Config(**known), Group(), (48, 13, 2, 2))
+        net = stage.build(stage.Config(**known), Group(), (28, 13, 2, 3))
         first.append(model.trained_lora(net)["blocks.0.self_attn.q"].A)
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(first, 2))
 
@@ -165,9 +165,9 @@ def test_each_stage_draws_its_own_lora(chain):
 def test_reference_is_the_cold_start(chain):
     """LoRA off is base + SFT, not the base; and stays so when the policy moves."""
     cfg = asymdpo.Config(base=str(chain / "base"), sft=str(chain / "sft"), layers="attn", rank=4)
-    net = asymdpo.build(cfg, Group(), (48, 13, 2, 2))
+    net = asymdpo.build(cfg, Group(), (28, 13, 2, 3))
     sft = model.merge_lora(model.load_lora(model.load_model(chain / "base"), chain / "sft" / "lora.safetensors"))
-    x, t, text = torch.randn(2, 48, 13, 2, 2), torch.rand(2), torch.randn(2, 5, 32)
+    x, t, text = torch.randn(2, 28, 13, 2, 3), torch.rand(2), torch.randn(2, 5, 32)
     with torch.no_grad():
         for term in model.trained_lora(net).values():
             torch.nn.init.normal_(term.B, std=0.1)
@@ -256,6 +256,24 @@ def test_a_weight_of_1_is_what_dpo_pulls_the_winner_with(form, beta):
     (plain_w, plain_l), (both_w, both_l) = gradients
     assert plain_w.abs().max() > 0 and torch.equal(plain_l, both_l)
     assert torch.allclose(both_w, 2 * plain_w, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay, expected", [("none", [0.25, 1, 1, 1]), ("cosine", [0.25, 0.96, 0.5, 0.0])])
+def test_learning_rate(decay, expected, chain, tmp_path):
+    """Linear warm-up; then constant, or a cosine to 0. It is what the log says."""
+    cfg = asymdpo.Config(lr=2.0, warmup=4, steps=1000, decay=decay)
+    rates = [asymdpo.learning_rate(step, cfg) / 2 for step in (0, 126, 500, 999)]
+    assert rates == pytest.approx(expected, abs=2e-3)
+    out = run_stage(chain, "asymdpo", out=tmp_path / "run", decay=decay, steps=4, warmup=1, lr=1e-3)
+    shares = [1, 1, 1, 1] if decay == "none" else [1, 0.8536, 0.5, 0.1464]
+    assert [row["lr"] for row in metrics(out)] == pytest.approx([1e-3 * share for share in shares], rel=1e-3)
+
+
+def test_wans_presets_are_the_papers():
+    """What was tuned on the tiny world is not copied to them: a constant rate, and no term of the winner's own."""
+    for preset in ("1.3b", "14b"):
+        cfg = resolve(asymdpo.Config(preset=preset), asymdpo.PRESETS)
+        assert (cfg.decay, cfg.sft_weight, cfg.form, cfg.beta, cfg.lr) == ("none", 0.0, "outside", 800.0, 5e-6)
 
 
 # ---- what a run draws and says ---------------------------------------------------------------------------------------
@@ -353,8 +371,8 @@ def test_continuation_loss_ignores_the_given_frames():
 def test_continuation_trains_lora_and_prompts_only(where, chain):
     """The backbone is frozen; both prompts' tables get a gradient, whichever way they enter."""
     cfg = continuation.Config(base=str(chain / "base"), layers="attn", rank=4, prompts=where)
-    net = continuation.build(cfg, Group(), (48, 13, 2, 2))
-    (x0, noise), text = torch.randn(2, 2, 48, 13, 2, 2), torch.randn(2, 5, 32)
+    net = continuation.build(cfg, Group(), (28, 13, 2, 3))
+    (x0, noise), text = torch.randn(2, 2, 28, 13, 2, 3), torch.randn(2, 5, 32)
     cond_mask = torch.arange(13) < torch.tensor([3, 6])[:, None]
     continuation.continuation_loss(net, x0, text, noise, torch.rand(2), cond_mask).sum().backward()
     trained = {n for n, p in net.named_parameters() if p.requires_grad}
@@ -409,7 +427,7 @@ def test_a_pair_is_a_function_of_clip_lengths_and_seed(chain, tmp_path):
 def test_both_continuations_start_from_the_same_noise(chain):
     """With equal lengths winner and loser are one and the same: the pair differs by its lengths only."""
     net = load_continuation(chain / "base", chain / "continuation")
-    x0, text, keys = torch.randn(2, 48, 13, 2, 2), torch.randn(2, 5, 32), [("pair", 0, "a"), ("pair", 0, "b")]
+    x0, text, keys = torch.randn(2, 28, 13, 2, 3), torch.randn(2, 5, 32), [("pair", 0, "a"), ("pair", 0, "b")]
     cfg = make_pairs.Config(nfe=2, t_shift=4.0, guidance=1.0)
     one, two = (make_pairs.continue_clips(net, x0, text, torch.tensor([3, 5]), keys, cfg) for _ in range(2))
     assert torch.equal(one, two)

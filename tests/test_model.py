@@ -1,5 +1,6 @@
 """The network beside its golden: per-frame times, given frames, LoRA, files, Wan's names and sizes, dtypes, cost."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -112,6 +113,89 @@ def test_shape_errors():
         ("cond_mask", x, t, text, masks(1)),
     ):
         refused(f"^{name}: expected", net, *arguments, kind=ValueError)
+
+
+# ---- places in space and time ----------------------------------------------------------------------------------------
+
+TINY = model.PRESETS["tiny"]
+
+
+def moved(x: torch.Tensor, how: str) -> torch.Tensor:
+    """x (B, C, F, H, W) with its tokens in another order. Each is its own inverse, as far as a network can tell."""
+    axis = {"frames": 2, "rows": 3, "columns": 4}.get(how)
+    return x.flip(axis) if axis else x.transpose(3, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["frames", "rows", "columns", "rows for columns"])
+def test_every_axis_has_places(how, monkeypatch):
+    """Of the tiny network on several tokens a frame, where the demo has one: frames, rows and columns are told apart.
+
+    By RoPE alone: without its turns, and frames' embedding, the output moves with the input.
+    """
+    net = make(dataclasses.replace(TINY, frames=0))
+    x, t, text = torch.randn(2, 28, 3, 4, 2), torch.rand(2), torch.randn(2, 5, 32)
+    difference = (net(moved(x, how), t, text) - moved(net(x, t, text), how)).abs().max()
+    assert difference > 0.01
+    flat = torch.zeros_like(model.rope_table(32, (3, 4, 2), "cpu"))
+    flat[:, ::2] = 1  # cos 0, sin 0
+    monkeypatch.setattr(model, "rope_table", lambda *_: flat)
+    net._rope.clear()
+    assert close(net(moved(x, how), t, text), moved(net(x, t, text), how))
+
+
+def known_frames(frames: int = FRAMES) -> DiT:
+    return make(dataclasses.replace(CONFIG, frames=frames))
+
+
+@torch.no_grad()
+def test_frame_embedding():
+    """A row for each latent frame, added to all of its tokens; zeros are none; more frames than rows are refused."""
+    net, (x, t, text) = known_frames(), inputs()
+    plain = make()
+    plain.load_state_dict({k: a for k, a in net.state_dict().items() if k != "frame_embedding"})
+    assert not close(net(x, t, text), plain(x, t, text))
+    seen = []
+    for one in (net, plain):
+        one.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        one(x, t, text)
+        one(x[:, :, :2], t, text)
+    for with_rows, without in zip(seen[:2], seen[2:]):
+        added = (with_rows - without).unflatten(1, (-1, 6)) - net.frame_embedding[: with_rows.shape[1] // 6, None]
+        assert added.abs().max() < 1e-5
+    net.frame_embedding.zero_()
+    assert torch.equal(net(x, t, text), plain(x, t, text))
+    longer = torch.cat([x, x[:, :, :1]], 2)
+    refused("at most 5 latent frames, which this model knows, got 6", net, longer, t, text, kind=ValueError)
+    assert plain(longer, t, text).shape == longer.shape
+
+
+def test_without_frame_embedding_it_is_wans_network(tmp_path):
+    """Names and configuration: nothing in a checkpoint tells of an option that Wan does not have."""
+    assert [config.frames for config in model.PRESETS.values()] == [13, 0, 0]
+    net = make()
+    assert "frame_embedding" not in net.state_dict()
+    assert net.state_dict().keys() | {"frame_embedding"} == known_frames().state_dict().keys()
+    for one in (net, known_frames()):
+        model.save_model(one, tmp_path)
+        assert "frames" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_frame_embedding_is_a_part_of_the_base(tmp_path):
+    """Trained with the network, written and read with it, float32 in bfloat16, frozen under a LoRA, kept by a merge."""
+    net, (x, t, text) = known_frames(), inputs()
+    net(x, t, text).sum().backward()
+    assert net.frame_embedding.grad.abs().sum() > 0
+    model.save_model(net, tmp_path)
+    again = model.load_model(tmp_path, torch.bfloat16)
+    assert again.config == net.config and torch.equal(again.frame_embedding, net.frame_embedding)
+    model.add_lora(again, 4, 4, "all")
+    assert not again.frame_embedding.requires_grad
+    assert not any("frame_embedding" in name for name in model.trained_lora(again))
+    merged = model.merge_lora(model.load_model(tmp_path))
+    assert torch.equal(merged.frame_embedding, net.frame_embedding)
+    change_tensors(tmp_path, frame_embedding=torch.zeros(FRAMES, 41))
+    refused("frame_embedding: expected \\(5, 40\\), got \\(5, 41\\)", model.load_model, tmp_path, kind=ValueError)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------------

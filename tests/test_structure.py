@@ -55,7 +55,7 @@ def test_imports_run_one_way():
 COPIED = """
 import model, torch
 net = model.load_model("base")
-x, t, text = torch.randn(1, 48, 13, 2, 2), torch.rand(1), torch.randn(1, 5, 32)
+x, t, text = torch.randn(1, 28, 13, 2, 3), torch.rand(1), torch.randn(1, 5, 32)
 assert net(x, t, text).shape == x.shape
 model.add_lora(net, 4, 4)
 net(x, t, text).sum().backward()
