@@ -45,7 +45,7 @@ OPTIONS = {  # what is wrong -> stage, options, words that the error must have
     "unknown layers": ("sft", dict(layers="some"), "layers.*attn"),
     "LoRA of rank 0": ("continuation", dict(rank=0), "rank"),
     "frames not 4k+1": ("shards", dict(frames=48), "--frames: expected 4k\\+1 .*got 48; try 49"),
-    "size the codec cannot cut": ("shards", dict(height=60), "multiples of 32, got 60"),
+    "size the codec cannot cut": ("shards", dict(height=60), "multiples of 64, got 60"),
     "shares above 1": ("shards", dict(train=0.9, align=0.2), "add up to at most 1"),
     "N2 past the clip": ("pairs", dict(n2_max=14), "n2_max <= 13"),
     "more pairs than clips": ("pairs", dict(clips=1000), "--clips: expected at most"),
@@ -252,12 +252,12 @@ def test_a_full_disk_of_unknown_name(monkeypatch, capsys):
 
 
 def test_a_real_full_disk(chain, tmp_path):
-    """A file system of 250 KB: make_pairs fills it, keeps its whole shards, and finishes once there is room."""
+    """A file system of 100 KB: make_pairs fills it, keeps its whole shards, and finishes once there is room."""
     out = tmp_path / "small"
     out.mkdir()
     if os.name != "posix" or os.geteuid() != 0:
         pytest.skip("needs root, to mount a small file system")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=250k", "tmpfs", str(out)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(out)], capture_output=True).returncode:
         pytest.skip("needs a machine where a small file system can be mounted")
     try:
         main, cfg = stage(chain, "pairs", out=out / "pairs")

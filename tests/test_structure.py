@@ -162,7 +162,7 @@ def test_the_chain_runs_in_makefiles_order():
     done = subprocess.run(["make", "-n", "demo", "OUT=/nowhere/demo"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     scripts = re.findall(r"python (?:-m )?([\w.]+?)(?:\.py)? --", done.stdout)
-    order = ["tiny.balls", "prepare", "sft", "sft", "continuation", "make_pairs", "asymdpo"]
+    order = ["tiny.balls", "prepare", "sft", "sft", "sft", "continuation", "make_pairs", "asymdpo"]
     order += ["experiments.evaluate", "experiments.page"]
     assert sorted(scripts) == sorted(order)
     assert [scripts.index(s) for s in dict.fromkeys(order)] == sorted(scripts.index(s) for s in dict.fromkeys(order))
