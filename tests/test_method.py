@@ -435,6 +435,22 @@ def test_both_continuations_start_from_the_same_noise(chain):
     assert torch.equal(whole[0], x0[0]) and torch.allclose(whole[1], one[1], atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_pairs_are_sampled_by_the_solver(solver, chain):
+    """Which one is an option; Wan's own unless another is asked for."""
+    net = load_continuation(chain / "base", chain / "continuation")
+    x0, text, keys = torch.randn(1, 28, 13, 1, 1), torch.randn(1, 5, 32), [("pair", 0, "a")]
+    cfg = make_pairs.Config(nfe=3, t_shift=4.0, guidance=1.0, **({} if solver == "unipc" else {"solver": solver}))
+    made = make_pairs.continue_clips(net, x0, text, torch.tensor([5]), keys, cfg)
+    given = torch.arange(13)[None] < 5
+    noise = flow.draw_noise(x0.shape[1:], keys)
+    with torch.no_grad():
+        expected = {
+            name: solve(net, noise, text, flow.time_grid(3, 4.0), x0, given) for name, solve in flow.SOLVERS.items()
+        }
+    assert torch.equal(made, expected.pop(solver)) and not any(torch.allclose(made, a) for a in expected.values())
+
+
 def test_windows():
     """At 13 latent frames the paper's shares are 1 … 7 and 11 … 13; windows that make no sense are refused."""
     assert make_pairs.windows(make_pairs.Config(), 13) == (1, 7, 11, 13)

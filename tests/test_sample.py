@@ -4,12 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import contents, stop_at
+import torch
+from helpers import contents, run_stage, some_clips, stop_at
 
 import sample
 from experiments import decode
 from runtime import video
 from runtime.options import UserError
+from runtime.shards import Shards
 from tiny import codec as codecs
 
 
@@ -54,6 +56,21 @@ def test_given_frames_are_shown_as_they_are(chain, tmp_path, n_cond, lora):
     difference = np.abs(made.astype(int) - coded).mean(axis=(1, 2, 3))
     first = 1 + 4 * (n_cond - 1)
     assert difference[:first].max() < 3 < difference[first:].min()
+
+
+def test_several_patches_a_frame_go_through_the_chain(chain, tmp_path):
+    """prepare, sft and sample at 128 × 64 px: a clip of the balls is one patch, other clips are not."""
+    videos = some_clips(chain, tmp_path / "clips", 5)
+    size = dict(height=128, width=64)
+    data = run_stage(chain, "shards", videos=videos, out=tmp_path / "data", train=1.0, align=0.0, **size)
+    assert Shards(data, "prepare.py").shape("x0") == (28, 13, 2, 1)
+    base = run_stage(chain, "base", data=data, out=tmp_path / "base")
+    cfg = config(chain, tmp_path / "out", prompt="a ball falls", **size)
+    sample.main(dataclasses.replace(cfg, base=str(base), data=str(data)))
+    assert video.read_clip(tmp_path / "out" / "0-0.mp4", None).shape == (49, 128, 64, 3)
+    codec, x0 = codecs.load(data), Shards(data, "prepare.py").get("x0", [0])
+    upper, lower = codec.decode(x0[:, :, :, :1]), codec.decode(x0[:, :, :, 1:])  # rows are rows, not columns
+    assert torch.equal(codec.decode(x0), torch.cat([upper, lower], dim=3)) and not torch.equal(upper, lower)
 
 
 @pytest.mark.parametrize(
