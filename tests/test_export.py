@@ -171,7 +171,8 @@ def test_the_sum_is_rounded_once(root, tmp_path):
 
 def test_a_diffusers_base(root, tmp_path):
     """A folder or a file in, any layout in and out; sizes that diffusers does not know come back as well."""
-    net = model.DiT(dataclasses.replace(CONFIG, text_len=24, eps=1e-5))
+    net = model.DiT(dataclasses.replace(CONFIG, text_len=24, eps=1e-5, frames=5))
+    torch.nn.init.normal_(net.frame_embedding)
     model.save_model(net, tmp_path / "base")
     for source, layout in ((f"base/{model.WEIGHTS_NAME}", "diffusers"), ("diffusers", "wan")):
         export.main(export.Config(str(tmp_path / source), f"{root}/dpo", str(tmp_path / layout), layout))

@@ -109,7 +109,7 @@ def test_a_preset_forgotten_is_named(wan):
     """It would be another method, silently."""
     options = dict(base=str(wan / "Wan2.1"), data=str(wan / "shards"), split="align", steps=1)
     for stage in (sft, continuation):
-        with pytest.raises(UserError, match="--preset tiny is for models of 48 channels, .* has 16"):
+        with pytest.raises(UserError, match="--preset tiny is for models of 28 channels, .* has 16"):
             stage.main(stage.Config(out=str(wan / f"forgotten-{stage.__name__}"), **options))
 
 
