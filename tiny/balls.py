@@ -208,7 +208,7 @@ def score_clips(light: np.ndarray, captions: list[str], frames: slice = slice(No
     light: (B, FRAMES, SIZE, SIZE) of `light_of`. frames: those that are judged. The valid path is the one nearest to
     the whole clip, so generated frames must go on from the given ones.
       score     −traj/4 − 10·shape; higher is better
-      valid     1 if traj ≤ VALID and nothing jumps, else 0
+      valid     1 if traj ≤ VALID and nothing jumps or freezes, else 0
       traj      px: distance of the ball's centre from the nearest valid path, rms over frames
       shape     rms difference between the light and a perfect ball's at the same centre
       dyn       px/frame: mean distance that the ball moves from one frame to the next
@@ -228,10 +228,10 @@ def score_clips(light: np.ndarray, captions: list[str], frames: slice = slice(No
     count = np.maximum(np.isfinite(speed).sum(1), 1)
     window = min(STILL_FRAMES, moves.shape[1])
     still = np.lib.stride_tricks.sliding_window_view(speed, window, axis=1).mean(-1) < STILL if window else moves > 0
-    jump = (moves > JUMP).any(1)
+    frozen, jump = still.any(1), (moves > JUMP).any(1)
     return {
-        "score": -traj / 4 - 10 * shape, "valid": (traj <= VALID) & ~jump, "traj": traj, "shape": shape,
-        "dyn": moves.sum(1) / count, "frozen": still.any(1), "jump": jump, "speed": speed,
+        "score": -traj / 4 - 10 * shape, "valid": (traj <= VALID) & ~jump & ~frozen, "traj": traj, "shape": shape,
+        "dyn": moves.sum(1) / count, "frozen": frozen, "jump": jump, "speed": speed,
     }  # fmt: skip
 
 
