@@ -80,13 +80,13 @@ def video_name(place: int, row: dict, field: str, segment: int | None = None) ->
 def physics_scores(codec, pairs: Shards, cuts: list[int], scorer: str, bar) -> Tensor:
     """Scores (pairs, 2, segments) by the exact physics, or by what single frames show."""
     scores = torch.zeros(len(pairs), 2, len(cuts) - 1, dtype=torch.float64)
-    for first in range(0, len(pairs), 32):
-        index = list(range(len(pairs)))[first : first + 32]
+    for first in range(0, len(pairs), 8):
+        index = list(range(len(pairs)))[first : first + 8]
         captions = [pairs.rows[i]["caption"] for i in index]
         for side, field in enumerate(SIDES):
-            x0 = pairs.get(field, index)
+            light = balls.light_of(balls.pixels(codec, pairs.get(field, index)))
             for k, cut in enumerate(zip(cuts, cuts[1:])):
-                found = balls.score(codec, x0, captions, pixel_frames(*cut))
+                found = balls.score_clips(light, captions, pixel_frames(*cut))
                 frames_alone = found["score"] + found["traj"] / 4  # the score without its term of motion
                 scores[index, side, k] = torch.from_numpy(frames_alone if scorer == "appearance" else found["score"])
         bar.update(len(index))

@@ -87,7 +87,8 @@ def baseline(title: str, kind: str, scorer: str, dense: int = 0, group: str = "s
     """
     beta, given = asymdpo.PRESETS["tiny"]["beta"], {"segments": dense} if dense > 1 else {}
     options = dict(loss="dense", beta=beta) if dense else dict(loss="flow", beta=2 * beta)
-    return Row(title, group, baselines, options, dict(kind=kind), dict(scorer=scorer) | given)
+    samples = dict(kind=kind) | (dict(nfe=12) if kind == "structural" else {})  # of which it takes a half: the last
+    return Row(title, group, baselines, options, samples, dict(scorer=scorer) | given)
 
 
 ROWS = {
@@ -120,10 +121,9 @@ ROWS = {
     "phi_off": Row("Φ without task prompts", "phi", asymdpo, phi=dict(prompts="off")),
     "phi_frame": Row("Φ's prompts on the tokens", "phi", asymdpo, phi=dict(prompts="frame")),
 }
-# Learning rates of each frontier. The method's own row has the one in the middle: that with the highest share of valid
-# clips on seeds 10 and 11; if that was the lowest or the highest, the three were moved.
+# Learning rates of each frontier, the method's own among them.
 RATES = {
-    "sft_longer": (1.5e-3, sft.PRESETS["tiny"]["lr"], 6e-3),
+    "sft_longer": (sft.PRESETS["tiny"]["lr"], 6e-3),
     "flow_exact": (3e-4, 1e-3, 3e-3),
     "flow_noisy": (3e-4, 1e-3, 3e-3),
     "flow_appearance": (3e-4, 1e-3, 3e-3),
@@ -133,15 +133,18 @@ RATES = {
 }
 
 
-def at_rate(row: Row, rate: float, **changed) -> Row:
-    return dataclasses.replace(row, options=row.options | dict(lr=rate), **changed)
+def frontier(name: str) -> dict[str, float]:
+    """The rows of a method's frontier with their learning rates; the method's own row has the preset's."""
+    own = (sft if name == "sft_longer" else asymdpo).PRESETS["tiny"]["lr"]
+    return {name if rate == own else f"{name}@{rate:g}": rate for rate in RATES[name]}
 
 
-for _name, (_low, _tuned, _high) in RATES.items():
-    for _end, _rate in (("low", _low), ("high", _high)):
-        _title = f"{ROWS[_name].title}, lr {_rate:g}"
-        ROWS[f"{_name}_{_end}"] = at_rate(ROWS[_name], _rate, title=_title, group="frontier")
-    ROWS[_name] = at_rate(ROWS[_name], _tuned)
+for _name in RATES:
+    for _other, _rate in frontier(_name).items():
+        if _other != _name:
+            _row, _title = ROWS[_name], f"{ROWS[_name].title}, lr {_rate:g}"
+            _options = _row.options | dict(lr=_rate)
+            ROWS[_other] = dataclasses.replace(_row, title=_title, group="frontier", options=_options)
 
 COMPARED = ("sft", "sft_longer", "dynamicsboost")  # what every row is compared with
 MAIN = ("sft", "sft_longer", "flow_exact", "dynamicsboost")  # rows that go through every control
@@ -490,10 +493,10 @@ def controls(found: dict, metric: str) -> str:
 def frontiers(found: dict) -> str:
     """Each method's rates: valid clips and motion."""
     rows = []
-    for name, rates in RATES.items():
-        for end, rate in zip(("_low", "", "_high"), rates):
-            if name + end in found["rows"]:
-                of_row = functools.partial(values, found, name + end)
+    for name in RATES:
+        for row, rate in frontier(name).items():
+            if row in found["rows"]:
+                of_row = functools.partial(values, found, row)
                 cells = [shown(interval(of_row(m)), m).replace("**", "").lstrip("+") for m in ("valid", "dyn")]
                 rows.append([ROWS[name].title, f"{rate:g}", *cells, shown(of_row("w1"), "w1")])
     return table(["lr", *(FORMATS[m][2] for m in ("valid", "dyn", "w1"))], rows)
@@ -716,8 +719,8 @@ def spread(places: list[float], apart: float) -> list[float]:
 def draw_frontier(axes, found: dict) -> None:
     """Valid share against dynamic degree: a line for each method through its rates, and the real clips."""
     lines = {}
-    for (name, _), colour in zip(RATES.items(), COLOURS):
-        rows = [row for row in (f"{name}_low", name, f"{name}_high") if row in found["rows"]]
+    for name, colour in zip(RATES, COLOURS):
+        rows = [row for row in frontier(name) if row in found["rows"]]
         if not rows:
             continue
         x, y = ([interval(k * values(found, row, m)) for row in rows] for k, m in ((1, "dyn"), (100, "valid")))
