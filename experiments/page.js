@@ -3,7 +3,22 @@
 const body = document.body, videos = [...document.querySelectorAll('video')], seen = new Set();
 const scrub = document.querySelector('.scrub'), button = document.querySelector('.play');
 const FPS = +body.dataset.fps, FRAMES = +body.dataset.frames, REST = 8;  // REST: pictures for which the end stays
+const trails = [...document.querySelectorAll('svg[data-path]')].map(trail);
 let picture = 0, playing = !matchMedia('(prefers-reduced-motion: reduce)').matches, timer = 0, settled = 0, loaded = 0;
+
+function trail(svg) {  // draws the ball's whole path, and returns what draws the path up to a picture
+  const {path, bad} = svg.dataset, at = path.split(' ');
+  const line = (flag, end) => at.slice(0, end).map((from, k) =>
+    bad[k] === flag ? (bad[k - 1] === flag ? '' : `M${from}`) + `L${at[k + 1]}` : '').join('');
+  svg.innerHTML = '<g class=whole><path/><path class=bad /></g><path/><path class=bad /><circle r=1.3 />';
+  const [good, faulty, goodNow, faultyNow] = svg.querySelectorAll('path'), ball = svg.querySelector('circle');
+  const draw = (one, other, end) => { one.setAttribute('d', line('0', end)); other.setAttribute('d', line('1', end)); };
+  draw(good, faulty, at.length - 1);
+  return k => {
+    draw(goodNow, faultyNow, k);
+    [ball.cx.baseVal.value, ball.cy.baseVal.value] = at[k].split(',');
+  };
+}
 
 function seek(v) {  // while playing, only what is in sight
   const at = (picture + .5) / FPS;
@@ -16,6 +31,7 @@ function show(k, on) {  // from now on it plays, or stays
   if (on) timer = setTimeout(() => show((k + 1) % (FRAMES + REST), true), 1000 / FPS);
   const latent = picture ? 1 + Math.floor((picture - 1) / 4) : 0;
   videos.forEach(seek);
+  trails.forEach(draw => draw(picture));
   scrub.value = picture;
   button.textContent = on ? 'Pause' : 'Play';
   document.querySelector('.when').textContent = `${(picture / FPS).toFixed(2)} s`;

@@ -7,8 +7,8 @@ mark are made from the figures and change with them. An address that ends in #t=
 halfway.
 
 In    a demo folder whose stages are finished: clips, shards, base, sft, continuation, pairs, asymdpo, eval
-Out   in the same folder: report.html; demo.png, a picture of the results; summary.json, eval's with the seconds of
-      every stage
+Out   in the same folder: report.html; demo.png and demo.gif, pictures of the first prompts; summary.json, eval's with
+      the seconds of every stage
 Cost  seconds
 """
 
@@ -28,8 +28,9 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from experiments.trails import Watched, pictures, watch
 from runtime import video
-from runtime.files import read_jsonl, read_manifest, read_tensors, whole_file, write_json, write_text
+from runtime.files import read_jsonl, read_manifest, read_tensors, write_json, write_text
 from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
 from tiny import balls
@@ -40,19 +41,43 @@ STAGES = {  # folder -> the command that makes it, in the order they run
     "shards": "prepare.py",
     "base": "sft.py",
     "sft": "sft.py --base",
+    "sft_longer": "sft.py --base",
     "continuation": "continuation.py",
     "pairs": "make_pairs.py",
     "asymdpo": "asymdpo.py",
     "eval": "experiments.evaluate",
 }
-MODELS = ("Pretrain", "SFT", "DynamicsBoost")
-METRICS = {  # column -> which way is better, decimals
-    "score": ("↑", 2), "traj": ("↓", 2), "presence": ("↑", 3), "shape": ("↓", 4), "dyn": ("→ real", 2),
-    "accel": ("→ real", 3),
+OPTIONAL = ("sft_longer",)
+OURS, LONGER, REAL = "DynamicsBoost", "SFT, as many operations", "real clips"  # rows of eval's table
+METRICS = {  # -> its name, factor, decimals, which way is better, meaning
+    "valid": (
+        "valid, %", 100, 1, "↑",
+        f"clips whose ball is at most {balls.VALID:g} px (rms) from a path that physics allows, and never jumps",
+    ),
+    "score": (
+        "score", 1, 3, "↑",
+        "−traj/4 − 10·shape; not even the real clips reach 0, because codec and ball finder are a little inexact",
+    ),
+    "dyn": (
+        "dynamic degree", 1, 3, "→ real",
+        "px/frame that the ball moves; a model that hardly moves anything could be valid, and this would show it",
+    ),
+    "w1": ("speeds apart", 1, 3, "↓", "Wasserstein distance of the balls’ speeds from the real clips’, px/frame"),
+    "frozen": ("frozen, %", 100, 1, "↓", f"clips whose ball stands still for {balls.STILL_FRAMES} pictures"),
+    "jump": ("jump, %", 100, 1, "↓", f"clips whose ball moves by over {balls.JUMP:g} px from one picture to the next"),
+    "traj": ("traj, px", 1, 2, "↓", "distance of the ball from the nearest path that physics allows, rms"),
+    "shape": ("shape", 1, 4, "↓", "how unlike a perfect round ball it looks, as a difference in light from 0 to 1"),
 }  # fmt: skip
 BETTER = {"↑": lambda x, real: -x, "↓": lambda x, real: x, "→ real": lambda x, real: abs(x - real)}  # smallest is best
-# 6 × 4 players, 5 continuations and 3 × 2 of pairs: phones allow 40 videos to be open
-PLAYERS, CONTINUED, PAIRS = 6, (1, 3, 6, 9, 13), 3
+ASKS = {  # first word of a control -> what it asks
+    "as": "both models as in the table above",
+    "noise": "both models start from less noise, which alone makes motion calmer: does that buy the gain?",
+    "solver": "both models are sampled by another solver: is the gain one solver’s error undone?",
+    "SFT,": "SFT is trained on for what Φ, the pairs and preference training cost together: is more SFT as good?",
+    "LoRA": "half of what preference training changed: is half of it enough?",
+}
+# 8 × 4 players, 4 continuations and 2 × 2 of pairs: phones allow 40 videos to be open
+PLAYERS, CONTINUED, PAIRS = 8, (1, 3, 6, 10), 2
 R2, R3 = "#2780b4", "#d67a22"  # as in page.css
 STYLE = {
     "svg.hashsalt": "report", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -62,7 +87,7 @@ STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Writes report.html and summary.json of a finished demo."""
+    """Writes report.html, demo.png, demo.gif and summary.json of a finished demo."""
 
     demo: str = "out/demo"  # folder of the demo
 
@@ -75,23 +100,65 @@ def num(x: float, digits: int = 2, sign: str = "") -> str:
     return f"{x:{sign}.{digits}f}".replace("-", "−")
 
 
+def percent(share: float) -> str:
+    return f"{num(100 * share, 0)}\N{NO-BREAK SPACE}%"
+
+
+def interval(difference: dict, factor: float = 1, digits: int = 3) -> str:
+    """A difference with its 95 % interval."""
+    mean, lo, hi = (num(factor * difference[key], digits, "+") for key in ("mean", "lo", "hi"))
+    return f"{mean} [{lo},\N{NO-BREAK SPACE}{hi}]"
+
+
 def said(good: bool | None, sentence: str) -> str:
     """A sentence made from the figures: True is marked as good news, False as bad, None as neither."""
     name, mark = {True: ("good", "✓"), False: ("bad", "✗"), None: ("open", "·")}[good]
     return f"<p class={name}><b aria-hidden=true>{mark}</b> {sentence}</p>"
 
 
-def result_said(table: dict, difference: dict) -> str:
-    """What the table shows: is the score better, and do the balls still move as much?"""
-    if difference["lo"] <= 0 <= difference["hi"]:
-        first = said(None, "No difference can be claimed: the interval includes 0.")
-    else:
-        better = difference["lo"] > 0
-        words = "higher" if better else "lower"
-        first = said(better, f"DynamicsBoost scores {words} than SFT: the interval does not include 0.")
-    change = 100 * (table["DynamicsBoost"]["dyn"] / max(table["SFT"]["dyn"], 1e-9) - 1)
-    kept = "stays within" if abs(change) <= 10 else "differs by more than"
-    return first + said(abs(change) <= 10, f"The amount of motion {kept} 10 % of SFT’s ({num(change, 1, '+')} %).")
+def resolved(difference: dict) -> bool | None:
+    """Whether an interval lies above 0 (True) or below (False), or includes it (None)."""
+    return True if difference["lo"] > 0 else False if difference["hi"] < 0 else None
+
+
+def verdict(summary: dict) -> str:
+    """What came out, in one sentence: the shares of valid clips, and whether the gain survives every control."""
+    table, difference = summary["table"], summary["difference"]
+    share = {name: percent(row["valid"]) for name, row in table.items()}
+    longer = f"SFT’s for as many operations {share[LONGER]}, " if LONGER in table else ""
+    shares = f"{share[OURS]} of its clips are physically valid, SFT’s {share['SFT']}, {longer}real clips’ {share[REAL]}"
+    controls = {kind: found["difference"]["valid"] for kind, found in summary["controls"].items()}
+    first = ""
+    if LONGER in table:
+        controls["SFT for as many operations"] = difference[LONGER]["valid"]
+        if resolved(difference[LONGER]["valid"]) is False:
+            first = "Longer SFT is better: "
+    gain = difference["SFT"]["valid"]
+    if not resolved(gain):
+        words = "a loss" if resolved(gain) is False else "no gain that is resolved"
+        return f"{first}{OURS}: {shares}; against SFT that is {words} ({interval(gain, 100, 1)} points)."
+    lost = [kind for kind, found in controls.items() if not resolved(found)]
+    equal = [
+        f"{kind} alone brings SFT to {percent(found['SFT']['valid'])}"
+        for kind, found in summary["controls"].items()
+        if found["SFT"]["valid"] >= table[OURS]["valid"]
+    ]
+    held = (
+        f"the gain does not survive {', '.join(lost)}" if lost else f"the gain holds under all {len(controls)} controls"
+    )
+    return f"{first}{OURS}: {shares}; {'; but '.join([held, *equal])}."
+
+
+def gap_closed(table: dict) -> str:
+    """How much of the way from SFT to real clips was made, in valid share and score, and what motion did."""
+    parts = []
+    for metric, name in (("valid", "the share of valid clips"), ("score", "score")):
+        start, ours, real = (table[row][metric] for row in ("SFT", OURS, REAL))
+        made = percent((ours - start) / (real - start)) if real > start else "nothing (there is no gap)"
+        parts.append(f"{made} in {name}")
+    values = (f"{m} {' → '.join(num(table[row][key]) for row in ('SFT', OURS))} (real {num(table[REAL][key])})"
+              for key, m in (("score", "score"), ("dyn", "dynamic degree")))  # fmt: skip
+    return f"Of the gap between SFT and real clips it closes {' and '.join(parts)}: {', '.join(values)}."
 
 
 def sweep_said(summary: dict) -> str:
@@ -166,62 +233,46 @@ def diagram(n1: int, n2: int, frames: int) -> str:
     return f"<table class=diagram>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-def videos(codec, x0: torch.Tensor, labels: list[str], caption: str, given: bool = False) -> str:
-    """A row of clips of one caption: x0 (B, C, F, H, W), a label each. given: each label begins with the number of
-    given frames.
-    """
-    cells = []
-    for pixels, label in zip(codec.decode(x0.float()), labels, strict=True):
-        with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-            video.write_mp4(file.name, video.to_frames(pixels), balls.FPS, crf=16)
-            coded = base64.b64encode(Path(file.name).read_bytes()).decode()
-        score = balls.score_clip(((pixels + 1) / 2).permute(1, 2, 3, 0).numpy(), caption)["score"]
-        more = f" data-given={label.split()[0]}" if given else ""
-        player = f'<video muted playsinline preload=auto data-mp4="{coded}"></video>'
-        caption_line = f"<figcaption>{label}<small>{num(score)}</small></figcaption>"
-        cells.append(f"<figure class=cell{more}>{player}{caption_line}</figure>")
-    words = f"<p class=caption>“{html.escape(caption)}”</p>"
-    return f"<div class=cells>{''.join(cells)}</div>{words}"
-
-
 # ---- the parts of the page -------------------------------------------------------------------------------------------
 
 
+def figures(head: list[str], rows: list[tuple[str, list[str], str]]) -> str:
+    """A table: of each row its name, its cells (with their tags) and, below them, what it means."""
+    parts = [f"<tr><th></th>{''.join(f'<th scope=col>{name}</th>' for name in head)}</tr>"]
+    for name, cells, meaning in rows:
+        parts.append(f"<tr><th scope=row>{name}</th>{''.join(cells)}</tr>")
+        parts.append(f"<tr class=meaning><td colspan={len(head) + 1}>{meaning}</td></tr>")
+    return f"<table class=figures>{''.join(parts)}</table>"
+
+
 def results_table(table: dict) -> str:
-    """A row of means for each model and for the real clips; the best of the models bold, and what reads as good."""
-    head = "".join(f"<th scope=col>{metric} {arrow}</th>" for metric, (arrow, _) in METRICS.items())
-    best = {}
-    for metric, (arrow, digits) in METRICS.items():
-        better = min(MODELS, key=lambda name: BETTER[arrow](table[name][metric], table["real clips"][metric]))
-        best[metric] = num(table[better][metric], digits)
-    body = []
-    for name, row in table.items():
-        cells = {metric: num(row[metric], digits) for metric, (_, digits) in METRICS.items()}
-        bold = {metric for metric, value in cells.items() if name in MODELS and value == best[metric]}
-        shown = (f"<td{' class=best' if metric in bold else ''}>{value}</td>" for metric, value in cells.items())
-        body.append(f"<tr><th scope=row>{name}</th>{''.join(shown)}</tr>")
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    """A row for each metric, a column for each model and the real clips; the best of the models bold."""
+    rows = []
+    for metric, (name, factor, digits, arrow, meaning) in METRICS.items():
+        shown = {model: num(factor * row[metric], digits) for model, row in table.items()}
+        models = [model for model in table if model != REAL]
+        best = min(models, key=lambda model: BETTER[arrow](table[model][metric], table[REAL][metric]))
+        bold = {model for model in models if shown[model] == shown[best]}
+        cells = [f"<td{' class=best' if model in bold else ''}>{value}</td>" for model, value in shown.items()]
+        rows.append((f"{name} {arrow}", cells, meaning))
+    return figures([name.replace("sB", "s&shy;B") for name in table], rows)
 
 
-def picture(path: Path, codec, samples: dict, captions: list[str], sweep: dict) -> None:
-    """The results as a picture: film strips of two prompts by each model, and the sweep over given frames."""
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(3, 1.15))
-    for k, axes in enumerate(left.subplots(2 * len(MODELS))):
-        row, name = k // len(MODELS), MODELS[k % len(MODELS)]
-        frames = video.to_frames(codec.decode(samples[f"table_{name}"][row : row + 1].float())[0])[::4]
-        axes.imshow(np.concatenate([*frames], axis=1))
-        axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        if k % len(MODELS) == 0:
-            axes.set_title(f"“{captions[row]}”: the same noise; time runs to the right", loc="left")
-    axes = right.subplots()
-    for key, label, style in (("score", "whole clip", "o-"), ("generated", "generated frames only", "s--")):
-        axes.plot([int(n) for n in sweep[key]], [*sweep[key].values()], style, label=label, markersize=3.5)
-    axes.set(xlabel="given latent frames", ylabel="score (higher is better)", title="Continuations")
-    axes.legend()
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def controls_table(summary: dict) -> str:
+    """Valid share and score of SFT and DynamicsBoost under each control, and their difference."""
+    table, difference, half = summary["table"], summary["difference"], summary["half"]
+    found = [("as above", table["SFT"], table[OURS], difference["SFT"])]
+    found += [(kind, c["SFT"], c[OURS], c["difference"]) for kind, c in summary["controls"].items()]
+    if LONGER in table:
+        found.append((LONGER, table[LONGER], table[OURS], difference[LONGER]))
+    found.append(("LoRA at half strength", table["SFT"], half, half["difference"]))
+    rows = []
+    for kind, sft, ours, d in found:
+        cells = [f"<td>{num(100 * m['valid'], 1)} %<small>{num(m['score'], 3)}</small></td>" for m in (sft, ours)]
+        name = {True: "good", False: "bad", None: "open"}[resolved(d["valid"])]
+        words = f"{interval(d['valid'], 100, 1)}<small>{interval(d['score'])}</small>"
+        rows.append((kind, [*cells, f"<td class={name}><b>{words}</b></td>"], ASKS[kind.split()[0]]))
+    return figures(["SFT", "Dynamics&shy;Boost", "difference"], rows)
 
 
 def sweep_plots(rows: list[dict]) -> str:
@@ -247,6 +298,23 @@ def training_plots(rows: list[dict]) -> str:
     )
 
 
+def videos(clips: list[Watched], labels: list[str], caption: str, given: bool = False) -> str:
+    """A row of players with a label each. given: each label begins with the number of given frames."""
+    cells = []
+    for clip, label in zip(clips, labels, strict=True):
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+            video.write_mp4(file.name, np.rint(255 * clip.pictures).astype(np.uint8), balls.FPS, crf=16)
+            coded = base64.b64encode(Path(file.name).read_bytes()).decode()
+        more = f" data-given={label.split()[0]}" if given else ""
+        player = f'<video muted playsinline preload=auto data-mp4="{coded}"></video>'
+        at, bad = " ".join(f"{x:.1f},{y:.1f}" for x, y in clip.path.T), "".join(map(str, clip.bad.astype(int)))
+        trail = f'<svg viewBox="0 0 {balls.SIZE} {balls.SIZE}" data-path="{at}" data-bad="{bad}"></svg>'
+        name = "good" if clip.valid else "bad"
+        words = f"<figcaption>{label} <small class={name}><b>{clip.mark}</b></small></figcaption>"
+        cells.append(f"<figure class=cell{more}><div class=screen>{player}{trail}</div>{words}</figure>")
+    return f"<p class=caption>“{html.escape(caption)}”</p><div class=cells>{''.join(cells)}</div>"
+
+
 def pair_rows(codec, pairs: Shards) -> str:
     """Some pairs, from the fewest given frames to the most."""
     order = sorted(range(len(pairs)), key=lambda i: (pairs.rows[i]["n2"], pairs.rows[i]["n1"], pairs.rows[i]["id"]))
@@ -254,39 +322,43 @@ def pair_rows(codec, pairs: Shards) -> str:
     for k in np.linspace(0, len(order) - 1, min(PAIRS, len(order))).round().astype(int):
         row, both = pairs.rows[order[k]], torch.cat([pairs.get(side, [order[k]]) for side in ("chosen", "rejected")])
         shown.append(diagram(row["n1"], row["n2"], both.shape[2]))
-        shown.append(videos(codec, both, ["winner", "loser"], row["caption"]))
+        shown.append(videos(watch(codec, both, 2 * [row["caption"]]), ["winner", "loser"], row["caption"]))
     return "".join(shown)
 
 
-def page(demo: Path, manifests: dict[str, dict], summary: dict, codec, samples: dict, clips: Shards) -> str:
-    """The whole file: page.html with its parts filled in."""
+def players(rows: dict[str, list[Watched]], captions: list[str]) -> str:
+    return "".join(videos([clips[k] for clips in rows.values()], [*rows], c) for k, c in enumerate(captions))
+
+
+def continuations(codec, samples: dict, caption: str) -> str:
+    """The first clip, continued from more and more given frames."""
+    made = {f"{n} given": samples[f"sweep_{n}"][:1] for n in CONTINUED if f"sweep_{n}" in samples}
+    return videos(watch(codec, torch.cat([*made.values()]), len(made) * [caption]), [*made], caption, given=True)
+
+
+def page(demo: Path, manifests: dict[str, dict], summary: dict, codec, samples: dict, rows: dict, captions) -> str:
+    """The whole file: page.html with its parts filled in. rows: what is shown of each model, a clip a caption."""
     here, pairs = Path(__file__).parent, Shards(demo / "pairs", "make_pairs.py")
-    metrics = {name: read_jsonl(demo / name / "metrics.jsonl") for name in ("base", "continuation", "asymdpo")}
-    count, frames = min(PLAYERS, len(clips), len(samples["table_SFT"])), pairs.shape("chosen")[1]
-    captions, real = [row["caption"] for row in clips.rows[:count]], clips.get("x0", list(range(count)))
-    columns = torch.stack([*(samples[f"table_{name}"][:count].float() for name in MODELS), real.float()], dim=1)
-    continued = {f"{n} given": samples[f"sweep_{n}"][:1] for n in CONTINUED if f"sweep_{n}" in samples}
-    d = {name: num(value, 3, "+") for name, value in summary["asymdpo_minus_sft"].items()}
-    labels, losses = summary["labels"], (("base", "Base model"), ("continuation", "Continuation model"))
-    stages = [(f"<code>{STAGES.get(name, name)}</code>", seconds) for name, seconds in summary["seconds"].items()]
+    metrics = read_jsonl(demo / "asymdpo" / "metrics.jsonl")
+    frames, labels = pairs.shape("chosen")[1], summary["labels"]
+    stages = (f"<code>{name}</code>&nbsp;{seconds:.1f}" for name, seconds in summary["seconds"].items())
     return string.Template((here / "page.html").read_text(encoding="utf-8")).substitute(
-        seed=summary["seed"], clips=summary["clips"], sweep_clips=summary["sweep_clips"],
+        seed=summary["seed"], clips=summary["clips"], sweep_clips=summary["sweep_clips"], shown=len(captions),
         style=(here / "page.css").read_text(), script=(here / "page.js").read_text(),
-        pictures=balls.FRAMES, fps=balls.FPS,
+        pictures=balls.FRAMES, fps=balls.FPS, size=balls.SIZE, off=f"{balls.VALID:g}",
+        frozen=f"{100 * balls.FAULTS['freeze']:.0f}", cut=f"{100 * balls.FAULTS['cut']:.0f}",
+        verdict=html.escape(verdict(summary)), gap_closed=gap_closed(summary["table"]),
+        players=players(rows, captions),
+        table=results_table(summary["table"]), controls=controls_table(summary),
         diagram=diagram(round(0.3 * frames), round(0.85 * frames), frames),
-        table=results_table(summary["table"]),
-        difference=f"{d['mean']}, 95 % interval {d['lo']} … {d['hi']}",
-        result_said=result_said(summary["table"], summary["asymdpo_minus_sft"]),
-        players="".join(videos(codec, x0, [*MODELS, "a real clip"], c) for x0, c in zip(columns, captions)),
-        continuations=videos(codec, torch.cat([*continued.values()]), [*continued], captions[0], given=True),
+        continuations=continuations(codec, samples, captions[0]),
         sweep_plots=sweep_plots(summary["sweep_rows"]),
         sweep_said=sweep_said(summary),
         accuracy=num(100 * labels["accuracy"], 1) + " %", pair_count=labels["pairs"],
         chosen=num(labels["chosen"]), rejected=num(labels["rejected"]), pairs=pair_rows(codec, pairs),
-        training_plots=training_plots(metrics["asymdpo"]),
-        training_said=training_said(metrics["asymdpo"][-max(1, len(metrics["asymdpo"]) // 4) :]),
-        loss_plots="".join(plot(f"{n}: loss", "step", "loss", line(metrics[s], "loss")) for s, n in losses),
-        stages="".join(f"<tr><th scope=row>{name}</th><td>{seconds:.1f}</td></tr>" for name, seconds in stages),
+        training_plots=training_plots(metrics),
+        training_said=training_said(metrics[-max(1, len(metrics) // 4) :]),
+        stages=", ".join(stages),
         commit=", ".join(dict.fromkeys(made["commit"] for made in manifests.values())),
         machine=f"{platform.system()} with {os.cpu_count()} cores, PyTorch {torch.__version__}",
     )  # fmt: skip
@@ -297,21 +369,27 @@ def main(cfg: Config) -> None:
     cfg, demo = resolve(cfg), Path(cfg.demo)
     if not demo.is_dir():
         raise UserError(f"{demo}: expected the folder of a demo, but it does not exist; make one with: make demo")
-    manifests = {name: read_manifest(demo / name, maker) for name, maker in STAGES.items()}
+    made = {name: maker for name, maker in STAGES.items() if name not in OPTIONAL or (demo / name).exists()}
+    manifests = {name: read_manifest(demo / name, maker) for name, maker in made.items()}
 
-    # ---- the figures
+    # ---- the figures, and the first prompts
     summary = json.loads((demo / "eval" / "summary.json").read_text())
     seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     codec, samples = codecs.load(demo / "shards"), read_tensors(demo / "eval" / "samples.safetensors")
     clips = Shards(demo / "shards", "prepare.py", manifests["eval"]["config"]["split"])
+    count = min(PLAYERS, len(clips), len(samples["table_SFT"]))
+    captions = [row["caption"] for row in clips.rows[:count]]
+    latents = {name: samples[f"table_{name}"][:count] for name in ("SFT", OURS, "Pretrain")}
+    latents["real clip"] = clips.get("x0", list(range(count)))
+    rows = {name: watch(codec, x0, captions) for name, x0 in latents.items()}
 
     # ---- result: the page last, because make looks for it
-    text = page(demo, manifests, summary, codec, samples, clips)
-    with rc_context(STYLE):
-        picture(demo / "demo.png", codec, samples, [row["caption"] for row in clips.rows], summary["sweep"])
+    text = page(demo, manifests, summary, codec, samples, rows, captions)
+    pictures(demo, {name: rows[name] for name in ("SFT", OURS, "real clip")}, captions)
     write_json(demo / "summary.json", summary)
     write_text(demo / "report.html", text)
+    print(verdict(summary), gap_closed(summary["table"]), sep="\n")
     print(f"report: {demo / 'report.html'}, {len(text) / 2**20:.1f} MiB")
 
 
