@@ -125,28 +125,28 @@ def verdict(summary: dict) -> str:
     """What came out, in one sentence: the shares of valid clips, and whether the gain survives every control."""
     table, difference = summary["table"], summary["difference"]
     share = {name: percent(row["valid"]) for name, row in table.items()}
-    longer = f"SFT’s for as many operations {share[LONGER]}, " if LONGER in table else ""
-    shares = f"{share[OURS]} of its clips are physically valid, SFT’s {share['SFT']}, {longer}real clips’ {share[REAL]}"
     controls = {kind: found["difference"]["valid"] for kind, found in summary["controls"].items()}
-    first = ""
+    first = longer = ""
     if LONGER in table:
+        longer = f"SFT’s for as many operations {share[LONGER]}, "
         controls["SFT for as many operations"] = difference[LONGER]["valid"]
         if resolved(difference[LONGER]["valid"]) is False:
-            first = "Longer SFT is better: "
+            first = "SFT for as many operations is better. "
+    shares = f"{share[OURS]} of its clips are physically valid, SFT’s {share['SFT']}, {longer}real clips’ {share[REAL]}"
     gain = difference["SFT"]["valid"]
     if not resolved(gain):
         words = "a loss" if resolved(gain) is False else "no gain that is resolved"
         return f"{first}{OURS}: {shares}; against SFT that is {words} ({interval(gain, 100, 1)} points)."
     lost = [kind for kind, found in controls.items() if not resolved(found)]
-    equal = [
-        f"{kind} alone brings SFT to {percent(found['SFT']['valid'])}"
+    held = (
+        f"no gain is resolved under {', '.join(lost)}" if lost else f"the gain holds under all {len(controls)} controls"
+    )
+    bought = [
+        f"; but {kind} alone brings SFT to {percent(found['SFT']['valid'])}"
         for kind, found in summary["controls"].items()
         if found["SFT"]["valid"] >= table[OURS]["valid"]
     ]
-    held = (
-        f"the gain does not survive {', '.join(lost)}" if lost else f"the gain holds under all {len(controls)} controls"
-    )
-    return f"{first}{OURS}: {shares}; {'; but '.join([held, *equal])}."
+    return f"{first}{OURS}: {shares}; {held}{''.join(bought)}."
 
 
 def gap_closed(table: dict) -> str:
@@ -166,7 +166,7 @@ def sweep_said(summary: dict) -> str:
     made, held = (summary["next_frame_error"][key] for key in ("next_frame", "hold"))
     one = summary["sweep_rows"][1]
     change = f"{num(100 * abs(1 - made / max(held, 1e-9)), 0)} % {'nearer' if made < held else 'further'}"
-    words = f"The model’s balls are {num(made)} px from where they truly went, {change} than when holding"
+    words = f"The model’s ball is {num(made)} px from where it truly went, {change} than when holding"
     first = f"From one given frame, which shows no motion, {num(one['next_frame'])} px against {num(one['hold'])}"
     return said(made < held, f"{words} ({num(held)} px), mean over two given frames and more. {first}.")
 

@@ -6,19 +6,22 @@ import re
 import shutil
 import string
 import subprocess
+import types
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from experiments import page
+from experiments import page, trails
 from runtime.files import MANIFEST
 from runtime.options import UserError
 from runtime.shards import Shards
-from tiny import codec as codecs
+from tiny import balls
 
-VIDEOS = 4 * 6 + 5 + 2 * 3  # players, continuations, pairs
+VIDEOS = 4 * 8 + 4 + 2 * 2  # players, continuations, pairs
 
 
 @pytest.fixture(scope="module")
@@ -56,45 +59,158 @@ def test_page_is_complete(demo, text):
     summary = json.loads((demo / "summary.json").read_text())
     for row in Shards(demo / "shards", "prepare.py", "eval").rows[: page.PLAYERS]:
         assert f"“{row['caption']}”" in text
-    for word in ("N1 =", "N2 =", "95 % interval", "make demo SEED=0", *page.STAGES.values()):
+    for word in ("N1 =", "N2 =", "95 % interval", "make demo SEED=0", page.verdict(summary), *summary["controls"]):
         assert word in text
-    for name, row in summary["table"].items():
-        cells = re.search(rf"<th scope=row>{name}</th>(.*?)</tr>", text).group(1)
-        shown = [page.num(row[metric], digits) for metric, (_, digits) in page.METRICS.items()]
+    for metric, (name, factor, digits, arrow, _) in page.METRICS.items():
+        cells = re.search(rf"<th scope=row>{name} {arrow}</th>(.*?)</tr>", text).group(1)
+        shown = [page.num(factor * row[metric], digits) for row in summary["table"].values()]
         assert re.findall(r"<td[^>]*>([^<]*)", cells) == shown
+    for found in (*summary["controls"].values(), summary["half"]):
+        assert f"<small>{page.interval(found['difference']['score'])}</small>" in text
     assert f"<b>{page.num(100 * summary['label_accuracy'], 1)} %</b>" in text
-    assert f"<td>{summary['seconds']['total']:.1f}</td>" in text
+    assert f"<code>total</code>&nbsp;{summary['seconds']['total']:.1f}" in text
 
 
-def test_captions_are_escaped(demo):
-    caption = "<script>alert('a')</script> & a red ball falls"
-    shown = page.videos(codecs.load(demo / "shards"), torch.zeros(1, 48, 13, 2, 2), ["SFT"], caption)
+def test_last_lines_are_the_verdict_and_the_report(demo, capsys):
+    page.main(page.Config(demo=str(demo)))
+    *_, first, second, last = capsys.readouterr().out.splitlines()
+    summary = json.loads((demo / "summary.json").read_text())
+    assert (first, second) == (page.verdict(summary), page.gap_closed(summary["table"]))
+    assert re.fullmatch(rf"report: {demo}/report.html, \d\.\d MiB", last)
+
+
+def test_pictures_for_the_readme(demo):
+    """A still as wide as a README is read, and an animation that is small enough to open it."""
+    with Image.open(demo / "demo.png") as still, Image.open(demo / "demo.gif") as moving:
+        assert still.width == 800 and moving.n_frames == 25
+    assert (demo / "demo.gif").stat().st_size < 1.5 * 2**20
+
+
+# ---- the ball's path -------------------------------------------------------------------------------------------------
+
+DECODED = types.SimpleNamespace(decode=lambda x0: x0)  # a codec whose latents are the pictures
+
+
+def watched(track: np.ndarray) -> trails.Watched:
+    """A ball that floats along track (2, T) px, as trails.watch sees it."""
+    pictures = torch.from_numpy(balls.render(balls.spots(track.T)))
+    return trails.watch(DECODED, (2 * pictures - 1).permute(3, 0, 1, 2)[None], ["a ball floats"])[0]
+
+
+def path(*start: float) -> np.ndarray:
+    return balls.path(np.array(start), np.array([0.8, 0.6]), falling=False)
+
+
+def test_valid_path_has_no_fault():
+    clip = watched(path(20, 20))
+    assert clip.valid and clip.mark.startswith("✓ ") and not clip.bad.any()
+    assert np.abs(clip.path - path(20, 20)).max() < 2  # at a wall the ball is cut off
+
+
+def test_ball_that_stands_still_is_marked_where_it_does():
+    track = path(20, 20)
+    track[:, 20:] = track[:, 20:21]
+    clip = watched(track)
+    assert not clip.valid and clip.mark == f"✗ {clip.traj:.1f} px"
+    assert clip.bad[20:].all()
+
+
+def test_jump_is_marked_and_named():
+    track = path(20, 20)
+    track[:, 24] += 8
+    clip = watched(track)
+    assert clip.bad[23:25].all() and clip.bad.sum() == 2
+    assert clip.traj < balls.VALID and clip.mark == "✗ jump"
+
+
+def test_missing_ball_stays_where_it_was_and_is_a_fault():
+    track = path(20, 20)
+    track[:, 30:32] = 1000
+    clip = watched(track)
+    assert np.array_equal(clip.path[:, 30:32], clip.path[:, [29, 29]])
+    assert clip.bad[29:31].all()
+
+
+def test_captions_are_escaped():
+    caption = "<script>alert('a')</script> & a ball falls"
+    shown = page.videos([watched(path(20, 20))], ["SFT"], caption)
     assert f"“{html.escape(caption)}”" in shown and "<script>" not in shown
 
 
 # ---- what the figures are taken to say -------------------------------------------------------------------------------
 
 
+def row(valid: float, score: float = -1.0, dyn: float = 1.0) -> dict:
+    return dict(valid=valid, score=score, dyn=dyn, w1=0.1, frozen=0.0, jump=0.1, traj=2.0, shape=0.02)
+
+
+def difference(mean: float) -> dict:
+    """A difference with an interval of ± 2 points."""
+    valid = {"mean": mean, "lo": mean - 0.02, "hi": mean + 0.02}
+    return {"valid": valid, "score": valid}
+
+
+def summary_of(gain=0.12, longer=0.06, noise=0.1, bought=0.85) -> dict:
+    """What eval might have found: DynamicsBoost's gains, and the share that noise alone brings SFT to."""
+    table = {"Pretrain": row(0.6), "SFT": row(0.83), page.LONGER: row(0.95 - longer)}
+    return {
+        "table": {**table, page.OURS: row(0.95), page.REAL: row(1.0)},
+        "difference": {"SFT": difference(gain), page.LONGER: difference(longer)},
+        "controls": {"noise × 0.85": {"SFT": row(bought), page.OURS: row(0.97), "difference": difference(noise)}},
+        "half": {**row(0.9), "difference": difference(0.07)},
+    }
+
+
+SHARES = "95 % of its clips are physically valid, SFT’s 83 %"
+
+
 @pytest.mark.parametrize(
-    "lo, hi, dyn, first, second",
+    "found, words",
     [
-        (0.2, 0.4, 1.05, "good>✓ DynamicsBoost scores higher", "good>✓ The amount of motion stays within"),
-        (-0.4, -0.2, 0.5, "bad>✗ DynamicsBoost scores lower", "bad>✗ The amount of motion differs by more than"),
-        (-0.1, 0.3, 1.0, "open>· No difference can be claimed: the interval includes 0", "good>✓"),
+        ({}, f"DynamicsBoost: {SHARES}, SFT’s for as many operations 89 %, real clips’ 100 %; the gain holds"),
+        ({}, "; the gain holds under all 2 controls."),
+        ({"gain": 0.01}, "; against SFT that is no gain that is resolved (+1.0 [−1.0, +3.0] points)."),
+        ({"gain": -0.1}, "; against SFT that is a loss (−10.0 [−12.0, −8.0] points)."),
+        ({"noise": 0.01}, "; no gain is resolved under noise × 0.85."),
+        ({"longer": 0.01}, "; no gain is resolved under SFT for as many operations."),
+        ({"longer": -0.03}, "SFT for as many operations is better. DynamicsBoost: 95 %"),
+        ({"bought": 0.96}, "all 2 controls; but noise × 0.85 alone brings SFT to 96 %."),
     ],
-)
-def test_result_is_judged_from_the_figures(lo, hi, dyn, first, second):
-    said = page.result_said({"SFT": {"dyn": 1.0}, "DynamicsBoost": {"dyn": dyn}}, {"lo": lo, "hi": hi})
-    one, two = re.findall(r"<p class=(.*?)</p>", said.replace("<b aria-hidden=true>", "").replace("</b>", ""))
-    assert one.startswith(first) and two.startswith(second)
+)  # fmt: skip
+def test_verdict_is_made_from_the_figures(found, words):
+    said = page.verdict(summary_of(**found)).replace("\N{NO-BREAK SPACE}", " ")
+    assert said.startswith(words) if "DynamicsBoost" in words else said.endswith(words)
+
+
+def test_verdict_without_longer_training():
+    summary = summary_of()
+    del summary["table"][page.LONGER], summary["difference"][page.LONGER]
+    said = page.verdict(summary)
+    assert "as many operations" not in said and said.endswith("under all 1 controls.")
+    assert "as many operations" not in page.controls_table(summary)
+
+
+def test_share_of_the_gap_that_is_closed():
+    table = {"SFT": row(0.8, -1.0), page.OURS: row(0.9, -0.8, 1.04), page.REAL: row(1.0, -0.2, 1.1)}
+    said = page.gap_closed(table).replace("\N{NO-BREAK SPACE}", " ")
+    assert "closes 50 % in the share of valid clips and 25 % in score: score −1.00 → −0.80 (real −0.20)" in said
+    assert "dynamic degree 1.00 → 1.04 (real 1.10)" in said
+    assert "nothing (there is no gap) in the share" in page.gap_closed({**table, page.REAL: row(0.8)})
+
+
+def test_control_is_coloured_by_its_interval():
+    shown = page.controls_table(summary_of(noise=-0.1))
+    cells = re.search(r"<th scope=row>noise × 0.85</th>(.*?)</tr>", shown).group(1)
+    assert "<td class=bad><b>−10.0 [" in cells and "as above</th><td>83.0 %<small>−1.000</small></td>" in shown
 
 
 def test_best_is_bold_and_dyn_is_best_near_the_real_clips():
-    row = dict(score=-1.93, traj=4.0, presence=0.85, shape=0.063, dyn=1.08, accel=0.2)
-    better = dict(row, score=-1.6, traj=3.2, presence=0.9, shape=0.06, dyn=1.0)
-    table = {"Pretrain": row | {"dyn": 9.0}, "SFT": row, "DynamicsBoost": better, "real clips": row | {"dyn": 1.1}}
-    cells = re.search(r"<th scope=row>SFT</th>(.*?)</tr>", page.results_table(table)).group(1)
-    assert re.findall(r"<td class=best>([^<]*)", cells) == ["1.08", "0.200"]  # accel: as good as the others
+    table = {"Pretrain": row(0.6, dyn=9.0), "SFT": row(0.8, dyn=1.08), "DynamicsBoost": row(0.9, dyn=1.0)}
+    shown = page.results_table({**table, page.REAL: row(1.0, dyn=1.1)})
+    best = {name: re.findall(r"<td class=best>([^<]*)", cells)
+            for name, cells in re.findall(r"<th scope=row>(.*?)</th>(.*?)</tr>", shown)}  # fmt: skip
+    assert best["dynamic degree → real"] == ["1.080"] and best["valid, % ↑"] == ["90.0"]
+    assert best["jump, % ↓"] == 3 * ["10.0"]  # as good as the others
 
 
 @pytest.mark.parametrize("made, held, mark, words", [(2.0, 3.4, "✓", "41 % nearer"), (4.0, 2.0, "✗", "100 % further")])
@@ -146,22 +262,44 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --virtual-time-budget=20000 --dump-dom"
 ).split()
+PROBE = """<style>html { width: 400px; }</style><script>
+const cut = e => e.getBoundingClientRect().right > 400 || e.scrollWidth > e.clientWidth + 1;
+const all = [...document.querySelectorAll('main, table, td, th, figure, figcaption, small, p, code')];
+document.body.dataset.looked = all.length;
+document.body.dataset.cut = all.filter(e => e.clientWidth && cut(e)).map(e => e.textContent).join();
+</script>"""
+
+
+def browse(address: str, folder: Path, *flags: str) -> tuple[dict[str, str], str]:
+    """What the page's body says of itself, and the page as it then is."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no chromium installed: the report page was not opened in a browser")
+    command = [browser, *FLAGS, f"--user-data-dir={folder}", *flags, address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(re.findall(r'data-(\w+)="([^"]*)"', re.search(r"<body[^>]*>", done.stdout).group())), done.stdout
 
 
 @pytest.mark.parametrize("fragment", ["", "#t=0.5"])
 def test_page_works_in_a_browser(demo, tmp_path, fragment):
-    """Every video loads and no script fails; the address opens the page at a moment."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not browser:
-        pytest.skip("no chromium installed: the report page was not opened in a browser")
-    address = (demo / "report.html").as_uri() + fragment
-    command = [browser, *FLAGS, f"--user-data-dir={tmp_path}", address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    facts = dict(re.findall(r'data-(\w+)="([^"]*)"', re.search(r"<body[^>]*>", done.stdout).group()))
+    """Every video loads and no script fails; the address opens the page at a moment; paths are drawn up to it."""
+    facts, text = browse((demo / "report.html").as_uri() + fragment, tmp_path)
     assert "error" not in facts
-    assert facts["videos"] == f"{VIDEOS} of {VIDEOS}" and done.stdout.count("<video") == VIDEOS
-    assert re.search(r'<p id="broken" hidden', done.stdout)
+    assert facts["videos"] == f"{VIDEOS} of {VIDEOS}" and text.count("<video") == VIDEOS
+    assert re.search(r'<p id="broken" hidden', text)
     if fragment:
-        made_up = re.findall(r'<figure class="cell( made)?" data-given="(\d+)"', done.stdout)
+        made_up = re.findall(r'<figure class="cell( made)?" data-given="(\d+)"', text)
         assert facts["picture"] == "24" and [n for made, n in made_up if made] == ["1", "3", "6"]
+        for points, drawn in re.findall(r'<svg[^>]*data-path="([^"]*)"[^>]*>(.*?)</svg>', text):
+            whole, _, now = drawn.partition("</g>")
+            points = points.split()
+            assert set(re.findall(r"[\d.]+,[\d.]+", whole)) == set(points)
+            assert set(re.findall(r"[\d.]+,[\d.]+", now)) == set(points[:25])
+
+
+def test_nothing_is_cut_on_a_narrow_screen(demo, tmp_path):
+    """400 px: every table, caption and player ends within the screen, and every text within its own place."""
+    (tmp_path / "report.html").write_text((demo / "report.html").read_text().replace("</main>", f"</main>{PROBE}"))
+    facts, _ = browse((tmp_path / "report.html").as_uri(), tmp_path / "browser", "--window-size=500,900")
+    assert int(facts["looked"]) > 200 and facts["cut"] == ""
