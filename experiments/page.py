@@ -289,13 +289,9 @@ def training_plots(rows: list[dict]) -> str:
         for region, name, colour in (("2", "②", R2), ("3", "③", R3))
         for side, word, style in (("w", "winner", "-"), ("l", "loser", "--"))
     ]
-    accuracies, margins, losses = (line(rows, key) for key in ("rewards/accuracies", "rewards/margins", "loss"))
-    return (
-        plot("Change of error against the SFT model", "step", "policy − reference", *changes, level=0)
-        + plot("Accuracy: share of pairs in the right order", "step", "accuracy (½: chance)", accuracies, level=0.5)
-        + plot("Margin: how far the winner is preferred", "step", "margin", margins, level=0)
-        + plot("Loss", "step", "loss", losses)
-    )
+    left = plot("Change of error against the SFT model", "step", "policy − reference", *changes, level=0)
+    accuracy = line(rows, "rewards/accuracies")
+    return left + plot("Share of pairs in the right order", "step", "accuracy (½: chance)", accuracy, level=0.5)
 
 
 def videos(clips: list[Watched], labels: list[str], caption: str, given: bool = False) -> str:

@@ -264,7 +264,7 @@ FLAGS = (
 ).split()
 PROBE = """<style>html { width: 400px; }</style><script>
 const cut = e => e.getBoundingClientRect().right > 400 || e.scrollWidth > e.clientWidth + 1;
-const all = [...document.querySelectorAll('main, table, td, th, figure, figcaption, small, p, code')];
+const all = [...document.querySelectorAll('main, table, td, th, figure, figcaption, small, p')];
 document.body.dataset.looked = all.length;
 document.body.dataset.cut = all.filter(e => e.clientWidth && cut(e)).map(e => e.textContent).join();
 </script>"""
