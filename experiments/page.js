@@ -10,7 +10,7 @@ function trail(svg) {  // draws the ball's whole path, and returns what draws th
   const {path, bad} = svg.dataset, at = path.split(' ');
   const line = (flag, end) => at.slice(0, end).map((from, k) =>
     bad[k] === flag ? (bad[k - 1] === flag ? '' : `M${from}`) + `L${at[k + 1]}` : '').join('');
-  svg.innerHTML = '<g class=whole><path/><path class=bad /></g><path/><path class=bad /><circle r=1.3 />';
+  svg.innerHTML += '<g class=whole><path/><path class=bad /></g><path/><path class=bad /><circle r=1.3 />';
   const [good, faulty, goodNow, faultyNow] = svg.querySelectorAll('path'), ball = svg.querySelector('circle');
   const draw = (one, other, end) => { one.setAttribute('d', line('0', end)); other.setAttribute('d', line('1', end)); };
   draw(good, faulty, at.length - 1);

@@ -134,19 +134,18 @@ def verdict(summary: dict) -> str:
             first = "SFT for as many operations is better. "
     shares = f"{share[OURS]} of its clips are physically valid, SFT’s {share['SFT']}, {longer}real clips’ {share[REAL]}"
     gain = difference["SFT"]["valid"]
+    points = f"{interval(gain, 100, 1)} points"
     if not resolved(gain):
         words = "a loss" if resolved(gain) is False else "no gain that is resolved"
-        return f"{first}{OURS}: {shares}; against SFT that is {words} ({interval(gain, 100, 1)} points)."
-    lost = [kind for kind, found in controls.items() if not resolved(found)]
-    held = (
-        f"no gain is resolved under {', '.join(lost)}" if lost else f"the gain holds under all {len(controls)} controls"
-    )
+        return f"{first}{OURS}: {shares}; against SFT that is {words} ({points})."
+    lost = [f"{kind} ({interval(found, 100, 1)})" for kind, found in controls.items() if not resolved(found)]
+    held = f"is not resolved under {', '.join(lost)}" if lost else f"holds under all {len(controls)} controls"
     bought = [
         f"; but {kind} alone brings SFT to {percent(found['SFT']['valid'])}"
         for kind, found in summary["controls"].items()
         if found["SFT"]["valid"] >= table[OURS]["valid"]
     ]
-    return f"{first}{OURS}: {shares}; {held}{''.join(bought)}."
+    return f"{first}{OURS}: {shares}; the gain, {points}, {held}{''.join(bought)}."
 
 
 def gap_closed(table: dict) -> str:
@@ -303,8 +302,9 @@ def videos(clips: list[Watched], labels: list[str], caption: str, given: bool = 
             coded = base64.b64encode(Path(file.name).read_bytes()).decode()
         more = f" data-given={label.split()[0]}" if given else ""
         player = f'<video muted playsinline preload=auto data-mp4="{coded}"></video>'
-        at, bad = " ".join(f"{x:.1f},{y:.1f}" for x, y in clip.path.T), "".join(map(str, clip.bad.astype(int)))
-        trail = f'<svg viewBox="0 0 {balls.SIZE} {balls.SIZE}" data-path="{at}" data-bad="{bad}"></svg>'
+        at, valid = (" ".join(f"{x:.1f},{y:.1f}" for x, y in line.T) for line in (clip.path, clip.nearest))
+        bad, box = "".join(map(str, clip.bad.astype(int))), f"0 0 {balls.SIZE} {balls.SIZE}"
+        trail = f'<svg viewBox="{box}" data-path="{at}" data-bad="{bad}"><polyline points="{valid}" /></svg>'
         name = "good" if clip.valid else "bad"
         words = f"<figcaption>{label} <small class={name}><b>{clip.mark}</b></small></figcaption>"
         cells.append(f"<figure class=cell{more}><div class=screen>{player}{trail}</div>{words}</figure>")

@@ -19,7 +19,7 @@ from runtime.files import whole_file
 from tiny import balls
 
 PROMPTS = 4  # in demo.png and demo.gif
-NIGHT, GOOD, BAD = "#14161f", "#e8fbff", "#ff5468"  # as in page.css
+NIGHT, GOOD, BAD, NEAREST = "#14161f", "#e8fbff", "#ff5468", "#58c4e8"  # as in page.css
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Watched:
 
     pictures: np.ndarray  # (T, h, w, 3) float32 in [0, 1]
     path: np.ndarray  # (2, T) px: the ball's centre, or where it was last seen
+    nearest: np.ndarray  # (2, T) px: the nearest path that physics allows
     bad: np.ndarray  # (T − 1,) bool: steps to a place off any valid path, jumps, and steps of a ball that stands still
     valid: bool
     traj: float  # px
@@ -53,7 +54,7 @@ def watch(codec, x0: torch.Tensor, captions: list[str]) -> list[Watched]:
         bad[:, window] |= speed[:, window].mean(1, keepdims=True) < balls.STILL
     last = np.maximum.accumulate(np.where(seen, np.arange(seen.shape[1]), 0), axis=1)
     paths = np.take_along_axis(centres, last[:, None], axis=2)
-    return [Watched(*clip) for clip in zip(pictures, paths, bad, scores["valid"], scores["traj"])]
+    return [Watched(*clip) for clip in zip(pictures, paths, nearest, bad, scores["valid"], scores["traj"])]
 
 
 def board(rows: dict[str, list[Watched]], captions: list[str]) -> Callable[[int | None, int], Image.Image]:
@@ -72,6 +73,7 @@ def board(rows: dict[str, list[Watched]], captions: list[str]) -> Callable[[int 
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         image = ax.imshow(clip.pictures[0], extent=(0, balls.SIZE, balls.SIZE, 0), interpolation="bicubic")
+        ax.plot(*clip.nearest, color=NEAREST, linewidth=1)
         outline = [withStroke(linewidth=4, foreground=NIGHT)]
         looks = (("-", GOOD), ((0, (2, 1)), BAD))
         lines = [ax.plot([], [], linestyle=style, color=c, linewidth=2, path_effects=outline)[0] for style, c in looks]
@@ -105,7 +107,10 @@ def pictures(demo: Path, rows: dict[str, list[Watched]], captions: list[str]) ->
     with whole_file(demo / "demo.png") as temporary:
         whole.save(temporary, format="png", optimize=True)
     # few colours, the lines' among them, without dither: less than half as large
-    colours, marks = whole.quantize(24).getpalette()[: 3 * 24], bytes.fromhex((NIGHT + GOOD + BAD).replace("#", ""))
+    colours, marks = (
+        whole.quantize(24).getpalette()[: 3 * 24],
+        bytes.fromhex((NIGHT + GOOD + BAD + NEAREST).replace("#", "")),
+    )
     palette = Image.new("P", (1, 1))
     palette.putpalette([*colours, *marks])
     moments = range(0, balls.FRAMES, 2)
