@@ -6,7 +6,7 @@ Videos, plots, style and script are all inside the page, so it opens from disk w
 mark are made from the figures and change with them. An address that ends in #t=0.5 opens the page with every video
 halfway.
 
-In    a demo folder whose stages are finished: clips, shards, base, sft, continuation, pairs, asymdpo, eval
+In    a demo folder whose stages are finished: those of STAGES, sft_longer where there is one
 Out   in the same folder: report.html; demo.png and demo.gif, pictures of the first prompts; summary.json, eval's with
       the seconds of every stage
 Cost  seconds

@@ -73,10 +73,10 @@ def board(rows: dict[str, list[Watched]], captions: list[str]) -> Callable[[int 
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
         image = ax.imshow(clip.pictures[0], extent=(0, balls.SIZE, balls.SIZE, 0), interpolation="bicubic")
-        ax.plot(*clip.nearest, color=NEAREST, linewidth=1)
-        outline = [withStroke(linewidth=4, foreground=NIGHT)]
+        ax.plot(*clip.nearest, color=NEAREST, linewidth=1.2, path_effects=[withStroke(linewidth=2.4, foreground=NIGHT)])
+        outline = [withStroke(linewidth=3, foreground=NIGHT)]
         looks = (("-", GOOD), ((0, (2, 1)), BAD))
-        lines = [ax.plot([], [], linestyle=style, color=c, linewidth=2, path_effects=outline)[0] for style, c in looks]
+        lines = [ax.plot([], [], ls=style, color=c, linewidth=1.8, path_effects=outline)[0] for style, c in looks]
         drawn.append((clip, image, lines))
         ax.set_xlabel(clip.mark, color=GOOD if clip.valid else BAD, fontsize=9, labelpad=2)
         if k == 0:
