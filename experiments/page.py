@@ -148,8 +148,13 @@ def verdict(summary: dict) -> str:
     return f"{first}{OURS}: {shares}; the gain, {points}, {held}{''.join(bought)}."
 
 
+def short(table: dict, row: str, metric: str) -> float:
+    """How far a row falls short in a metric, up to a constant: the smallest is the best."""
+    return BETTER[METRICS[metric][3]](table[row][metric], table[REAL][metric])
+
+
 def gap_closed(table: dict) -> str:
-    """How much of the way from SFT to real clips was made, in valid share and score, and what motion did."""
+    """How much of the way from SFT to real clips was made, in valid share and score; motion; and what became worse."""
     parts = []
     for metric, name in (("valid", "the share of valid clips"), ("score", "score")):
         start, ours, real = (table[row][metric] for row in ("SFT", OURS, REAL))
@@ -157,7 +162,9 @@ def gap_closed(table: dict) -> str:
         parts.append(f"{made} in {name}")
     values = (f"{m} {' → '.join(num(table[row][key]) for row in ('SFT', OURS))} (real {num(table[REAL][key])})"
               for key, m in (("score", "score"), ("dyn", "dynamic degree")))  # fmt: skip
-    return f"Of the gap between SFT and real clips it closes {' and '.join(parts)}: {', '.join(values)}."
+    worse = [m[0].split(",")[0] for key, m in METRICS.items() if short(table, OURS, key) > short(table, "SFT", key)]
+    cost = f" It is worse than SFT in {', '.join(worse)}." if worse else ""
+    return f"Of the gap between SFT and real clips it closes {' and '.join(parts)}: {', '.join(values)}.{cost}"
 
 
 def sweep_said(summary: dict) -> str:
@@ -250,7 +257,7 @@ def results_table(table: dict) -> str:
     for metric, (name, factor, digits, arrow, meaning) in METRICS.items():
         shown = {model: num(factor * row[metric], digits) for model, row in table.items()}
         models = [model for model in table if model != REAL]
-        best = min(models, key=lambda model: BETTER[arrow](table[model][metric], table[REAL][metric]))
+        best = min(models, key=lambda model: short(table, model, metric))
         bold = {model for model in models if shown[model] == shown[best]}
         cells = [f"<td{' class=best' if model in bold else ''}>{value}</td>" for model, value in shown.items()]
         rows.append((f"{name} {arrow}", cells, meaning))
