@@ -31,12 +31,14 @@ class Watched:
     nearest: np.ndarray  # (2, T) px: the nearest path that physics allows
     bad: np.ndarray  # (T − 1,) bool: steps to a place off any valid path, jumps, and steps of a ball that stands still
     valid: bool
+    jump: bool
+    frozen: bool
     traj: float  # px
 
     @property
     def mark(self) -> str:
-        jumps = not self.valid and self.traj <= balls.VALID
-        return "✗ jump" if jumps else f"{'✓' if self.valid else '✗'} {self.traj:.1f} px"
+        faults = {"✗ jump": self.jump, "✗ stands still": self.frozen, f"✗ {self.traj:.1f} px": not self.valid}
+        return next((words for words, there in faults.items() if there), f"✓ {self.traj:.1f} px")
 
 
 def watch(codec, x0: torch.Tensor, captions: list[str]) -> list[Watched]:
@@ -54,7 +56,8 @@ def watch(codec, x0: torch.Tensor, captions: list[str]) -> list[Watched]:
         bad[:, window] |= speed[:, window].mean(1, keepdims=True) < balls.STILL
     last = np.maximum.accumulate(np.where(seen, np.arange(seen.shape[1]), 0), axis=1)
     paths = np.take_along_axis(centres, last[:, None], axis=2)
-    return [Watched(*clip) for clip in zip(pictures, paths, nearest, bad, scores["valid"], scores["traj"])]
+    facts = (scores[name] for name in ("valid", "jump", "frozen", "traj"))
+    return [Watched(*clip) for clip in zip(pictures, paths, nearest, bad, *facts)]
 
 
 def board(rows: dict[str, list[Watched]], captions: list[str]) -> Callable[[int | None, int], Image.Image]:
@@ -107,10 +110,8 @@ def pictures(demo: Path, rows: dict[str, list[Watched]], captions: list[str]) ->
     with whole_file(demo / "demo.png") as temporary:
         whole.save(temporary, format="png", optimize=True)
     # few colours, the lines' among them, without dither: less than half as large
-    colours, marks = (
-        whole.quantize(24).getpalette()[: 3 * 24],
-        bytes.fromhex((NIGHT + GOOD + BAD + NEAREST).replace("#", "")),
-    )
+    colours = whole.quantize(24).getpalette()[: 3 * 24]
+    marks = bytes.fromhex((NIGHT + GOOD + BAD + NEAREST).replace("#", ""))
     palette = Image.new("P", (1, 1))
     palette.putpalette([*colours, *marks])
     moments = range(0, balls.FRAMES, 2)
