@@ -51,7 +51,7 @@ def test_exact_and_noisy_labels(chain, made, tmp_path, monkeypatch):
     assert [row["label"] for row in exact] == [[(g > 0) - (g < 0) for g in row] for row in gaps]
     tie = sorted(abs(g) for row in gaps for g in row)[9]
     options = dict(tie=tie, segments=5)
-    with stop_at(monkeypatch, balls, "score", 7), pytest.raises(KeyboardInterrupt):
+    with stop_at(monkeypatch, balls, "score_clips", 7), pytest.raises(KeyboardInterrupt):
         labelled(chain, made["structural"], tmp_path / "tied", **options)
     tied = labelled(chain, made["structural"], tmp_path / "tied", **options)
     assert [row["label"] for row in tied] == [[(g > tie) - (g < -tie) for g in row] for row in gaps]
