@@ -679,10 +679,14 @@ def check_fits(net: DiT, preset: str, base: str | Path, data: str | Path, shape:
     """ValueError unless net is of the preset's kind (a preset forgotten would be another method, silently) and takes
     latents of this shape (C, F, H, W).
     """
-    if net.config.in_dim != PRESETS[preset].in_dim:
+    config = net.config
+    if config.in_dim != PRESETS[preset].in_dim:
         raise ValueError(
-            f"--preset {preset} is for models of {PRESETS[preset].in_dim} channels, {base} has {net.config.in_dim}: "
-            f"choose the preset of {', '.join(PRESETS)} that it is"
+            f"--preset {preset} is for models of {PRESETS[preset].in_dim} channels, {base} has {config.in_dim}: choose "
+            f"the preset of {', '.join(PRESETS)} that it is, or make anew what an earlier version made"
         )
-    if shape[0] != net.config.in_dim:
-        raise ValueError(f"{data}: expected latents of {net.config.in_dim} channels for this model, got {shape[0]}")
+    if shape[0] != config.in_dim:
+        raise ValueError(f"{data}: expected latents of {config.in_dim} channels for this model, got {shape[0]}")
+    if 0 < (most := config.frames * config.patch_size[0]) < shape[1]:
+        got = f"got {shape[1]}: lower --frames"
+        raise ValueError(f"{data}: expected at most {most} latent frames for this model, {got}")

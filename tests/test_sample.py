@@ -81,6 +81,7 @@ def test_several_patches_a_frame_go_through_the_chain(chain, tmp_path):
         (dict(prompts="nowhere.txt"), "nowhere.txt.*No such file"),
         (dict(prompt="a", video="x.mp4"), "expected --continuation with --video, a file"),
         (dict(prompt="a", frames=48), "4k"),
+        (dict(prompt="a", frames=53), "at most 13 latent frames for this model, got 14: lower --frames"),
         (dict(prompt="a", lora="nowhere"), "no such file"),
         (dict(prompt="a", continuation="nowhere", video="nowhere.mp4"), "with --video, a file.* got 'nowhere'"),
         (dict(prompt="a", continuation="nowhere", video=__file__, n_cond=13), "--n_cond from 1 to 12.* and 13"),
