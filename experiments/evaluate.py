@@ -27,7 +27,7 @@ import flow
 import model
 from runtime.files import commit, read_manifest, write_json, write_tensors
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
 from runtime.shards import Shards
 from tiny import balls
@@ -47,7 +47,7 @@ class Config:
     preset: str = "tiny"  # the only one whose physics is known
     base: str = "out/demo/base"  # model folder: the Pretrain row
     sft: str = "out/demo/sft"  # folder of sft.py --base: the SFT row
-    sft_longer: str = ""  # one more, trained for as many operations as sft, pairs and asymdpo together; or none
+    sft_longer: str = ""  # one more, for as many operations as sft, continuation, pairs and asymdpo together; or none
     asymdpo: str = "out/demo/asymdpo"  # folder of asymdpo.py: the DynamicsBoost row
     continuation: str = "out/demo/continuation"  # folder of continuation.py
     pairs: str = "out/demo/pairs"  # folder of make_pairs.py
@@ -177,16 +177,20 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict]:
     """
     index, noise, text, captions = prompts(clips, cfg.clips, cfg.seed)
     real, shown = balls.score(codec, clips.get("x0", index), captions), {}
+    loras = {"Pretrain": "", "SFT": cfg.sft, "SFT, as many operations": cfg.sft_longer}
+    loras = {name: folder for name, folder in loras.items() if folder or name == "Pretrain"}
+    loras["DynamicsBoost"] = f"{cfg.sft},{cfg.asymdpo}"
 
     def measure(name: str, strength=1.0, noise=noise, solver=cfg.solver) -> dict[str, np.ndarray]:
         net = adapted(cfg.base, lora_files(loras[name]), strength)
         made = sample_all(net, noise, text, dataclasses.replace(cfg, solver=solver), bar=bar)
+        if not made.isfinite().all():
+            folder = loras[name].rpartition(",")[2] or cfg.base
+            got = "got NaN or infinity; its training diverged: make it anew with a lower --lr"
+            raise UserError(f"{folder}: expected a model whose samples are numbers, {got}")
         shown.setdefault(f"table_{name}", made[:SHOWN])
         return balls.score(codec, made, captions)
 
-    loras = {"Pretrain": "", "SFT": cfg.sft, "SFT, as many operations": cfg.sft_longer}
-    loras = {name: folder for name, folder in loras.items() if folder or name == "Pretrain"}
-    loras["DynamicsBoost"] = f"{cfg.sft},{cfg.asymdpo}"
     scores = {name: measure(name) for name in loras}
     ours, half = scores["DynamicsBoost"], measure("DynamicsBoost", strength=0.5)
     kinds = {f"noise × {share}": dict(noise=noise * share) for share in NOISE}
@@ -217,13 +221,12 @@ def main(cfg: Config) -> None:
     clips, pairs = Shards(cfg.data, "prepare.py", cfg.split), Shards(cfg.pairs, "make_pairs.py")
     if cfg.sweep_clips > len(clips):
         raise UserError(f"--sweep_clips: expected at most {len(clips)}, all of {cfg.split!r}, got {cfg.sweep_clips}")
-    with user_errors():
-        for row in clips.rows + pairs.rows:
-            balls.falls(row["caption"])
+    codec, frames = codecs.load(cfg.data), clips.shape("x0")[1]
+    balls.check_clips(clips, "x0", codec)
+    balls.check_clips(pairs, "chosen", codec)
     run = Run(cfg, "experiments.evaluate", alone(), inputs)
     if run.done:
         return
-    codec, frames = codecs.load(cfg.data), clips.shape("x0")[1]
 
     # ---- measure: short enough to do without checkpoints
     with run.progress(frames * cfg.sweep_clips + (10 + bool(cfg.sft_longer)) * cfg.clips, unit="clip") as bar:

@@ -36,7 +36,7 @@ import flow
 from experiments.pairs import CLIP, SIDES
 from runtime.files import read_csv, read_manifest, write_jsonl
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
 from runtime.shards import Shards, pixel_frames
 from tiny import balls
@@ -175,9 +175,8 @@ def main(cfg: Config) -> None:
     cuts = real_cuts(pairs) if cfg.scorer == "real" else segment_cuts(pairs.shape("first")[1], cfg.segments)
     if by_physics:
         read_manifest(cfg.data, "prepare.py")
-        with user_errors():
-            for row in pairs.rows:
-                balls.falls(row["caption"])
+        codec = codecs.load(cfg.data)
+        balls.check_clips(pairs, "first", codec)
 
     # ---- score, label
     if from_file:
@@ -187,7 +186,6 @@ def main(cfg: Config) -> None:
         scores = real_scores(pairs, cuts)
         run.claim()
     else:
-        codec = codecs.load(cfg.data)
         with run.progress(len(pairs), unit="pair") as bar:
             scores = physics_scores(codec, pairs, cuts, cfg.scorer, bar)
     difference = scores[:, 0] - scores[:, 1]

@@ -374,13 +374,15 @@ def main(cfg: Config) -> None:
         raise UserError(f"{demo}: expected the folder of a demo, but it does not exist; make one with: make demo")
     made = {name: maker for name, maker in STAGES.items() if name not in OPTIONAL or (demo / name).exists()}
     manifests = {name: read_manifest(demo / name, maker) for name, maker in made.items()}
+    clips = Shards(demo / "shards", "prepare.py", manifests["eval"]["config"]["split"])
+    codec = codecs.load(demo / "shards")
+    balls.check_clips(clips, "x0", codec)
 
     # ---- the figures, and the first prompts
     summary = json.loads((demo / "eval" / "summary.json").read_text())
     seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
-    codec, samples = codecs.load(demo / "shards"), read_tensors(demo / "eval" / "samples.safetensors")
-    clips = Shards(demo / "shards", "prepare.py", manifests["eval"]["config"]["split"])
+    samples = read_tensors(demo / "eval" / "samples.safetensors")
     count = min(PLAYERS, len(clips), len(samples["table_SFT"]))
     captions = [row["caption"] for row in clips.rows[:count]]
     latents = {name: samples[f"table_{name}"][:count] for name in ("SFT", OURS, "Pretrain")}

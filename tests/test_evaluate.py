@@ -1,14 +1,16 @@
 """experiments.evaluate: the numbers of summary.json, made again from the chain's folders."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run_stage
+from helpers import labelled, refused, run_stage
 
 import flow
-from experiments import evaluate
+from experiments import evaluate, page
 from runtime.shards import Shards
 from tiny import balls
 from tiny import codec as codecs
@@ -131,3 +133,35 @@ def test_sweep_and_labels(chain, summary):
     pairs = Shards(chain / "pairs", "make_pairs.py")
     given = evaluate.label_accuracy(codecs.load(chain / "shards"), pairs, 5)
     assert given["pairs"] == 5 and summary["labels"]["pairs"] == len(pairs)
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_clips_of_another_world_are_named(chain, made, tmp_path, monkeypatch):
+    """Latents of other channels, as an earlier version made them, and captions without a ball that moves."""
+    codec, out = codecs.load(chain / "shards"), tmp_path / "out"
+    balls.check_clips(Shards(chain / "shards", "prepare.py"), "x0", codec)
+    other = SimpleNamespace(folder="other", shape=lambda field: (28, 13, 1, 1), rows=[{"caption": "a cat"}])
+    refused("a ball that falls or floats, got 'a cat'", balls.check_clips, other, "x0", codec)
+    monkeypatch.setattr(codecs.LinearVAE, "channels", 16)
+    words = "expected latents \\(16, 13, 1, 1\\) of clips of tiny.balls, got \\(28, 13, 1, 1\\)"
+    refused(words, run_stage, chain, "eval", out=out)
+    refused(words, labelled, chain, made["flow"], out)
+    refused(words, page.main, page.Config(demo=str(chain)))
+    assert not out.exists() and not (chain / "report.html").exists()
+
+
+def test_a_model_that_diverged_is_named(chain, tmp_path, monkeypatch):
+    """By its folder: samples that are no numbers have no score."""
+    whole = evaluate.adapted
+
+    def diverged(base, loras, strength=1.0):
+        net = whole(base, loras, strength)
+        net.head.head.bias.data.fill_(math.nan if loras[1:] else 0)
+        return net
+
+    monkeypatch.setattr(evaluate, "adapted", diverged)
+    small = dict(out=tmp_path / "out", clips=2, sweep_clips=2, nfe=1)
+    refused("/asymdpo: expected a model whose samples are numbers, got NaN", run_stage, chain, "eval", **small)
+    assert not (tmp_path / "out" / "summary.json").exists()

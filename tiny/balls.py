@@ -29,8 +29,9 @@ import numpy as np
 from runtime import video
 from runtime.files import whole_file
 from runtime.group import alone
-from runtime.options import option, program, resolve
+from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
+from tiny.codec import GROUP, PATCH
 
 SIZE, FRAMES, FPS = 64, 49, 16
 RADIUS = 9.0  # standard deviation of the ball's Gaussian, px
@@ -47,7 +48,7 @@ METRICS = ("score", "valid", "traj", "shape", "dyn", "frozen", "jump")
 MISSING = 16.0  # px that a missing ball counts for in the trajectory error
 VALID = 3.0  # px: the trajectory error that a valid clip has at most
 JUMP = 5.0  # px/frame: no ball is faster than 2.3, and the codec adds less than 1
-STILL, STILL_FRAMES = 0.2, 8  # px/frame, as the mean over so many frames: no ball is slower than 0.5
+STILL, STILL_FRAMES = 0.2, 8  # px/frame, as the mean over so many frames: no ball is slower than 0.35
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +234,17 @@ def score_clips(light: np.ndarray, captions: list[str], frames: slice = slice(No
         "score": -traj / 4 - 10 * shape, "valid": (traj <= VALID) & ~jump & ~frozen, "traj": traj, "shape": shape,
         "dyn": moves.sum(1) / count, "frozen": frozen, "jump": jump, "speed": speed,
     }  # fmt: skip
+
+
+def check_clips(shards, field: str, codec) -> None:
+    """UserError unless a field of the shards holds clips of this world, coded by this codec."""
+    wanted, got = (codec.channels, (FRAMES - 1) // GROUP + 1, SIZE // PATCH, SIZE // PATCH), shards.shape(field)
+    if got != wanted:
+        made = "made by another version, or of other videos? make them anew"
+        raise UserError(f"{shards.folder}: expected latents {wanted} of clips of tiny.balls, got {got}; {made}")
+    with user_errors():
+        for row in shards.rows:
+            falls(row["caption"])
 
 
 def pixels(codec, x0) -> np.ndarray:
