@@ -139,7 +139,7 @@ def verdict(summary: dict) -> str:
         words = "a loss" if resolved(gain) is False else "no gain that is resolved"
         return f"{first}{OURS}: {shares}; against SFT that is {words} ({points})."
     lost = [f"{kind} ({interval(found, 100, 1)})" for kind, found in controls.items() if not resolved(found)]
-    held = f"is not resolved under {', '.join(lost)}" if lost else f"holds under all {len(controls)} controls"
+    held = f"does not hold under {', '.join(lost)}" if lost else f"holds under all {len(controls)} controls"
     bought = [
         f"; but {kind} alone brings SFT to {percent(found['SFT']['valid'])}"
         for kind, found in summary["controls"].items()
