@@ -4,6 +4,7 @@
     d_i       = e_i(policy; x) − e_i(ref; x)
     S         = Σ_{i ≥ N1} (d_i^w − d_i^l),   K = F − N1
     outside:  L = softplus(β·S) / K   (as printed)       inside:  L = softplus(β·S / K)
+    with --sft_weight λ:  L + λ·β/2 · Σ_{i ≥ N1} e_i(policy; x^w) / K   (λ: 1 at the tiny preset, 0 at Wan's)
 
     frames of a pair:  ① i < N1: the same real frames, no loss
                        ② N1 ≤ i < N2: real against generated     ③ i ≥ N2: both generated
@@ -13,11 +14,13 @@
         --out out/asymdpo
 
 How this differs from the loss as the paper prints it: a reference is subtracted (the SFT model, whose LoRA is a part of
-the frozen base, so that "LoRA off" is the reference), and errors are means over C, H, W, not sums. docs/method.md gives
-the reasons. The forward is plain text-to-video: every frame is noised at one t, no frame is given and there are no task
-prompts; only the loss is masked. Winner and loser of a pair see the same noise and the same t.
+the frozen base, so that "LoRA off" is the reference), and errors are means over C, H, W, not sums; the tiny preset adds
+the winner's own loss, λ. docs/method.md gives the reasons. The forward is plain text-to-video: every frame is noised at
+one t, no frame is given and there are no task prompts; only the loss is masked. Winner and loser of a pair see the same
+noise and the same t.
 
-What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside).
+What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside),
+plus λ's term.
 
 In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py
 Out   lora.safetensors (on top of base + SFT), metrics.jsonl
