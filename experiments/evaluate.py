@@ -74,15 +74,15 @@ def judged(scores: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> dict[s
     return means(scores) | {"w1": round(balls.wasserstein(scores["speed"], real["speed"]), 4)}
 
 
-def differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, float]]:
-    """`paired_bootstrap` of one minus other, for each of DIFFERENCES."""
-    return {m: paired_bootstrap(one[m].astype(float) - other[m], seed) for m in DIFFERENCES}
+def paired_bootstrap(difference: np.ndarray, prompts: list[str], seed: int, draws: int = 10_000) -> dict[str, float]:
+    """Mean of (n,) paired differences and its 95 % percentile interval over `draws` resamples of the prompts.
 
-
-def paired_bootstrap(difference: np.ndarray, seed: int, draws: int = 10_000) -> dict[str, float]:
-    """Mean of (n,) paired differences and its 95 % percentile interval over `draws` resamples of the clips."""
-    rng, n = np.random.default_rng(seed), len(difference)
-    resampled = [difference[rng.integers(n, size=(100, n))].mean(1) for _ in range(draws // 100)]
+    Samples of the same prompt, of which the world has 288, are resampled together: they are alike.
+    """
+    _, prompt = np.unique(prompts, return_inverse=True)
+    total, count, rng = np.bincount(prompt, difference), np.bincount(prompt), np.random.default_rng(seed)
+    some = (rng.integers(len(count), size=(100, len(count))) for _ in range(draws // 100))
+    resampled = [total[of].sum(1) / count[of].sum(1) for of in some]
     lo, hi = np.percentile(np.concatenate(resampled), [2.5, 97.5])
     return {"mean": round(float(difference.mean()), 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4)}
 
@@ -181,6 +181,9 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict]:
     loras = {name: folder for name, folder in loras.items() if folder or name == "Pretrain"}
     loras["DynamicsBoost"] = f"{cfg.sft},{cfg.asymdpo}"
 
+    def differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        return {m: paired_bootstrap(one[m].astype(float) - other[m], captions, cfg.seed) for m in DIFFERENCES}
+
     def measure(name: str, strength=1.0, noise=noise, solver=cfg.solver) -> dict[str, np.ndarray]:
         net = adapted(cfg.base, lora_files(loras[name]), strength)
         made = sample_all(net, noise, text, dataclasses.replace(cfg, solver=solver), bar=bar)
@@ -199,11 +202,11 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict]:
     for kind, options in kinds.items():
         pair = {name: measure(name, **options) for name in ("SFT", "DynamicsBoost")}
         controls[kind] = {name: judged(s, real) for name, s in pair.items()}
-        controls[kind]["difference"] = differences(pair["DynamicsBoost"], pair["SFT"], cfg.seed)
+        controls[kind]["difference"] = differences(pair["DynamicsBoost"], pair["SFT"])
     return {
         "table": {name: judged(s, real) for name, s in {**scores, "real clips": real}.items()},
-        "difference": {name: differences(ours, s, cfg.seed) for name, s in scores.items() if name != "DynamicsBoost"},
-        "half": judged(half, real) | {"difference": differences(half, scores["SFT"], cfg.seed)},
+        "difference": {name: differences(ours, s) for name, s in scores.items() if name != "DynamicsBoost"},
+        "half": judged(half, real) | {"difference": differences(half, scores["SFT"])},
         "controls": controls,
     }, shown
 

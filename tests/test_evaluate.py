@@ -103,12 +103,16 @@ def test_without_sft_for_as_many_operations(chain, tmp_path):
 
 
 def test_paired_bootstrap():
-    """95 of 100 intervals of a normal mean hold it; a constant difference has no width."""
-    rng = np.random.default_rng(0)
-    found = [evaluate.paired_bootstrap(rng.normal(1.0, 2.0, 100), seed, draws=1000) for seed in range(100)]
+    """95 of 100 intervals of a normal mean hold it; a constant difference has no width. What a prompt's samples have in
+    common is counted once: four equal samples of each of 100 prompts are as good as one."""
+    rng, bootstrap = np.random.default_rng(0), evaluate.paired_bootstrap
+    prompts = [f"a ball {i}" for i in range(100)]
+    draws = [rng.normal(1.0, 2.0, 100) for _ in range(100)]
+    found = [bootstrap(draw, prompts, seed, draws=1000) for seed, draw in enumerate(draws)]
     assert 88 <= sum(part["lo"] <= 1 <= part["hi"] for part in found) <= 99
     assert np.mean([part["hi"] - part["lo"] for part in found]) == pytest.approx(2 * 1.96 * 0.2, rel=0.08)
-    assert evaluate.paired_bootstrap(np.full(9, 0.25), 0) == {"mean": 0.25, "lo": 0.25, "hi": 0.25}
+    assert bootstrap(np.full(9, 0.25), prompts[:3] * 3, 0) == {"mean": 0.25, "lo": 0.25, "hi": 0.25}
+    assert bootstrap(np.tile(draws[0], 4), prompts * 4, 0, 1000) == pytest.approx(found[0])
 
 
 def test_centre_errors():
