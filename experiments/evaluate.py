@@ -128,12 +128,11 @@ def sweep(net, codec, clips, cfg, bar=None) -> tuple[list[dict], dict]:
         if n < frames:
             first = max(4 * n - 3, 0)
             generated = balls.score(codec, made, captions, slice(first, None))
-            row |= {"generated_score": means(generated)["score"], "generated": means(generated)}
+            row["generated_score"] = means(generated)["score"]
         if 0 < n < frames:
             got = balls.pixels(codec, made[:, :, : n + 1])[:, first:]
             found = centre_errors(got, true[:, first : first + 4], true[:, first - 1])
-            distances = dict(zip(("next_frame", "hold"), found))
-            row |= means(distances) | means({f"{name}_last": px[:, -1] for name, px in distances.items()})
+            row |= means(dict(zip(("next_frame", "hold"), found)))
         rows.append(row)
         shown[f"sweep_{n}"] = made[:SHOWN]
     return rows, shown
@@ -241,16 +240,12 @@ def main(cfg: Config) -> None:
     # ---- result
     # from two given latent frames on: one picture alone does not show a velocity
     between = [row for row in curve if 2 <= row["n_cond"] <= frames - 1]
-    distances = ("next_frame", "hold", "next_frame_last", "hold_last")
     summary = measured | {
-        "label_accuracy": labels["accuracy"],
         "labels": labels,
-        "sweep": {
-            "score": {row["n_cond"]: row["score"] for row in curve},
-            "generated": {row["n_cond"]: row["generated_score"] for row in curve[:-1]},
-        },
         "sweep_rows": curve,
-        "next_frame_error": {key: round(float(np.mean([row[key] for row in between])), 4) for key in distances},
+        "next_frame_error": {
+            key: round(float(np.mean([row[key] for row in between])), 4) for key in ("next_frame", "hold")
+        },
         "clips": cfg.clips,
         "sweep_clips": cfg.sweep_clips,
         "seed": cfg.seed,

@@ -129,11 +129,11 @@ def test_centre_errors():
 def test_sweep_and_labels(chain, summary):
     """From 0 to all frames given; what is all given is the real clip. A label is right where the winner scores more."""
     rows = summary["sweep_rows"]
-    assert [row["n_cond"] for row in rows] == list(range(14)) and "generated" not in rows[-1]
+    assert [row["n_cond"] for row in rows] == list(range(14)) and "generated_score" not in rows[-1]
     clips = Shards(chain / "shards", "prepare.py", "eval")
     real = balls.score(codecs.load(chain / "shards"), clips.get("x0", range(4)), [r["caption"] for r in clips.rows[:4]])
     assert rows[-1]["score"] == pytest.approx(real["score"].mean(), abs=1e-4)
-    assert rows[12]["hold"] < balls.MISSING and {"next_frame", "hold_last"} <= rows[1].keys() - rows[0].keys()
+    assert rows[12]["hold"] < balls.MISSING and {"next_frame", "hold"} <= rows[1].keys() - rows[0].keys()
     pairs = Shards(chain / "pairs", "make_pairs.py")
     given = evaluate.label_accuracy(codecs.load(chain / "shards"), pairs, 5)
     assert given["pairs"] == 5 and summary["labels"]["pairs"] == len(pairs)

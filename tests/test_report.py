@@ -67,7 +67,7 @@ def test_page_is_complete(demo, text):
         assert re.findall(r"<td[^>]*>([^<]*)", cells) == shown
     for found in (*summary["controls"].values(), summary["half"]):
         assert f"<small>{page.interval(found['difference']['score'])}</small>" in text
-    assert f"<b>{page.num(100 * summary['label_accuracy'], 1)} %</b>" in text
+    assert f"<b>{page.num(100 * summary['labels']['accuracy'], 1)} %</b>" in text
     assert f"<code>total</code>&nbsp;{summary['seconds']['total']:.1f}" in text
 
 

@@ -1,1 +1,1 @@
-"""What --preset tiny needs: a world of balls with exact physics, its codec, its words."""
+"""What --preset tiny needs: a ball with exact physics, its codec, its words."""
