@@ -49,8 +49,8 @@ from wan.lora import load_adapted
 
 WAN = dict(
     rank=128, batch_size=32, lr=5e-6, beta=800.0, steps=625,  # the paper's, as one reader reports: 20,000 pairs, once
-    form="outside",  # as the paper prints it
-    layers="attn", warmup=20, decay="none", sft_weight=0.0,  # chosen
+    form="outside", sft_weight=0.0,  # as the paper prints it
+    layers="attn", warmup=20, decay="none",  # chosen
 )  # fmt: skip
 PRESETS = {  # see docs/method.md
     "tiny": dict(

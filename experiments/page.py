@@ -52,7 +52,7 @@ OURS, LONGER, REAL = "DynamicsBoost", "SFT, as many operations", "real clips"  #
 METRICS = {  # -> its name, factor, decimals, which way is better, meaning
     "valid": (
         "valid, %", 100, 1, "↑",
-        f"clips whose ball is at most {balls.VALID:g} px (rms) from a path that physics allows, and never jumps",
+        f"clips whose ball is at most {balls.VALID:g} px (rms) off a path that physics allows, never jumps nor freezes",
     ),
     "score": (
         "score", 1, 3, "↑",
@@ -60,7 +60,7 @@ METRICS = {  # -> its name, factor, decimals, which way is better, meaning
     ),
     "dyn": (
         "dynamic degree", 1, 3, "→ real",
-        "px/frame that the ball moves; a model that hardly moves anything could be valid, and this would show it",
+        "px/frame that the ball moves; slower motion than the real clips’ can be valid, too, and this would show it",
     ),
     "w1": ("speeds apart", 1, 3, "↓", "Wasserstein distance of the balls’ speeds from the real clips’, px/frame"),
     "frozen": ("frozen, %", 100, 1, "↓", f"clips whose ball stands still for {balls.STILL_FRAMES} pictures"),
