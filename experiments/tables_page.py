@@ -1,0 +1,382 @@
+"""The page and the picture of experiments.tables: what its figures say, and how sure that is.
+
+`found` is what tables.json holds: "rows", each with its figures by seed as values[control][metric], "sweep", "seeds",
+"clips". A row is named after its method, or `method@rate` for another learning rate of its frontier. All but the
+frontiers see one row a method: `chosen`. The words are in tables_page.md.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from runtime.files import whole_file, write_text
+from tiny import balls
+
+OURS, PLAIN, LESS, HALF = "dynamicsboost", "noise × 1", "noise × 0.85", "half strength"
+COMPARED = ("sft", "sft_longer", OURS)  # what every row is compared with
+RIVALS = ("sft", "sft_longer", "flow_exact")  # of the verdict
+MAIN = (*RIVALS, OURS)  # methods whose rows go through every control
+FORMATS = {  # metric -> factor, decimals, column
+    "valid": (100, 1, "valid, %"),
+    "score": (1, 3, "score"),
+    "dyn": (1, 3, "dynamic degree, px/frame"),
+    "w1": (1, 3, "W1 of speed, px/frame ↓"),
+    "frozen": (100, 1, "frozen, %"),
+    "jump": (100, 1, "jump, %"),
+    "traj": (1, 2, "traj, px ↓"),
+    "shape": (1, 4, "shape ↓"),
+}
+TRAINING = {  # column -> what asymdpo.py logs
+    "winner ②": "diff/w/2",
+    "loser ②": "diff/l/2",
+    "winner ③": "diff/w/3",
+    "loser ③": "diff/l/3",
+    "② gained, t < ¼": "acc/2/t0",
+    "③ gained, t < ¼": "acc/3/t0",
+}
+PAPER = {  # row -> VBench's overall score and dynamic degree in the paper, as three published reading notes give them
+    "pretrain": (24.48, 34.72), "sft": (24.02, 34.15), "flow_noisy": (25.22, 31.22),
+    "structural_exact": (24.18, 35.25), "dense_exact": (25.02, 40.10), OURS: (25.64, 44.92),
+    "n1_0": (25.31, 43.92), "n1_0_n2_13": (24.42, 34.32), "n1_1_n2_13": (24.94, 35.72), "gt_winner": (25.44, 46.41),
+    "region_123": (22.15, 42.48), "region_3": (24.10, 38.21),
+}  # fmt: skip
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)  # Student's t, 1 … 11 degrees
+
+
+class Interval(NamedTuple):
+    """A mean over the seeds ± half of its 95 % interval: infinite of one seed."""
+
+    mean: float
+    half: float
+
+    @property
+    def sign(self) -> int:
+        """1 or −1 where the interval does not hold 0, else 0."""
+        return int(np.sign(self.mean)) if abs(self.mean) > self.half else 0
+
+
+def interval(values) -> Interval:
+    """Of one value a seed."""
+    n, values = len(values), np.array(values, float)
+    return Interval(values.mean(), T975[n - 2] * values.std(ddof=1) / n**0.5 if n > 1 else math.inf)
+
+
+def values(found: dict, name: str, metric: str, kind: str = PLAIN) -> np.ndarray | None:
+    """A metric of a row by seed, or None if it was not measured."""
+    by_seed = found["rows"].get(name, {"values": {}})["values"].get(kind, {}).get(metric)
+    return None if by_seed is None else np.array(by_seed)
+
+
+def gain(found: dict, one: str, other: str, metric: str, kind: str = PLAIN) -> Interval | None:
+    """Row `one` minus row `other`, seed by seed; at half strength, minus the other at full."""
+    a, b = values(found, one, metric, kind), values(found, other, metric, PLAIN if kind == HALF else kind)
+    return None if a is None or b is None or one == other else interval(a - b)
+
+
+def frontiers(found: dict) -> dict[str, list[str]]:
+    """The rows of each method by learning rate."""
+    rows = found["rows"]
+    names = sorted(rows, key=lambda name: rows[name].get("lr", 0))
+    methods = dict.fromkeys(row["method"] for row in rows.values())
+    return {method: [name for name in names if rows[name]["method"] == method] for method in methods}
+
+
+def best(found: dict, method: str) -> str:
+    """The row that stands for a method. DynamicsBoost's has the preset's learning rate; a rival's has the one with the
+    most valid clips, on the very seeds of the tables, which favours the rival.
+    """
+    names = frontiers(found)[method]
+    return OURS if method == OURS else max(names, key=lambda name: values(found, name, "valid").mean())
+
+
+def chosen(found: dict) -> dict:
+    """The same figures with one row a method, the best, under the method's name. A rival's title says its rate."""
+    rows = {}
+    for method in frontiers(found):
+        row = found["rows"][best(found, method)]
+        rate = f", lr {row['lr']:g}" if "lr" in row and method != OURS else ""
+        rows[method] = row | {"title": row["title"] + rate}
+    return found | {"rows": rows}
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def shown(value, metric: str = "score", digits: int | None = None) -> str:
+    """A mean, 0.050; of an interval, +0.050 ± 0.010, bold where it does not hold 0; nothing for None."""
+    factor, usual, _ = FORMATS[metric]
+    digits = usual if digits is None else digits
+    if value is None:
+        return ""
+    if not isinstance(value, Interval):
+        return f"{factor * np.mean(value):.{digits}f}".replace("-", "−")
+    text = f"{factor * value.mean:+.{digits}f} ± {factor * value.half:.{digits}f}".replace("-", "−")
+    return f"**{text}**" if value.sign else text
+
+
+def title(found: dict, name: str) -> str:
+    return found["rows"][name]["title"]
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
+
+
+def table_of(found: dict, names: list[str], columns: dict[str, Callable[[str], str]]) -> str:
+    """A table with a line for each row and a column for each head: what it makes of the row's name."""
+    return table(["", *columns], [[title(found, name), *(cell(name) for cell in columns.values())] for name in names])
+
+
+def tables(found: dict, *groups: str) -> str:
+    """The tables of the rows of some groups, with those that all are compared with."""
+    names = [name for name, row in found["rows"].items() if row["group"] in groups]
+    names = [*(name for name in COMPARED if name not in names), *names, "real"]
+
+    def mean(metric: str, kind: str = PLAIN):
+        return lambda name: shown(values(found, name, metric, kind), metric)
+
+    def minus(other: str, metric: str, kind: str = PLAIN):
+        return lambda name: shown(gain(found, name, other, metric, kind), metric)
+
+    def own(key: str):
+        return lambda name: shown(found["rows"][name].get(key), digits=2)
+
+    parts = [
+        {FORMATS[m][2]: mean(m)} | {f"− {title(found, other)}": minus(other, m) for other in COMPARED}
+        for m in ("valid", "score")
+    ]
+    parts.append({FORMATS[m][2]: mean(m) for m in list(FORMATS)[2:]})
+    less = {f"valid, %, {LESS}": mean("valid", LESS), "− SFT there": minus("sft", "valid", LESS)}
+    parts.append(less | {"labels right": own("accuracy"), "operations": own("operations")})
+    return "\n\n".join([*(table_of(found, names, part) for part in parts[:-1]), table_of(found, names[:-1], parts[-1])])
+
+
+def controls(found: dict) -> str:
+    """The main rows under every control, and the method's lead there."""
+    rivals, kinds = [name for name in RIVALS if name in found["rows"]], list(found["rows"][OURS]["values"])
+    heads, parts = [title(found, name) for name in rivals], []
+    for m in ("valid", "score"):
+        shares = [[kind, *(shown(values(found, name, m, kind), m) for name in (*rivals, OURS))] for kind in kinds]
+        leads = [[kind, *(shown(gain(found, OURS, name, m, kind), m) for name in rivals)] for kind in kinds]
+        parts.append(table([FORMATS[m][2], *heads, title(found, OURS)], shares))
+        parts.append(table([f"lead in {FORMATS[m][2]}", *(f"over {head}" for head in heads)], leads))
+    return "\n\n".join(parts)
+
+
+def rates(found: dict) -> str:
+    """Each method's learning rates, that of its row in bold: valid clips and motion."""
+    rows = []
+    for method, names in frontiers(found).items():
+        for name in [name for name in names if "lr" in found["rows"][name]]:
+            lr = f"{found['rows'][name]['lr']:g}"
+            cells = [shown(interval(values(found, name, m)), m).strip("*+") for m in ("valid", "dyn")]
+            lr = f"**{lr}**" if name == best(found, method) else lr
+            rows.append([title(found, name), lr, *cells, shown(values(found, name, "w1"), "w1")])
+    return table(["", "lr", *(FORMATS[m][2] for m in ("valid", "dyn", "w1"))], rows)
+
+
+def sweep(found: dict) -> str:
+    """Φ's score by the number of given frames."""
+    given = found["sweep"]
+    steps = ["", *(shown(interval(risen)) for risen in np.diff([row["score"] for row in given], axis=0))]
+    whole, generated = ([shown(row.get(key)) for row in given] for key in ("score", "generated_score"))
+    heads = ["given", "whole clip", "gained by the last given frame", "generated frames only"]
+    return table(heads, [list(line) for line in zip(map(str, range(len(given))), whole, steps, generated)])
+
+
+def trained(found: dict) -> str:
+    """What DPO did to the errors of winner and loser."""
+
+    def logged(key: str):
+        return lambda name: shown(found["rows"][name]["training"].get(key), digits=3 if key.startswith("acc") else 5)
+
+    names = [name for name, row in found["rows"].items() if "training" in row]
+    return table_of(found, names, {head: logged(key) for head, key in TRAINING.items()})
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------------------
+
+BETTER = {  # row -> the paper's claim that its method, or a choice in it, is better than this row
+    "pretrain": "better than Pretrain",
+    "sft": "better than SFT",
+    "flow_noisy": "better than Flow-DPO, labelled by a model (30 % flipped)",
+    "structural_exact": "better than StructuralDPO",
+    "dense_exact": "better than DenseDPO",
+    "n1_0": "N1 ≥ 1 better than N1 ≥ 0",
+    "n1_0_n2_13": "better than N1 = 0, N2 = N",
+    "n1_1_n2_13": "better than N1 = 1, N2 = N",
+    "region_123": "loss on ②③ better than on ①②③",
+    "region_3": "loss on ②③ better than on ③",
+}
+MOVES = (
+    "pretrain",
+    "sft",
+    "flow_noisy",
+    "structural_exact",
+    "dense_exact",
+)  # rows with less dynamic degree, in the paper
+
+
+def verdict(difference: Interval, sign: int = 1) -> str:
+    """Of a claim that a difference has a sign."""
+    return {0: "not resolved", sign: "reproduced", -sign: "not reproduced"}[difference.sign]
+
+
+def nearer(found: dict, name: str) -> Interval:
+    """By how much the method's dynamic degree is nearer to the real clips' than a row's."""
+    far, ours = (abs(values(found, row, "dyn") - values(found, "real", "dyn")) for row in (name, OURS))
+    return interval(far - ours)
+
+
+def close(difference: Interval, within: float) -> str:
+    """Of the claim that a difference is small."""
+    low, high = abs(difference.mean) - difference.half, abs(difference.mean) + difference.half
+    return "reproduced" if high < within else "not reproduced" if low > within else "not resolved"
+
+
+def claims(found: dict) -> str:
+    """The paper's claims, each with a verdict that follows from the figures."""
+    lines, ours = [], functools.partial(gain, found, OURS)
+    there = found["rows"]
+
+    def claim(words: str, here: str, word: str, *paper: float) -> None:
+        lines.append([words, ", ".join(f"{number:.2f}" for number in paper), here, f"**{word}**"])
+
+    for name in [name for name in (*BETTER, "gt_winner") if name in there]:
+        lead, score = ours(name, "valid"), ours(name, "score")
+        word = verdict(lead) if name in BETTER else close(lead, abs(ours("sft", "valid").mean) / 2)
+        here = f"valid {shown(lead, 'valid')}, score {shown(score)}"
+        claim(BETTER.get(name, "N2 = N (`gt-winner`) is close"), here, word, PAPER[OURS][0], PAPER[name][0])
+    for name in [name for name in MOVES if name in there]:
+        words, closer = f"dynamic degree nearer to real clips' than that of {title(found, name)}", nearer(found, name)
+        claim(words, f"{shown(closer, 'dyn')} px/frame", verdict(closer), PAPER[OURS][1], PAPER[name][1])
+    if "flow_noisy" in there:
+        lost, paper = gain(found, "flow_noisy", "sft", "dyn"), [PAPER[name][1] for name in ("flow_noisy", "sft")]
+        words = "Flow-DPO loses dynamic degree against SFT"
+        claim(words, f"{shown(lost, 'dyn')} px/frame", verdict(lost, -1), *paper)
+    curve = np.array([row["score"] for row in found["sweep"]])
+    risen, falls = interval(curve[-2] - curve[1]), (np.diff(curve[1:-1].mean(1)) < 0).any()
+    word = "not resolved" if falls and risen.mean > 0 else verdict(risen)
+    claim("quality rises with the number of given frames", f"score, one to all but one: {shown(risen)}", word)
+    return table(["claim", "paper", "here", "verdict"], lines)
+
+
+def headline(found: dict) -> str:
+    """The lead over each rival, with the controls that take it away, and the share of the gap to real clips."""
+    words = {1: "ahead of", 0: "not told apart from", -1: "behind"}
+    lines = ["In valid clips DynamicsBoost is\n"]
+    for name in [name for name in RIVALS if name in found["rows"]]:
+        under = {kind: gain(found, OURS, name, "valid", kind) for kind in found["rows"][OURS]["values"]}
+        lead = under.pop(PLAIN)
+        lost = ", ".join(kind for kind, other in under.items() if other.sign < 1)
+        kept = "" if lead.sign < 1 else f", but not under {lost}" if lost else ", and so under every control"
+        lines.append(f"* **{words[lead.sign]}** {title(found, name)}: {shown(lead, 'valid')} points{kept}")
+    ours, real, start = (functools.partial(values, found, name) for name in (OURS, "real", "sft"))
+    gaps = [interval((ours(m) - start(m)) / (real(m) - start(m))) for m in ("valid", "score")]
+    closed = [shown(gap, "valid", 0).replace("+", "") for gap in gaps]
+    shares, motion = ([shown(of(m), m) for of in (start, ours, real)] for m in ("valid", "dyn"))
+    return "\n".join(lines) + (
+        "\n\nSFT has {} % of valid clips, DynamicsBoost {} %, real clips {} %.".format(*shares)
+        + " Of the gap between SFT and real clips it closes {} % in valid clips, {} % in score.".format(*closed)
+        + " Dynamic degree: SFT {}, DynamicsBoost {}, real clips {} px/frame.".format(*motion)
+    )
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(found: dict) -> str:
+    """The whole of tables.md: tables_page.md with its parts filled in."""
+    rows, (clips, fewer) = chosen(found), found["clips"]
+    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
+        headline=headline(rows), claims=claims(rows), systems=tables(rows, "systems"), controls=controls(rows),
+        frontiers=rates(found), ablations=tables(rows, "windows", "loss", "phi"), sweep=sweep(found),
+        trained=trained(rows), motion=shown(values(found, "real", "dyn"), "dyn", 2), commit=found["commit"],
+        seeds=", ".join(map(str, found["seeds"])), clips=clips, fewer=fewer, machine=found["machine"], **vars(balls),
+    )  # fmt: skip
+
+
+# ---- the picture -----------------------------------------------------------------------------------------------------
+
+COLOURS = ("#636973", "#2780b4", "#7fb6d9", "#5b5fc7", "#2e8b57", "#b8860b", "#c0453f")  # of the frontiers
+SIGNS = {1: "#2780b4", 0: "#636973", -1: "#c0453f"}
+
+
+def plain(text: str) -> str:
+    return text.replace("**", "").replace("`", "")
+
+
+def draw_frontiers(axes, found: dict) -> None:
+    """Valid share against dynamic degree: a line for each method through its rates, and the real clips."""
+    tuned = {method: names for method, names in frontiers(found).items() if "lr" in found["rows"][names[0]]}
+    for (method, names), colour in zip(tuned.items(), COLOURS):
+        (x, x_half), (y, y_half) = (
+            np.nan_to_num([interval(factor * values(found, name, m)) for name in names], posinf=0).T
+            for m, factor in (("dyn", 1), ("valid", 100))
+        )
+        wide = 4 if method == OURS else 2.2
+        axes.errorbar(x, y, y_half, x_half, fmt="none", ecolor=colour, alpha=0.35, linewidth=1.5)
+        axes.plot(x, y, "-o", color=colour, linewidth=wide, markersize=4 + wide, label=plain(title(found, names[0])))
+    for name, marker, size, label in (("real", "*", 22, "real clips"), ("sft", "s", 11, "SFT, the start")):
+        x, y = values(found, name, "dyn").mean(), 100 * values(found, name, "valid").mean()
+        axes.plot(x, y, marker, color="black", markersize=size)
+        axes.annotate(label, (x, y), (0, 12), textcoords="offset points", ha="center")
+    axes.axvline(values(found, "real", "dyn").mean(), color="black", linewidth=0.8, linestyle=":")
+    axes.margins(y=0.1)
+
+
+def draw_forest(axes, found: dict, names: list[str]) -> None:
+    """Differences in valid clips from SFT."""
+    for y, name in enumerate(names):
+        lead = gain(found, name, "sft", "valid")
+        colour, half = SIGNS[lead.sign], 100 * np.nan_to_num(lead.half, posinf=0)
+        fill = colour if lead.sign else "white"
+        axes.errorbar(100 * lead.mean, y, xerr=half, fmt="o", c=colour, mfc=fill, linewidth=2.2, markersize=8)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), [plain(title(found, name)) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.get_yticklabels()[names.index(OURS)].set_weight("bold")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def picture(found: dict, path: Path) -> None:
+    """The frontiers, and below them the forest plot."""
+    rows = chosen(found)
+    names = [name for name in rows["rows"] if name not in ("pretrain", "sft", "real")]
+    heights = (7.5, 1.6 + 0.33 * len(names))
+    with matplotlib.rc_context({"font.size": 14.5}):
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
+        parts = figure.subfigures(2, 1, height_ratios=heights)  # so that each has its own margins
+        above, below = (part.add_subplot() for part in parts)
+        above.set(xlabel="dynamic degree, px/frame", ylabel="valid clips, %")
+        above.set_title("Valid clips and motion, by learning rate", loc="left", weight="bold")
+        below.set_title("Valid clips against SFT", loc="left", weight="bold")
+        below.set_xlabel("points, with 95 % intervals over the seeds; filled: resolved")
+        draw_frontiers(above, found)
+        draw_forest(below, rows, names)
+        parts[0].legend(loc="outside lower left", ncols=2, frameon=False)
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=80)
+
+
+def write(found: dict, folder: Path) -> None:
+    """tables.md, tables.json (a row a line) and tables.png."""
+    write_text(folder / "tables.md", page(found))
+    head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in found.items() if k != "rows")
+    rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in found["rows"].items())
+    write_text(folder / "tables.json", f'{{\n{head} "rows": {{\n{rows}\n }}\n}}\n')
+    picture(found, folder / "tables.png")
