@@ -1,4 +1,4 @@
-"""experiments/tables.py: what the rows are, the statistics, the files in docs/, and one small run of all of it."""
+"""experiments/tables.py and its page: what the rows are, the statistics, docs/, and one small run of all of it."""
 
 import dataclasses
 import json
@@ -16,11 +16,20 @@ import asymdpo
 import continuation
 import make_pairs
 import sft
-from experiments import baselines, evaluate, labels, pairs, tables
+from experiments import baselines, evaluate, labels, pairs, tables, tables_page
 from runtime.options import UserError, resolve
 from tiny import balls
 
-FEW = "pretrain,flow_noisy,dense_exact,local_dpo,n1_0,phi_off"  # beside those that all are compared with
+FEW = "pretrain,flow_exact@0.003,flow_noisy,dense_exact,local_dpo,n1_0,phi_off"  # beside those of tables_page.COMPARED
+
+
+def test_a_method_has_a_row_for_each_of_its_rates():
+    """Its own, of the preset's rate, and `method@rate` for the others, which differ in the rate alone."""
+    for method, rates in tables.RATES.items():
+        rows = {name: row for name, row in tables.ROWS.items() if tables.method(name) == method}
+        assert sorted(row.lr for row in rows.values()) == sorted(rates) and method in rows
+        assert all(name == method or name == f"{method}@{row.lr:g}" for name, row in rows.items())
+        assert len({str(dataclasses.replace(row, options=row.options | dict(lr=0))) for row in rows.values()}) == 1
 
 
 @pytest.mark.parametrize("name", tables.ROWS)
@@ -66,32 +75,49 @@ def test_students_t():
     """The point below which Student's t has probability 0.975, by adding up its density; five degrees of freedom."""
     t = np.linspace(-100, 100, 500_001)
     below = np.cumsum((1 + t * t / 5) ** -3)
-    assert tables.T975[4] == pytest.approx(t[np.searchsorted(below / below[-1], 0.975)], rel=2e-3)
+    assert tables_page.T975[4] == pytest.approx(t[np.searchsorted(below / below[-1], 0.975)], rel=2e-3)
 
 
 def test_interval():
     """Five differences with mean 2 and sd √2.5: half of the interval is 2.776·√2.5/√5; by hand."""
-    found = tables.interval([0, 1, 2, 3, 4])
-    assert found["mean"] == 2 and found["half"] == pytest.approx(2.776 / math.sqrt(2))
-    assert tables.shown(found) == "**+2.000 ± 1.963**"
-    assert tables.shown({"mean": -0.01, "half": 0.015}, "valid") == "−1.0 ± 1.5"
-    assert tables.shown(tables.interval([1])) == "+1.000 ± inf" and tables.shown(-0.25, "traj") == "−0.25"
+    found, shown = tables_page.interval([0, 1, 2, 3, 4]), tables_page.shown
+    assert found.mean == 2 and found.half == pytest.approx(2.776 / math.sqrt(2)) and found.sign == 1
+    assert shown(found) == "**+2.000 ± 1.963**"
+    assert shown(tables_page.Interval(-0.01, 0.015), "valid") == "−1.0 ± 1.5"
+    assert shown(tables_page.interval([1])) == "+1.000 ± inf" and shown(-0.25, "traj") == "−0.25"
 
 
 def figures(**changed: list[float]) -> dict:
     """Made-up figures of three seeds: the share of valid clips of every row, whose score and motion are as high."""
-    valid = dict(sft=[0.5] * 3, sft_longer=[0.52] * 3, dynamicsboost=[0.7, 0.71, 0.72], real=[1.0] * 3) | changed
-    kinds = {name: tables.CONTROLS if name in tables.MAIN else [tables.PLAIN, tables.LESS] for name in valid}
-    rows = {
-        name: {
-            "title": name,
+    valid = dict(sft=[0.5] * 3, sft_longer=[0.52] * 3, dynamicsboost=[0.7, 0.71, 0.72]) | changed | dict(real=[1.0] * 3)
+    rows = {}
+    for name, share in valid.items():
+        method = name.partition("@")[0]
+        kinds = tables.CONTROLS if method in tables_page.MAIN else [tables_page.PLAIN, tables_page.LESS]
+        rows[name] = {
+            "title": method,
             "group": tables.ROWS[name].group if name in tables.ROWS else "real",
-            "values": {kind: dict.fromkeys(tables.FORMATS, share) for kind in kinds[name]},
-        }
-        for name, share in valid.items()
-    }
+            "method": method,
+            "values": {kind: dict.fromkeys(tables_page.FORMATS, share) for kind in kinds},
+        } | ({"lr": tables.ROWS[name].lr} if method in tables.RATES else {})
     sweep = [{"score": [n / 13 + seed / 100 for seed in range(3)]} for n in range(14)]
-    return {"rows": rows, "sweep": sweep}
+    about = {"seeds": [0, 1, 2], "clips": [4, 2], "commit": "abc", "machine": "a machine"}
+    return {"rows": rows, "sweep": sweep} | about
+
+
+def test_a_rival_gets_its_best_rate_and_the_method_the_presets():
+    """In the tables, the claims, the verdict and the picture; the frontiers have all rates."""
+    rival, better = [0.6] * 3, [0.8] * 3
+    found = figures(**{"dense_exact": rival, "dense_exact@0.003": better, "dynamicsboost@0.003": better})
+    assert tables_page.best(found, "dense_exact") == "dense_exact@0.003"
+    assert tables_page.best(found, "dynamicsboost") == "dynamicsboost"
+    rows = tables_page.chosen(found)["rows"]
+    assert list(rows) == ["sft", "sft_longer", "dynamicsboost", "dense_exact", "real"]
+    assert rows["dense_exact"]["title"] == "dense_exact, lr 0.003" and rows["dynamicsboost"]["title"] == "dynamicsboost"
+    text = tables_page.page(found)
+    assert "| dense_exact, lr 0.003 | 80.0 |" in text and "| dense_exact, lr 0.001 |" not in text
+    assert "| dense_exact | 0.001 | 60.0 ± 0.0 |" in text and "| dense_exact | **0.003** | 80.0 ± 0.0 |" in text
+    assert "| dynamicsboost | **0.001** | 71.0 ± 2.5 |" in text
 
 
 @pytest.mark.parametrize(
@@ -99,8 +125,8 @@ def figures(**changed: list[float]) -> dict:
     [([0.6] * 3, "reproduced"), ([0.8] * 3, "not reproduced"), ([0.6, 0.71, 0.85], "not resolved")],
 )
 def test_a_claim_is_judged_by_its_interval(rival, word):
-    (line,) = [line for line in tables.claims(figures(dense_exact=rival)).splitlines() if "DenseDPO" in line]
-    assert f"**{word}**" in line and "25.64 against 25.02" in line
+    (line,) = [line for line in tables_page.claims(figures(dense_exact=rival)).splitlines() if "than DenseDPO" in line]
+    assert f"**{word}**" in line and "25.64, 25.02" in line
 
 
 @pytest.mark.parametrize(
@@ -108,19 +134,21 @@ def test_a_claim_is_judged_by_its_interval(rival, word):
     [([0.7, 0.71, 0.72], "reproduced"), ([0.5] * 3, "not reproduced"), ([0.5, 0.71, 0.92], "not resolved")],
 )
 def test_gt_winner_is_close_within_half_of_the_gain(rival, word):
-    (line,) = [line for line in tables.claims(figures(gt_winner=rival)).splitlines() if "gt-winner" in line]
+    (line,) = [line for line in tables_page.claims(figures(gt_winner=rival)).splitlines() if "gt-winner" in line]
     assert f"**{word}**" in line
 
 
 def test_headline_says_who_is_ahead_and_which_control_takes_it_away():
     """The gap closed is 0.21 of 0.5; a control in which SFT is as good as the method is named."""
     found = figures()
-    assert "is ahead of SFT" in tables.headline(found) and "**+42 ± 5** % in valid" in tables.headline(found)
-    assert "over sft under every control" in tables.headline(found)
-    found["rows"]["sft"]["values"]["Euler"] = dict.fromkeys(tables.FORMATS, [0.71] * 3)
-    assert "over sft not under Euler" in tables.headline(found)
-    behind = tables.headline(figures(sft_longer=[0.9] * 3))
-    assert "behind SFT for as many operations" in behind
+    assert "**ahead of** sft: **+21.0 ± 2.5** points, and so under every control" in tables_page.headline(found)
+    assert "it closes **42 ± 5** % in valid clips" in tables_page.headline(found)
+    found["rows"]["sft"]["values"]["Euler"] = dict.fromkeys(tables_page.FORMATS, [0.71] * 3)
+    assert "points, but not under Euler\n" in tables_page.headline(found)
+    behind = tables_page.headline(figures(sft_longer=[0.9] * 3, flow_exact=[0.7, 0.71, 0.73]))
+    assert (
+        "**behind** sft_longer: **−19.0 ± 2.5** points\n" in behind and "**not told apart from** flow_exact" in behind
+    )
 
 
 # ---- the files in docs/ ----------------------------------------------------------------------------------------------
@@ -130,7 +158,7 @@ def test_docs_hold_every_row_and_what_the_page_makes_of_it():
     found = json.loads((ROOT / "docs/tables.json").read_text())
     assert list(found["rows"]) == [*tables.ROWS, "real"]
     assert all(row["title"] == tables.ROWS[name].title for name, row in found["rows"].items() if name != "real")
-    assert tables.page(found) == (ROOT / "docs/tables.md").read_text()
+    assert tables_page.page(found) == (ROOT / "docs/tables.md").read_text()
     assert (ROOT / "docs/tables.png").stat().st_size > 10_000
 
 
@@ -174,19 +202,20 @@ def test_small_run_writes_the_tables(small):
     """The figures are those of the measured files, and every row is in the text."""
     found, text = json.loads((small / "tables.json").read_text()), (small / "tables.md").read_text()
     rows, ours, start = found["rows"], *(measured(small, name, 1) for name in ("dynamicsboost", "sft"))
-    assert list(rows) == [n for n in tables.ROWS if n in {*FEW.split(","), *tables.COMPARED}] + ["real"]
-    assert all(row["title"].partition(", lr")[0] in text for row in rows.values()) and "nan" not in text
-    expected = tables.interval(
+    assert list(rows) == [n for n in tables.ROWS if n in {*FEW.split(","), *tables_page.COMPARED}] + ["real"]
+    assert all(row["title"] in text for row in rows.values()) and "nan" not in text
+    expected = tables_page.interval(
         [
             a["noise × 1"]["score"] - b["noise × 1"]["score"]
             for a, b in ([measured(small, name, seed) for name in ("dynamicsboost", "sft")] for seed in (0, 1))
         ]
     )
-    assert tables.gain(found, "dynamicsboost", "sft", "score") == pytest.approx(expected, abs=1e-4)
-    assert expected["mean"] != 0
+    assert tables_page.gain(found, "dynamicsboost", "sft", "score") == pytest.approx(expected, abs=1e-4)
+    assert expected.mean != 0
     assert set(ours) == set(tables.CONTROLS) and set(start) == {*tables.CONTROLS} - {"half strength"}
     assert set(ours["Euler"]) == {*balls.METRICS, "w1"} and len({str(values) for values in ours.values()}) == 5
     assert set(measured(small, "n1_0", 0)) == {"noise × 1", "noise × 0.85"}
+    assert set(measured(small, "flow_exact@0.003", 0)) == set(tables.CONTROLS)
     assert len((small / "tables.json").read_text().splitlines()) < len(rows) + 15
     assert rows["flow_noisy"]["accuracy"][0] < 1 == rows["dense_exact"]["accuracy"][0]
     assert rows["flow_noisy"]["operations"][0] > 0 and len(found["sweep"]) == 14
