@@ -5,10 +5,10 @@
 frontiers see one row a method: `chosen`. The words are in tables_page.md.
 """
 
-import functools
 import json
 import math
-from collections.abc import Callable
+import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ def interval(values) -> Interval:
 
 def values(found: dict, name: str, metric: str, kind: str = PLAIN) -> np.ndarray | None:
     """A metric of a row by seed, or None if it was not measured."""
-    by_seed = found["rows"].get(name, {"values": {}})["values"].get(kind, {}).get(metric)
+    by_seed = found["rows"][name]["values"].get(kind, {}).get(metric)
     return None if by_seed is None else np.array(by_seed)
 
 
@@ -125,42 +125,45 @@ def shown(value, metric: str = "score", digits: int | None = None) -> str:
     return f"**{text}**" if value.sign else text
 
 
+def mean(found: dict, name: str, metric: str, kind: str = PLAIN) -> str:
+    return shown(values(found, name, metric, kind), metric)
+
+
+def minus(found: dict, one: str, other: str, metric: str, kind: str = PLAIN) -> str:
+    return shown(gain(found, one, other, metric, kind), metric)
+
+
 def title(found: dict, name: str) -> str:
     return found["rows"][name]["title"]
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
-
-
-def table_of(found: dict, names: list[str], columns: dict[str, Callable[[str], str]]) -> str:
-    """A table with a line for each row and a column for each head: what it makes of the row's name."""
-    return table(["", *columns], [[title(found, name), *(cell(name) for cell in columns.values())] for name in names])
+    """A table in Markdown. No cell is broken beside one of its signs."""
+    lines = [f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows]]
+    return re.sub(" ([±×/]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", "\n".join(lines))
 
 
 def tables(found: dict, *groups: str) -> str:
     """The tables of the rows of some groups, with those that all are compared with."""
     names = [name for name, row in found["rows"].items() if row["group"] in groups]
     names = [*(name for name in COMPARED if name not in names), *names, "real"]
-
-    def mean(metric: str, kind: str = PLAIN):
-        return lambda name: shown(values(found, name, metric, kind), metric)
-
-    def minus(other: str, metric: str, kind: str = PLAIN):
-        return lambda name: shown(gain(found, name, other, metric, kind), metric)
-
-    def own(key: str):
-        return lambda name: shown(found["rows"][name].get(key), digits=2)
-
-    parts = [
-        {FORMATS[m][2]: mean(m)} | {f"− {title(found, other)}": minus(other, m) for other in COMPARED}
-        for m in ("valid", "score")
-    ]
-    parts.append({FORMATS[m][2]: mean(m) for m in list(FORMATS)[2:]})
-    less = {f"valid, %, {LESS}": mean("valid", LESS), "− SFT there": minus("sft", "valid", LESS)}
-    parts.append(less | {"labels right": own("accuracy"), "operations": own("operations")})
-    return "\n\n".join([*(table_of(found, names, part) for part in parts[:-1]), table_of(found, names[:-1], parts[-1])])
+    titles, parts = {name: title(found, name) for name in names}, []
+    for m in ("valid", "score"):
+        lines = [
+            [titles[name], mean(found, name, m), *(minus(found, name, other, m) for other in COMPARED)]
+            for name in names
+        ]
+        parts.append(table(["", FORMATS[m][2], *(f"− {titles[other]}" for other in COMPARED)], lines))
+    looks = list(FORMATS)[2:]
+    lines = [[titles[name], *(mean(found, name, m) for m in looks)] for name in names]
+    parts.append(table(["", *(FORMATS[m][2] for m in looks)], lines))
+    lines = []
+    for name in names[:-1]:
+        own = [shown(found["rows"][name].get(key), digits=2) for key in ("accuracy", "operations")]
+        less = mean(found, name, "valid", LESS), minus(found, name, "sft", "valid", LESS)
+        lines.append([titles[name], *less, *own])
+    parts.append(table(["", f"valid, %, {LESS}", "− SFT there", "labels right", "operations"], lines))
+    return "\n\n".join(parts)
 
 
 def controls(found: dict) -> str:
@@ -168,23 +171,25 @@ def controls(found: dict) -> str:
     rivals, kinds = [name for name in RIVALS if name in found["rows"]], list(found["rows"][OURS]["values"])
     heads, parts = [title(found, name) for name in rivals], []
     for m in ("valid", "score"):
-        shares = [[kind, *(shown(values(found, name, m, kind), m) for name in (*rivals, OURS))] for kind in kinds]
-        leads = [[kind, *(shown(gain(found, OURS, name, m, kind), m) for name in rivals)] for kind in kinds]
+        shares = [[kind, *(mean(found, name, m, kind) for name in (*rivals, OURS))] for kind in kinds]
+        leads = [[kind, *(minus(found, OURS, name, m, kind) for name in rivals)] for kind in kinds]
         parts.append(table([FORMATS[m][2], *heads, title(found, OURS)], shares))
         parts.append(table([f"lead in {FORMATS[m][2]}", *(f"over {head}" for head in heads)], leads))
     return "\n\n".join(parts)
 
 
 def rates(found: dict) -> str:
-    """Each method's learning rates, that of its row in bold: valid clips and motion."""
-    rows = []
+    """Valid clips and motion at each of the methods' learning rates, that of a method's row in bold."""
+    lines = []
     for method, names in frontiers(found).items():
         for name in [name for name in names if "lr" in found["rows"][name]]:
             lr = f"{found['rows'][name]['lr']:g}"
-            cells = [shown(interval(values(found, name, m)), m).strip("*+") for m in ("valid", "dyn")]
             lr = f"**{lr}**" if name == best(found, method) else lr
-            rows.append([title(found, name), lr, *cells, shown(values(found, name, "w1"), "w1")])
-    return table(["", "lr", *(FORMATS[m][2] for m in ("valid", "dyn", "w1"))], rows)
+            both = [
+                f(m) for m in ("valid", "dyn") for f in (partial(mean, found, name), partial(minus, found, name, "sft"))
+            ]
+            lines.append([title(found, name), lr, *both, mean(found, name, "w1")])
+    return table(["", "lr", FORMATS["valid"][2], "− SFT", FORMATS["dyn"][2], "− SFT", FORMATS["w1"][2]], lines)
 
 
 def sweep(found: dict) -> str:
@@ -198,12 +203,12 @@ def sweep(found: dict) -> str:
 
 def trained(found: dict) -> str:
     """What DPO did to the errors of winner and loser."""
-
-    def logged(key: str):
-        return lambda name: shown(found["rows"][name]["training"].get(key), digits=3 if key.startswith("acc") else 5)
-
-    names = [name for name, row in found["rows"].items() if "training" in row]
-    return table_of(found, names, {head: logged(key) for head, key in TRAINING.items()})
+    digits, lines = {key: 3 if key.startswith("acc") else 5 for key in TRAINING.values()}, []
+    for row in [row for row in found["rows"].values() if "training" in row]:
+        lines.append(
+            [row["title"], *(shown(row["training"].get(key), digits=digits[key]) for key in TRAINING.values())]
+        )
+    return table(["", *TRAINING], lines)
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -220,13 +225,8 @@ BETTER = {  # row -> the paper's claim that its method, or a choice in it, is be
     "region_123": "loss on ②③ better than on ①②③",
     "region_3": "loss on ②③ better than on ③",
 }
-MOVES = (
-    "pretrain",
-    "sft",
-    "flow_noisy",
-    "structural_exact",
-    "dense_exact",
-)  # rows with less dynamic degree, in the paper
+# rows that have less dynamic degree than the method, in the paper
+MOVES = ("pretrain", "sft", "flow_noisy", "structural_exact", "dense_exact")
 
 
 def verdict(difference: Interval, sign: int = 1) -> str:
@@ -248,22 +248,22 @@ def close(difference: Interval, within: float) -> str:
 
 def claims(found: dict) -> str:
     """The paper's claims, each with a verdict that follows from the figures."""
-    lines, ours = [], functools.partial(gain, found, OURS)
-    there = found["rows"]
+    lines, there = [], found["rows"]
+    ours, said = partial(gain, found, OURS), partial(minus, found, OURS)
 
     def claim(words: str, here: str, word: str, *paper: float) -> None:
-        lines.append([words, ", ".join(f"{number:.2f}" for number in paper), here, f"**{word}**"])
+        lines.append([words, " / ".join(f"{number:.2f}" for number in paper), here, f"**{word}**"])
 
     for name in [name for name in (*BETTER, "gt_winner") if name in there]:
-        lead, score = ours(name, "valid"), ours(name, "score")
-        word = verdict(lead) if name in BETTER else close(lead, abs(ours("sft", "valid").mean) / 2)
-        here = f"valid {shown(lead, 'valid')}, score {shown(score)}"
+        lead, start = ours(name, "valid"), ours("sft", "valid")
+        word = verdict(lead) if name in BETTER else close(lead, abs(start.mean) / 2)
+        here = f"valid {said(name, 'valid')}, score {said(name, 'score')}"
         claim(BETTER.get(name, "N2 = N (`gt-winner`) is close"), here, word, PAPER[OURS][0], PAPER[name][0])
     for name in [name for name in MOVES if name in there]:
         words, closer = f"dynamic degree nearer to real clips' than that of {title(found, name)}", nearer(found, name)
         claim(words, f"{shown(closer, 'dyn')} px/frame", verdict(closer), PAPER[OURS][1], PAPER[name][1])
     if "flow_noisy" in there:
-        lost, paper = gain(found, "flow_noisy", "sft", "dyn"), [PAPER[name][1] for name in ("flow_noisy", "sft")]
+        lost, paper = gain(found, "flow_noisy", "sft", "dyn"), (PAPER["flow_noisy"][1], PAPER["sft"][1])
         words = "Flow-DPO loses dynamic degree against SFT"
         claim(words, f"{shown(lost, 'dyn')} px/frame", verdict(lost, -1), *paper)
     curve = np.array([row["score"] for row in found["sweep"]])
@@ -283,7 +283,7 @@ def headline(found: dict) -> str:
         lost = ", ".join(kind for kind, other in under.items() if other.sign < 1)
         kept = "" if lead.sign < 1 else f", but not under {lost}" if lost else ", and so under every control"
         lines.append(f"* **{words[lead.sign]}** {title(found, name)}: {shown(lead, 'valid')} points{kept}")
-    ours, real, start = (functools.partial(values, found, name) for name in (OURS, "real", "sft"))
+    ours, real, start = (partial(values, found, name) for name in (OURS, "real", "sft"))
     gaps = [interval((ours(m) - start(m)) / (real(m) - start(m))) for m in ("valid", "score")]
     closed = [shown(gap, "valid", 0).replace("+", "") for gap in gaps]
     shares, motion = ([shown(of(m), m) for of in (start, ours, real)] for m in ("valid", "dyn"))
@@ -311,7 +311,6 @@ def page(found: dict) -> str:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 COLOURS = ("#636973", "#2780b4", "#7fb6d9", "#5b5fc7", "#2e8b57", "#b8860b", "#c0453f")  # of the frontiers
-SIGNS = {1: "#2780b4", 0: "#636973", -1: "#c0453f"}
 
 
 def plain(text: str) -> str:
@@ -319,29 +318,36 @@ def plain(text: str) -> str:
 
 
 def draw_frontiers(axes, found: dict) -> None:
-    """Valid share against dynamic degree: a line for each method through its rates, and the real clips."""
+    """Valid share against dynamic degree: a line for each method through its rates, SFT and the real clips.
+
+    The bars are the intervals of the differences from SFT: what the seeds have in common is not in them.
+    """
     tuned = {method: names for method, names in frontiers(found).items() if "lr" in found["rows"][names[0]]}
     for (method, names), colour in zip(tuned.items(), COLOURS):
-        (x, x_half), (y, y_half) = (
-            np.nan_to_num([interval(factor * values(found, name, m)) for name in names], posinf=0).T
-            for m, factor in (("dyn", 1), ("valid", 100))
+        x, y = (
+            [factor * values(found, name, m).mean() for name in names] for m, factor in (("dyn", 1), ("valid", 100))
         )
+        gains = ([gain(found, name, "sft", m) for name in names] for m in ("dyn", "valid"))
+        x_half, y_half = (np.nan_to_num([difference.half for difference in some], posinf=0) for some in gains)
         wide = 4 if method == OURS else 2.2
-        axes.errorbar(x, y, y_half, x_half, fmt="none", ecolor=colour, alpha=0.35, linewidth=1.5)
+        axes.errorbar(x, y, 100 * y_half, x_half, fmt="none", ecolor=colour, alpha=0.35, linewidth=1.5)
         axes.plot(x, y, "-o", color=colour, linewidth=wide, markersize=4 + wide, label=plain(title(found, names[0])))
-    for name, marker, size, label in (("real", "*", 22, "real clips"), ("sft", "s", 11, "SFT, the start")):
+    for name, marker, size, label, apart in (
+        ("real", "*", 22, "real clips", 12),
+        ("sft", "s", 11, "SFT, the start", -24),
+    ):
         x, y = values(found, name, "dyn").mean(), 100 * values(found, name, "valid").mean()
         axes.plot(x, y, marker, color="black", markersize=size)
-        axes.annotate(label, (x, y), (0, 12), textcoords="offset points", ha="center")
+        axes.annotate(label, (x, y), (0, apart), textcoords="offset points", ha="center")
     axes.axvline(values(found, "real", "dyn").mean(), color="black", linewidth=0.8, linestyle=":")
-    axes.margins(y=0.1)
+    axes.margins(y=0.12)
 
 
 def draw_forest(axes, found: dict, names: list[str]) -> None:
     """Differences in valid clips from SFT."""
     for y, name in enumerate(names):
         lead = gain(found, name, "sft", "valid")
-        colour, half = SIGNS[lead.sign], 100 * np.nan_to_num(lead.half, posinf=0)
+        colour, half = COLOURS[-1 if name == OURS else 0], 100 * np.nan_to_num(lead.half, posinf=0)
         fill = colour if lead.sign else "white"
         axes.errorbar(100 * lead.mean, y, xerr=half, fmt="o", c=colour, mfc=fill, linewidth=2.2, markersize=8)
     axes.axvline(0, color="black", linewidth=0.8)
