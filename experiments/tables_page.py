@@ -1,14 +1,13 @@
 """The page and the picture of experiments.tables: what its figures say, and how sure that is.
 
-`found` is what tables.json holds: "rows", each with its figures by seed as values[control][metric], "sweep", "seeds",
-"clips". A row is named after its method, or `method@rate` for another learning rate of its frontier. All but the
-frontiers see one row a method: `chosen`. The words are in tables_page.md.
+A row of tables.json has its figures by seed, as values[control][metric]. It is named after its method, or `method@rate`
+for another learning rate. The frontiers show every row, all else one row a method: `Figures.chosen`. The words are in
+tables_page.md.
 """
 
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,42 +71,56 @@ def interval(values) -> Interval:
     return Interval(values.mean(), T975[n - 2] * values.std(ddof=1) / n**0.5 if n > 1 else math.inf)
 
 
-def values(found: dict, name: str, metric: str, kind: str = PLAIN) -> np.ndarray | None:
-    """A metric of a row by seed, or None if it was not measured."""
-    by_seed = found["rows"][name]["values"].get(kind, {}).get(metric)
-    return None if by_seed is None else np.array(by_seed)
+class Figures:
+    """The rows of tables.json, and what can be asked of them."""
 
+    def __init__(self, rows: dict[str, dict]):
+        self.rows = rows
 
-def gain(found: dict, one: str, other: str, metric: str, kind: str = PLAIN) -> Interval | None:
-    """Row `one` minus row `other`, seed by seed; at half strength, minus the other at full."""
-    a, b = values(found, one, metric, kind), values(found, other, metric, PLAIN if kind == HALF else kind)
-    return None if a is None or b is None or one == other else interval(a - b)
+    def title(self, name: str) -> str:
+        return self.rows[name]["title"]
 
+    def values(self, name: str, metric: str, kind: str = PLAIN) -> np.ndarray | None:
+        """A metric of a row by seed, or None if it was not measured."""
+        by_seed = self.rows[name]["values"].get(kind, {}).get(metric)
+        return None if by_seed is None else np.array(by_seed)
 
-def frontiers(found: dict) -> dict[str, list[str]]:
-    """The rows of each method by learning rate."""
-    rows = found["rows"]
-    names = sorted(rows, key=lambda name: rows[name].get("lr", 0))
-    methods = dict.fromkeys(row["method"] for row in rows.values())
-    return {method: [name for name in names if rows[name]["method"] == method] for method in methods}
+    def gain(self, one: str, other: str, metric: str, kind: str = PLAIN) -> Interval | None:
+        """Row `one` minus row `other`, seed by seed; at half strength, minus the other at full."""
+        a, b = self.values(one, metric, kind), self.values(other, metric, PLAIN if kind == HALF else kind)
+        return None if a is None or b is None or one == other else interval(a - b)
 
+    def mean(self, name: str, metric: str, kind: str = PLAIN) -> str:
+        return shown(self.values(name, metric, kind), metric)
 
-def best(found: dict, method: str) -> str:
-    """The row that stands for a method. DynamicsBoost's has the preset's learning rate; a rival's has the one with the
-    most valid clips, on the very seeds of the tables, which favours the rival.
-    """
-    names = frontiers(found)[method]
-    return OURS if method == OURS else max(names, key=lambda name: values(found, name, "valid").mean())
+    def minus(self, one: str, other: str, metric: str, kind: str = PLAIN) -> str:
+        return shown(self.gain(one, other, metric, kind), metric)
 
+    def methods(self) -> dict[str, list[str]]:
+        """The rows of each method by learning rate."""
+        names = sorted(self.rows, key=lambda name: self.rows[name].get("lr", 0))
+        methods = dict.fromkeys(row["method"] for row in self.rows.values())
+        return {method: [name for name in names if self.rows[name]["method"] == method] for method in methods}
 
-def chosen(found: dict) -> dict:
-    """The same figures with one row a method, the best, under the method's name. A rival's title says its rate."""
-    rows = {}
-    for method in frontiers(found):
-        row = found["rows"][best(found, method)]
-        rate = f", lr {row['lr']:g}" if "lr" in row and method != OURS else ""
-        rows[method] = row | {"title": row["title"] + rate}
-    return found | {"rows": rows}
+    def frontiers(self) -> dict[str, list[str]]:
+        """Those of the methods whose learning rate was varied."""
+        return {method: names for method, names in self.methods().items() if "lr" in self.rows[names[0]]}
+
+    def best(self, method: str) -> str:
+        """The row that stands for a method. DynamicsBoost's has the preset's learning rate; a rival's has the one with
+        the most valid clips, on the very seeds of the tables, which favours the rival.
+        """
+        return (
+            OURS if method == OURS else max(self.methods()[method], key=lambda name: self.values(name, "valid").mean())
+        )
+
+    def chosen(self) -> "Figures":
+        """One row a method, the best, under the method's name. A rival's title says its rate."""
+        rows = {method: self.rows[self.best(method)] for method in self.methods()}
+        for method, row in rows.items():
+            if "lr" in row and method != OURS:
+                rows[method] = row | {"title": f"{row['title']}, lr {row['lr']:g}"}
+        return Figures(rows)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -125,89 +138,69 @@ def shown(value, metric: str = "score", digits: int | None = None) -> str:
     return f"**{text}**" if value.sign else text
 
 
-def mean(found: dict, name: str, metric: str, kind: str = PLAIN) -> str:
-    return shown(values(found, name, metric, kind), metric)
-
-
-def minus(found: dict, one: str, other: str, metric: str, kind: str = PLAIN) -> str:
-    return shown(gain(found, one, other, metric, kind), metric)
-
-
-def title(found: dict, name: str) -> str:
-    return found["rows"][name]["title"]
-
-
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown. No cell is broken beside one of its signs."""
     lines = [f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows]]
     return re.sub(" ([±×/]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", "\n".join(lines))
 
 
-def tables(found: dict, *groups: str) -> str:
+def tables(rows: Figures, *groups: str) -> str:
     """The tables of the rows of some groups, with those that all are compared with."""
-    names = [name for name, row in found["rows"].items() if row["group"] in groups]
+    names = [name for name, row in rows.rows.items() if row["group"] in groups]
     names = [*(name for name in COMPARED if name not in names), *names, "real"]
-    titles, parts = {name: title(found, name) for name in names}, []
+    parts, looks = [], list(FORMATS)[2:]
     for m in ("valid", "score"):
-        lines = [
-            [titles[name], mean(found, name, m), *(minus(found, name, other, m) for other in COMPARED)]
-            for name in names
-        ]
-        parts.append(table(["", FORMATS[m][2], *(f"− {titles[other]}" for other in COMPARED)], lines))
-    looks = list(FORMATS)[2:]
-    lines = [[titles[name], *(mean(found, name, m) for m in looks)] for name in names]
+        lines = [[rows.title(n), rows.mean(n, m), *(rows.minus(n, other, m) for other in COMPARED)] for n in names]
+        parts.append(table(["", FORMATS[m][2], *(f"− {rows.title(other)}" for other in COMPARED)], lines))
+    lines = [[rows.title(n), *(rows.mean(n, m) for m in looks)] for n in names]
     parts.append(table(["", *(FORMATS[m][2] for m in looks)], lines))
     lines = []
-    for name in names[:-1]:
-        own = [shown(found["rows"][name].get(key), digits=2) for key in ("accuracy", "operations")]
-        less = mean(found, name, "valid", LESS), minus(found, name, "sft", "valid", LESS)
-        lines.append([titles[name], *less, *own])
+    for n in names[:-1]:
+        own = [shown(rows.rows[n].get(key), digits=2) for key in ("accuracy", "operations")]
+        lines.append([rows.title(n), rows.mean(n, "valid", LESS), rows.minus(n, "sft", "valid", LESS), *own])
     parts.append(table(["", f"valid, %, {LESS}", "− SFT there", "labels right", "operations"], lines))
     return "\n\n".join(parts)
 
 
-def controls(found: dict) -> str:
+def controls(rows: Figures) -> str:
     """The main rows under every control, and the method's lead there."""
-    rivals, kinds = [name for name in RIVALS if name in found["rows"]], list(found["rows"][OURS]["values"])
-    heads, parts = [title(found, name) for name in rivals], []
+    rivals, kinds = [name for name in RIVALS if name in rows.rows], list(rows.rows[OURS]["values"])
+    heads, parts = [rows.title(name) for name in rivals], []
     for m in ("valid", "score"):
-        shares = [[kind, *(mean(found, name, m, kind) for name in (*rivals, OURS))] for kind in kinds]
-        leads = [[kind, *(minus(found, OURS, name, m, kind) for name in rivals)] for kind in kinds]
-        parts.append(table([FORMATS[m][2], *heads, title(found, OURS)], shares))
+        shares = [[kind, *(rows.mean(name, m, kind) for name in (*rivals, OURS))] for kind in kinds]
+        leads = [[kind, *(rows.minus(OURS, name, m, kind) for name in rivals)] for kind in kinds]
+        parts.append(table([FORMATS[m][2], *heads, rows.title(OURS)], shares))
         parts.append(table([f"lead in {FORMATS[m][2]}", *(f"over {head}" for head in heads)], leads))
     return "\n\n".join(parts)
 
 
-def rates(found: dict) -> str:
+def rates(every: Figures) -> str:
     """Valid clips and motion at each of the methods' learning rates, that of a method's row in bold."""
     lines = []
-    for method, names in frontiers(found).items():
-        for name in [name for name in names if "lr" in found["rows"][name]]:
-            lr = f"{found['rows'][name]['lr']:g}"
-            lr = f"**{lr}**" if name == best(found, method) else lr
-            both = [
-                f(m) for m in ("valid", "dyn") for f in (partial(mean, found, name), partial(minus, found, name, "sft"))
-            ]
-            lines.append([title(found, name), lr, *both, mean(found, name, "w1")])
+    for method, names in every.frontiers().items():
+        for n in names:
+            lr = f"{every.rows[n]['lr']:g}"
+            cells = [f"**{lr}**" if n == every.best(method) else lr]
+            for m in ("valid", "dyn"):
+                cells += [every.mean(n, m), every.minus(n, "sft", m)]
+            lines.append([every.title(n), *cells, every.mean(n, "w1")])
     return table(["", "lr", FORMATS["valid"][2], "− SFT", FORMATS["dyn"][2], "− SFT", FORMATS["w1"][2]], lines)
 
 
-def sweep(found: dict) -> str:
+def sweep(given: list[dict]) -> str:
     """Φ's score by the number of given frames."""
-    given = found["sweep"]
     steps = ["", *(shown(interval(risen)) for risen in np.diff([row["score"] for row in given], axis=0))]
     whole, generated = ([shown(row.get(key)) for row in given] for key in ("score", "generated_score"))
     heads = ["given", "whole clip", "gained by the last given frame", "generated frames only"]
     return table(heads, [list(line) for line in zip(map(str, range(len(given))), whole, steps, generated)])
 
 
-def trained(found: dict) -> str:
+def trained(rows: Figures) -> str:
     """What DPO did to the errors of winner and loser."""
-    digits, lines = {key: 3 if key.startswith("acc") else 5 for key in TRAINING.values()}, []
-    for row in [row for row in found["rows"].values() if "training" in row]:
-        lines.append(
-            [row["title"], *(shown(row["training"].get(key), digits=digits[key]) for key in TRAINING.values())]
-        )
+    lines = []
+    for row in [row for row in rows.rows.values() if "training" in row]:
+        cells = (shown(row["training"].get(key), digits=3 if "acc" in key else 5) for key in TRAINING.values())
+        lines.append([row["title"], *cells])
     return table(["", *TRAINING], lines)
 
 
@@ -234,9 +227,9 @@ def verdict(difference: Interval, sign: int = 1) -> str:
     return {0: "not resolved", sign: "reproduced", -sign: "not reproduced"}[difference.sign]
 
 
-def nearer(found: dict, name: str) -> Interval:
+def nearer(rows: Figures, name: str) -> Interval:
     """By how much the method's dynamic degree is nearer to the real clips' than a row's."""
-    far, ours = (abs(values(found, row, "dyn") - values(found, "real", "dyn")) for row in (name, OURS))
+    far, ours = (abs(rows.values(row, "dyn") - rows.values("real", "dyn")) for row in (name, OURS))
     return interval(far - ours)
 
 
@@ -246,47 +239,47 @@ def close(difference: Interval, within: float) -> str:
     return "reproduced" if high < within else "not reproduced" if low > within else "not resolved"
 
 
-def claims(found: dict) -> str:
-    """The paper's claims, each with a verdict that follows from the figures."""
-    lines, there = [], found["rows"]
-    ours, said = partial(gain, found, OURS), partial(minus, found, OURS)
+def claims(rows: Figures, given: list[dict]) -> str:
+    """The paper's claims, each with a verdict that follows from the figures. given: the sweep."""
+    lines = []
 
     def claim(words: str, here: str, word: str, *paper: float) -> None:
         lines.append([words, " / ".join(f"{number:.2f}" for number in paper), here, f"**{word}**"])
 
-    for name in [name for name in (*BETTER, "gt_winner") if name in there]:
-        lead, start = ours(name, "valid"), ours("sft", "valid")
+    for name in [name for name in (*BETTER, "gt_winner") if name in rows.rows]:
+        lead, start = (rows.gain(OURS, other, "valid") for other in (name, "sft"))
         word = verdict(lead) if name in BETTER else close(lead, abs(start.mean) / 2)
-        here = f"valid {said(name, 'valid')}, score {said(name, 'score')}"
+        here = f"valid {shown(lead, 'valid')}, score {rows.minus(OURS, name, 'score')}"
         claim(BETTER.get(name, "N2 = N (`gt-winner`) is close"), here, word, PAPER[OURS][0], PAPER[name][0])
-    for name in [name for name in MOVES if name in there]:
-        words, closer = f"dynamic degree nearer to real clips' than that of {title(found, name)}", nearer(found, name)
+    for name in [name for name in MOVES if name in rows.rows]:
+        words, closer = f"dynamic degree nearer to real clips' than that of {rows.title(name)}", nearer(rows, name)
         claim(words, f"{shown(closer, 'dyn')} px/frame", verdict(closer), PAPER[OURS][1], PAPER[name][1])
-    if "flow_noisy" in there:
-        lost, paper = gain(found, "flow_noisy", "sft", "dyn"), (PAPER["flow_noisy"][1], PAPER["sft"][1])
+    if "flow_noisy" in rows.rows:
+        lost, paper = rows.gain("flow_noisy", "sft", "dyn"), (PAPER["flow_noisy"][1], PAPER["sft"][1])
         words = "Flow-DPO loses dynamic degree against SFT"
         claim(words, f"{shown(lost, 'dyn')} px/frame", verdict(lost, -1), *paper)
-    curve = np.array([row["score"] for row in found["sweep"]])
+    curve = np.array([row["score"] for row in given])
     risen, falls = interval(curve[-2] - curve[1]), (np.diff(curve[1:-1].mean(1)) < 0).any()
     word = "not resolved" if falls and risen.mean > 0 else verdict(risen)
     claim("quality rises with the number of given frames", f"score, one to all but one: {shown(risen)}", word)
     return table(["claim", "paper", "here", "verdict"], lines)
 
 
-def headline(found: dict) -> str:
+def headline(rows: Figures) -> str:
     """The lead over each rival, with the controls that take it away, and the share of the gap to real clips."""
     words = {1: "ahead of", 0: "not told apart from", -1: "behind"}
     lines = ["In valid clips DynamicsBoost is\n"]
-    for name in [name for name in RIVALS if name in found["rows"]]:
-        under = {kind: gain(found, OURS, name, "valid", kind) for kind in found["rows"][OURS]["values"]}
+    for name in [name for name in RIVALS if name in rows.rows]:
+        under = {kind: rows.gain(OURS, name, "valid", kind) for kind in rows.rows[OURS]["values"]}
         lead = under.pop(PLAIN)
         lost = ", ".join(kind for kind, other in under.items() if other.sign < 1)
         kept = "" if lead.sign < 1 else f", but not under {lost}" if lost else ", and so under every control"
-        lines.append(f"* **{words[lead.sign]}** {title(found, name)}: {shown(lead, 'valid')} points{kept}")
-    ours, real, start = (partial(values, found, name) for name in (OURS, "real", "sft"))
-    gaps = [interval((ours(m) - start(m)) / (real(m) - start(m))) for m in ("valid", "score")]
-    closed = [shown(gap, "valid", 0).replace("+", "") for gap in gaps]
-    shares, motion = ([shown(of(m), m) for of in (start, ours, real)] for m in ("valid", "dyn"))
+        lines.append(f"* **{words[lead.sign]}** {rows.title(name)}: {shown(lead, 'valid')} points{kept}")
+    closed, three = [], ("sft", OURS, "real")
+    for m in ("valid", "score"):
+        start, ours, real = (rows.values(name, m) for name in three)
+        closed.append(shown(interval((ours - start) / (real - start)), "valid", 0).replace("+", ""))
+    shares, motion = ([rows.mean(name, m) for name in three] for m in ("valid", "dyn"))
     return "\n".join(lines) + (
         "\n\nSFT has {} % of valid clips, DynamicsBoost {} %, real clips {} %.".format(*shares)
         + " Of the gap between SFT and real clips it closes {} % in valid clips, {} % in score.".format(*closed)
@@ -299,11 +292,12 @@ def headline(found: dict) -> str:
 
 def page(found: dict) -> str:
     """The whole of tables.md: tables_page.md with its parts filled in."""
-    rows, (clips, fewer) = chosen(found), found["clips"]
+    every, given, (clips, fewer) = Figures(found["rows"]), found["sweep"], found["clips"]
+    rows = every.chosen()
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
-        headline=headline(rows), claims=claims(rows), systems=tables(rows, "systems"), controls=controls(rows),
-        frontiers=rates(found), ablations=tables(rows, "windows", "loss", "phi"), sweep=sweep(found),
-        trained=trained(rows), motion=shown(values(found, "real", "dyn"), "dyn", 2), commit=found["commit"],
+        headline=headline(rows), claims=claims(rows, given), systems=tables(rows, "systems"), controls=controls(rows),
+        frontiers=rates(every), ablations=tables(rows, "windows", "loss", "phi"), sweep=sweep(given),
+        trained=trained(rows), motion=shown(rows.values("real", "dyn"), digits=2), commit=found["commit"],
         seeds=", ".join(map(str, found["seeds"])), clips=clips, fewer=fewer, machine=found["machine"], **vars(balls),
     )  # fmt: skip
 
@@ -317,50 +311,46 @@ def plain(text: str) -> str:
     return text.replace("**", "").replace("`", "")
 
 
-def draw_frontiers(axes, found: dict) -> None:
+def draw_frontiers(axes, every: Figures) -> None:
     """Valid share against dynamic degree: a line for each method through its rates, SFT and the real clips.
 
     The bars are the intervals of the differences from SFT: what the seeds have in common is not in them.
     """
-    tuned = {method: names for method, names in frontiers(found).items() if "lr" in found["rows"][names[0]]}
-    for (method, names), colour in zip(tuned.items(), COLOURS):
-        x, y = (
-            [factor * values(found, name, m).mean() for name in names] for m, factor in (("dyn", 1), ("valid", 100))
-        )
-        gains = ([gain(found, name, "sft", m) for name in names] for m in ("dyn", "valid"))
-        x_half, y_half = (np.nan_to_num([difference.half for difference in some], posinf=0) for some in gains)
-        wide = 4 if method == OURS else 2.2
-        axes.errorbar(x, y, 100 * y_half, x_half, fmt="none", ecolor=colour, alpha=0.35, linewidth=1.5)
-        axes.plot(x, y, "-o", color=colour, linewidth=wide, markersize=4 + wide, label=plain(title(found, names[0])))
+    places = {name: (every.values(name, "dyn").mean(), 100 * every.values(name, "valid").mean()) for name in every.rows}
+    for (method, names), colour in zip(every.frontiers().items(), COLOURS):
+        x, y = zip(*(places[name] for name in names))
+        halves = ([factor * every.gain(n, "sft", m).half for n in names] for m, factor in (("valid", 100), ("dyn", 1)))
+        bars, wide = (np.nan_to_num(half, posinf=0) for half in halves), 4 if method == OURS else 2.2
+        axes.errorbar(x, y, *bars, fmt="none", ecolor=colour, alpha=0.35, linewidth=1.5)
+        axes.plot(x, y, "-o", color=colour, linewidth=wide, markersize=4 + wide, label=plain(every.title(names[0])))
     for name, marker, size, label, apart in (
         ("real", "*", 22, "real clips", 12),
         ("sft", "s", 11, "SFT, the start", -24),
     ):
-        x, y = values(found, name, "dyn").mean(), 100 * values(found, name, "valid").mean()
-        axes.plot(x, y, marker, color="black", markersize=size)
-        axes.annotate(label, (x, y), (0, apart), textcoords="offset points", ha="center")
-    axes.axvline(values(found, "real", "dyn").mean(), color="black", linewidth=0.8, linestyle=":")
+        axes.plot(*places[name], marker, color="black", markersize=size)
+        axes.annotate(label, places[name], (0, apart), textcoords="offset points", ha="center")
+    axes.axvline(places["real"][0], color="black", linewidth=0.8, linestyle=":")
     axes.margins(y=0.12)
 
 
-def draw_forest(axes, found: dict, names: list[str]) -> None:
+def draw_forest(axes, rows: Figures, names: list[str]) -> None:
     """Differences in valid clips from SFT."""
     for y, name in enumerate(names):
-        lead = gain(found, name, "sft", "valid")
+        lead = rows.gain(name, "sft", "valid")
         colour, half = COLOURS[-1 if name == OURS else 0], 100 * np.nan_to_num(lead.half, posinf=0)
         fill = colour if lead.sign else "white"
         axes.errorbar(100 * lead.mean, y, xerr=half, fmt="o", c=colour, mfc=fill, linewidth=2.2, markersize=8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [plain(title(found, name)) for name in names])
+    axes.set_yticks(range(len(names)), [plain(rows.title(name)) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.get_yticklabels()[names.index(OURS)].set_weight("bold")
     axes.grid(axis="x", alpha=0.3)
 
 
-def picture(found: dict, path: Path) -> None:
+def picture(every: Figures, path: Path) -> None:
     """The frontiers, and below them the forest plot."""
-    rows = chosen(found)
-    names = [name for name in rows["rows"] if name not in ("pretrain", "sft", "real")]
+    rows = every.chosen()
+    names = [name for name in rows.rows if name not in ("pretrain", "sft", "real")]
     heights = (7.5, 1.6 + 0.33 * len(names))
     with matplotlib.rc_context({"font.size": 14.5}):
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")
@@ -370,7 +360,7 @@ def picture(found: dict, path: Path) -> None:
         above.set_title("Valid clips and motion, by learning rate", loc="left", weight="bold")
         below.set_title("Valid clips against SFT", loc="left", weight="bold")
         below.set_xlabel("points, with 95 % intervals over the seeds; filled: resolved")
-        draw_frontiers(above, found)
+        draw_frontiers(above, every)
         draw_forest(below, rows, names)
         parts[0].legend(loc="outside lower left", ncols=2, frameon=False)
         for axes in (above, below):
@@ -385,4 +375,4 @@ def write(found: dict, folder: Path) -> None:
     head = "".join(f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in found.items() if k != "rows")
     rows = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in found["rows"].items())
     write_text(folder / "tables.json", f'{{\n{head} "rows": {{\n{rows}\n }}\n}}\n')
-    picture(found, folder / "tables.png")
+    picture(Figures(found["rows"]), folder / "tables.png")

@@ -105,13 +105,23 @@ def figures(**changed: list[float]) -> dict:
     return {"rows": rows, "sweep": sweep} | about
 
 
+def claims(**changed: list[float]) -> str:
+    found = figures(**changed)
+    return tables_page.claims(tables_page.Figures(found["rows"]), found["sweep"])
+
+
+def headline(found: dict) -> str:
+    return tables_page.headline(tables_page.Figures(found["rows"]))
+
+
 def test_a_rival_gets_its_best_rate_and_the_method_the_presets():
     """In the tables, the claims, the verdict and the picture; the frontiers have all rates."""
     rival, better = [0.6] * 3, [0.8] * 3
     found = figures(**{"dense_exact": rival, "dense_exact@0.003": better, "dynamicsboost@0.003": better})
-    assert tables_page.best(found, "dense_exact") == "dense_exact@0.003"
-    assert tables_page.best(found, "dynamicsboost") == "dynamicsboost"
-    rows = tables_page.chosen(found)["rows"]
+    every = tables_page.Figures(found["rows"])
+    assert every.best("dense_exact") == "dense_exact@0.003"
+    assert every.best("dynamicsboost") == "dynamicsboost"
+    rows = every.chosen().rows
     assert list(rows) == ["sft", "sft_longer", "dynamicsboost", "dense_exact", "real"]
     assert rows["dense_exact"]["title"] == "dense_exact, lr 0.003" and rows["dynamicsboost"]["title"] == "dynamicsboost"
     text = tables_page.page(found)
@@ -125,7 +135,7 @@ def test_a_rival_gets_its_best_rate_and_the_method_the_presets():
     [([0.6] * 3, "reproduced"), ([0.8] * 3, "not reproduced"), ([0.6, 0.71, 0.85], "not resolved")],
 )
 def test_a_claim_is_judged_by_its_interval(rival, word):
-    (line,) = [line for line in tables_page.claims(figures(dense_exact=rival)).splitlines() if "than DenseDPO" in line]
+    (line,) = [line for line in claims(dense_exact=rival).splitlines() if "than DenseDPO" in line]
     assert f"**{word}**" in line and "25.64 / 25.02" in line.replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -134,18 +144,18 @@ def test_a_claim_is_judged_by_its_interval(rival, word):
     [([0.7, 0.71, 0.72], "reproduced"), ([0.5] * 3, "not reproduced"), ([0.5, 0.71, 0.92], "not resolved")],
 )
 def test_gt_winner_is_close_within_half_of_the_gain(rival, word):
-    (line,) = [line for line in tables_page.claims(figures(gt_winner=rival)).splitlines() if "gt-winner" in line]
+    (line,) = [line for line in claims(gt_winner=rival).splitlines() if "gt-winner" in line]
     assert f"**{word}**" in line
 
 
 def test_headline_says_who_is_ahead_and_which_control_takes_it_away():
     """The gap closed is 0.21 of 0.5; a control in which SFT is as good as the method is named."""
     found = figures()
-    assert "**ahead of** sft: **+21.0 ± 2.5** points, and so under every control" in tables_page.headline(found)
-    assert "it closes **42 ± 5** % in valid clips" in tables_page.headline(found)
+    assert "**ahead of** sft: **+21.0 ± 2.5** points, and so under every control" in headline(found)
+    assert "it closes **42 ± 5** % in valid clips" in headline(found)
     found["rows"]["sft"]["values"]["Euler"] = dict.fromkeys(tables_page.FORMATS, [0.71] * 3)
-    assert "points, but not under Euler\n" in tables_page.headline(found)
-    behind = tables_page.headline(figures(sft_longer=[0.9] * 3, flow_exact=[0.7, 0.71, 0.73]))
+    assert "points, but not under Euler\n" in headline(found)
+    behind = headline(figures(sft_longer=[0.9] * 3, flow_exact=[0.7, 0.71, 0.73]))
     assert (
         "**behind** sft_longer: **−19.0 ± 2.5** points\n" in behind and "**not told apart from** flow_exact" in behind
     )
@@ -210,7 +220,7 @@ def test_small_run_writes_the_tables(small):
             for a, b in ([measured(small, name, seed) for name in ("dynamicsboost", "sft")] for seed in (0, 1))
         ]
     )
-    assert tables_page.gain(found, "dynamicsboost", "sft", "score") == pytest.approx(expected, abs=1e-4)
+    assert tables_page.Figures(rows).gain("dynamicsboost", "sft", "score") == pytest.approx(expected, abs=1e-4)
     assert expected.mean != 0
     assert set(ours) == set(tables.CONTROLS) and set(start) == {*tables.CONTROLS} - {"half strength"}
     assert set(ours["Euler"]) == {*balls.METRICS, "w1"} and len({str(values) for values in ours.values()}) == 5
