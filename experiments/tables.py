@@ -36,7 +36,7 @@ import model
 import prepare
 import sft
 from experiments import baselines, cost, evaluate, labels, pairs, tables_page
-from experiments.tables_page import COMPARED, LESS, MAIN, PLAIN
+from experiments.tables_page import COMPARED, HALF, LESS, MAIN, PLAIN
 from runtime.files import MANIFEST, read_jsonl, write_json
 from runtime.options import UserError, option, program, resolve
 from runtime.shards import Shards
@@ -140,7 +140,7 @@ CONTROLS = {  # control -> prompts, factor of the initial noise, solver, strengt
     "noise × 0.95": (FEWER, 0.95, "unipc", 1.0),
     LESS: (FEWER, 0.85, "unipc", 1.0),
     "Euler": (FEWER, 1.0, "euler", 1.0),
-    "half strength": (CLIPS, 1.0, "unipc", 0.5),
+    HALF: (CLIPS, 1.0, "unipc", 0.5),
 }
 
 
@@ -266,18 +266,20 @@ class Seed:
         """What was measured of a row. It lies beside the row's weights, so that it is never older than they."""
         row, loras = ROWS[name], self.train(name)
         folder = loras[-1].parent if loras else Path(self.base)
-        path = folder / f"measured-{name}.json"
-        if not path.exists():
-            kinds = [kind for kind in CONTROLS if kind in (PLAIN, LESS) or method(name) in MAIN]
-            if row.stage not in (asymdpo, baselines):
-                kinds = [kind for kind in kinds if kind != "half strength"]
-            found = {"values": {kind: self.judge(loras, *CONTROLS[kind]) for kind in kinds}}
+        path, by_dpo = folder / f"measured-{name}.json", row.stage in (asymdpo, baselines)
+        found = json.loads(path.read_text()) if path.exists() else {"values": {}}
+        kinds = [
+            kind for kind in CONTROLS if kind in (PLAIN, LESS) or method(name) in MAIN and (by_dpo or kind != HALF)
+        ]
+        if missing := [kind for kind in kinds if kind not in found["values"]]:
+            found["values"] |= {kind: self.judge(loras, *CONTROLS[kind]) for kind in missing}
             if row.stage:
                 found["steps"], found["operations"] = plan(row, self.paired)
-            if row.stage in (asymdpo, baselines):
+            if by_dpo:
                 found |= {"accuracy": self.accuracy(row), "training": training(folder)}
-            write_json(path, found | {"commit": json.loads((folder / MANIFEST).read_text())["commit"]})
-        return json.loads(path.read_text())
+            found["commit"] = json.loads((folder / MANIFEST).read_text())["commit"]
+            write_json(path, found)
+        return found
 
     @functools.cached_property
     def judged_on(self) -> tuple[torch.Tensor, torch.Tensor, list[str], dict[str, np.ndarray]]:
@@ -382,8 +384,7 @@ def main(cfg: Config) -> None:
     with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
         measured = list(tqdm(pool.imap(run_seed, jobs), total=len(jobs), unit="seed", desc="tables"))
     folder = root if cfg.rows or len(seeds) == 1 else Path("docs")
-    found = summary(measured, seeds, names)
-    tables_page.write(found, folder)
+    tables_page.write(summary(measured, seeds, names), folder)
     print(f"tables: {folder / 'tables.md'}")
 
 

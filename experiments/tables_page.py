@@ -144,32 +144,34 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return re.sub(" ([±×/]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", "\n".join(lines))
 
 
-def tables(rows: Figures, *groups: str) -> str:
+def tables(chosen: Figures, *groups: str) -> str:
     """The tables of the rows of some groups, with those that all are compared with."""
-    names = [name for name, row in rows.rows.items() if row["group"] in groups]
+    names = [name for name, row in chosen.rows.items() if row["group"] in groups]
     names = [*(name for name in COMPARED if name not in names), *names, "real"]
     parts, looks = [], list(FORMATS)[2:]
     for m in ("valid", "score"):
-        lines = [[rows.title(n), rows.mean(n, m), *(rows.minus(n, other, m) for other in COMPARED)] for n in names]
-        parts.append(table(["", FORMATS[m][2], *(f"− {rows.title(other)}" for other in COMPARED)], lines))
-    lines = [[rows.title(n), *(rows.mean(n, m) for m in looks)] for n in names]
+        lines = [
+            [chosen.title(n), chosen.mean(n, m), *(chosen.minus(n, other, m) for other in COMPARED)] for n in names
+        ]
+        parts.append(table(["", FORMATS[m][2], *(f"− {chosen.title(other)}" for other in COMPARED)], lines))
+    lines = [[chosen.title(n), *(chosen.mean(n, m) for m in looks)] for n in names]
     parts.append(table(["", *(FORMATS[m][2] for m in looks)], lines))
     lines = []
     for n in names[:-1]:
-        own = [shown(rows.rows[n].get(key), digits=2) for key in ("accuracy", "operations")]
-        lines.append([rows.title(n), rows.mean(n, "valid", LESS), rows.minus(n, "sft", "valid", LESS), *own])
+        own = [shown(chosen.rows[n].get(key), digits=2) for key in ("accuracy", "operations")]
+        lines.append([chosen.title(n), chosen.mean(n, "valid", LESS), chosen.minus(n, "sft", "valid", LESS), *own])
     parts.append(table(["", f"valid, %, {LESS}", "− SFT there", "labels right", "operations"], lines))
     return "\n\n".join(parts)
 
 
-def controls(rows: Figures) -> str:
+def controls(chosen: Figures) -> str:
     """The main rows under every control, and the method's lead there."""
-    rivals, kinds = [name for name in RIVALS if name in rows.rows], list(rows.rows[OURS]["values"])
-    heads, parts = [rows.title(name) for name in rivals], []
+    rivals, kinds = [name for name in RIVALS if name in chosen.rows], list(chosen.rows[OURS]["values"])
+    heads, parts = [chosen.title(name) for name in rivals], []
     for m in ("valid", "score"):
-        shares = [[kind, *(rows.mean(name, m, kind) for name in (*rivals, OURS))] for kind in kinds]
-        leads = [[kind, *(rows.minus(OURS, name, m, kind) for name in rivals)] for kind in kinds]
-        parts.append(table([FORMATS[m][2], *heads, rows.title(OURS)], shares))
+        shares = [[kind, *(chosen.mean(name, m, kind) for name in (*rivals, OURS))] for kind in kinds]
+        leads = [[kind, *(chosen.minus(OURS, name, m, kind) for name in rivals)] for kind in kinds]
+        parts.append(table([FORMATS[m][2], *heads, chosen.title(OURS)], shares))
         parts.append(table([f"lead in {FORMATS[m][2]}", *(f"over {head}" for head in heads)], leads))
     return "\n\n".join(parts)
 
@@ -195,10 +197,10 @@ def sweep(given: list[dict]) -> str:
     return table(heads, [list(line) for line in zip(map(str, range(len(given))), whole, steps, generated)])
 
 
-def trained(rows: Figures) -> str:
+def trained(chosen: Figures) -> str:
     """What DPO did to the errors of winner and loser."""
     lines = []
-    for row in [row for row in rows.rows.values() if "training" in row]:
+    for row in [row for row in chosen.rows.values() if "training" in row]:
         cells = (shown(row["training"].get(key), digits=3 if "acc" in key else 5) for key in TRAINING.values())
         lines.append([row["title"], *cells])
     return table(["", *TRAINING], lines)
@@ -227,9 +229,9 @@ def verdict(difference: Interval, sign: int = 1) -> str:
     return {0: "not resolved", sign: "reproduced", -sign: "not reproduced"}[difference.sign]
 
 
-def nearer(rows: Figures, name: str) -> Interval:
+def nearer(chosen: Figures, name: str) -> Interval:
     """By how much the method's dynamic degree is nearer to the real clips' than a row's."""
-    far, ours = (abs(rows.values(row, "dyn") - rows.values("real", "dyn")) for row in (name, OURS))
+    far, ours = (abs(chosen.values(row, "dyn") - chosen.values("real", "dyn")) for row in (name, OURS))
     return interval(far - ours)
 
 
@@ -239,23 +241,23 @@ def close(difference: Interval, within: float) -> str:
     return "reproduced" if high < within else "not reproduced" if low > within else "not resolved"
 
 
-def claims(rows: Figures, given: list[dict]) -> str:
+def claims(chosen: Figures, given: list[dict]) -> str:
     """The paper's claims, each with a verdict that follows from the figures. given: the sweep."""
     lines = []
 
     def claim(words: str, here: str, word: str, *paper: float) -> None:
         lines.append([words, " / ".join(f"{number:.2f}" for number in paper), here, f"**{word}**"])
 
-    for name in [name for name in (*BETTER, "gt_winner") if name in rows.rows]:
-        lead, start = (rows.gain(OURS, other, "valid") for other in (name, "sft"))
+    for name in [name for name in (*BETTER, "gt_winner") if name in chosen.rows]:
+        lead, start = (chosen.gain(OURS, other, "valid") for other in (name, "sft"))
         word = verdict(lead) if name in BETTER else close(lead, abs(start.mean) / 2)
-        here = f"valid {shown(lead, 'valid')}, score {rows.minus(OURS, name, 'score')}"
+        here = f"valid {shown(lead, 'valid')}, score {chosen.minus(OURS, name, 'score')}"
         claim(BETTER.get(name, "N2 = N (`gt-winner`) is close"), here, word, PAPER[OURS][0], PAPER[name][0])
-    for name in [name for name in MOVES if name in rows.rows]:
-        words, closer = f"dynamic degree nearer to real clips' than that of {rows.title(name)}", nearer(rows, name)
+    for name in [name for name in MOVES if name in chosen.rows]:
+        words, closer = f"dynamic degree nearer to real clips' than that of {chosen.title(name)}", nearer(chosen, name)
         claim(words, f"{shown(closer, 'dyn')} px/frame", verdict(closer), PAPER[OURS][1], PAPER[name][1])
-    if "flow_noisy" in rows.rows:
-        lost, paper = rows.gain("flow_noisy", "sft", "dyn"), (PAPER["flow_noisy"][1], PAPER["sft"][1])
+    if "flow_noisy" in chosen.rows:
+        lost, paper = chosen.gain("flow_noisy", "sft", "dyn"), (PAPER["flow_noisy"][1], PAPER["sft"][1])
         words = "Flow-DPO loses dynamic degree against SFT"
         claim(words, f"{shown(lost, 'dyn')} px/frame", verdict(lost, -1), *paper)
     curve = np.array([row["score"] for row in given])
@@ -265,21 +267,21 @@ def claims(rows: Figures, given: list[dict]) -> str:
     return table(["claim", "paper", "here", "verdict"], lines)
 
 
-def headline(rows: Figures) -> str:
+def headline(chosen: Figures) -> str:
     """The lead over each rival, with the controls that take it away, and the share of the gap to real clips."""
     words = {1: "ahead of", 0: "not told apart from", -1: "behind"}
     lines = ["In valid clips DynamicsBoost is\n"]
-    for name in [name for name in RIVALS if name in rows.rows]:
-        under = {kind: rows.gain(OURS, name, "valid", kind) for kind in rows.rows[OURS]["values"]}
+    for name in [name for name in RIVALS if name in chosen.rows]:
+        under = {kind: chosen.gain(OURS, name, "valid", kind) for kind in chosen.rows[OURS]["values"]}
         lead = under.pop(PLAIN)
         lost = ", ".join(kind for kind, other in under.items() if other.sign < 1)
         kept = "" if lead.sign < 1 else f", but not under {lost}" if lost else ", and so under every control"
-        lines.append(f"* **{words[lead.sign]}** {rows.title(name)}: {shown(lead, 'valid')} points{kept}")
+        lines.append(f"* **{words[lead.sign]}** {chosen.title(name)}: {shown(lead, 'valid')} points{kept}")
     closed, three = [], ("sft", OURS, "real")
     for m in ("valid", "score"):
-        start, ours, real = (rows.values(name, m) for name in three)
+        start, ours, real = (chosen.values(name, m) for name in three)
         closed.append(shown(interval((ours - start) / (real - start)), "valid", 0).replace("+", ""))
-    shares, motion = ([rows.mean(name, m) for name in three] for m in ("valid", "dyn"))
+    shares, motion = ([chosen.mean(name, m) for name in three] for m in ("valid", "dyn"))
     return "\n".join(lines) + (
         "\n\nSFT has {} % of valid clips, DynamicsBoost {} %, real clips {} %.".format(*shares)
         + " Of the gap between SFT and real clips it closes {} % in valid clips, {} % in score.".format(*closed)
@@ -293,11 +295,11 @@ def headline(rows: Figures) -> str:
 def page(found: dict) -> str:
     """The whole of tables.md: tables_page.md with its parts filled in."""
     every, given, (clips, fewer) = Figures(found["rows"]), found["sweep"], found["clips"]
-    rows = every.chosen()
+    chosen = every.chosen()
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
-        headline=headline(rows), claims=claims(rows, given), systems=tables(rows, "systems"), controls=controls(rows),
-        frontiers=rates(every), ablations=tables(rows, "windows", "loss", "phi"), sweep=sweep(given),
-        trained=trained(rows), motion=shown(rows.values("real", "dyn"), digits=2), commit=found["commit"],
+        headline=headline(chosen), claims=claims(chosen, given), controls=controls(chosen), frontiers=rates(every),
+        systems=tables(chosen, "systems"), ablations=tables(chosen, "windows", "loss", "phi"), sweep=sweep(given),
+        trained=trained(chosen), motion=shown(chosen.values("real", "dyn"), digits=2), commit=found["commit"],
         seeds=", ".join(map(str, found["seeds"])), clips=clips, fewer=fewer, machine=found["machine"], **vars(balls),
     )  # fmt: skip
 
@@ -333,15 +335,15 @@ def draw_frontiers(axes, every: Figures) -> None:
     axes.margins(y=0.12)
 
 
-def draw_forest(axes, rows: Figures, names: list[str]) -> None:
+def draw_forest(axes, chosen: Figures, names: list[str]) -> None:
     """Differences in valid clips from SFT."""
     for y, name in enumerate(names):
-        lead = rows.gain(name, "sft", "valid")
+        lead = chosen.gain(name, "sft", "valid")
         colour, half = COLOURS[-1 if name == OURS else 0], 100 * np.nan_to_num(lead.half, posinf=0)
         fill = colour if lead.sign else "white"
         axes.errorbar(100 * lead.mean, y, xerr=half, fmt="o", c=colour, mfc=fill, linewidth=2.2, markersize=8)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), [plain(rows.title(name)) for name in names])
+    axes.set_yticks(range(len(names)), [plain(chosen.title(name)) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.get_yticklabels()[names.index(OURS)].set_weight("bold")
     axes.grid(axis="x", alpha=0.3)
@@ -349,8 +351,8 @@ def draw_forest(axes, rows: Figures, names: list[str]) -> None:
 
 def picture(every: Figures, path: Path) -> None:
     """The frontiers, and below them the forest plot."""
-    rows = every.chosen()
-    names = [name for name in rows.rows if name not in ("pretrain", "sft", "real")]
+    chosen = every.chosen()
+    names = [name for name in chosen.rows if name not in ("pretrain", "sft", "real")]
     heights = (7.5, 1.6 + 0.33 * len(names))
     with matplotlib.rc_context({"font.size": 14.5}):
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")
@@ -361,7 +363,7 @@ def picture(every: Figures, path: Path) -> None:
         below.set_title("Valid clips against SFT", loc="left", weight="bold")
         below.set_xlabel("points, with 95 % intervals over the seeds; filled: resolved")
         draw_frontiers(above, every)
-        draw_forest(below, rows, names)
+        draw_forest(below, chosen, names)
         parts[0].legend(loc="outside lower left", ncols=2, frameon=False)
         for axes in (above, below):
             axes.spines[["top", "right"]].set_visible(False)

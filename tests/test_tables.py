@@ -241,6 +241,16 @@ def test_a_second_run_makes_nothing(small):
     assert files() == before
 
 
+def test_a_control_that_is_missing_is_measured(small):
+    """A row that was measured before it had to go through all controls."""
+    path = small / "seed-0/rows/flow_exact@0.003/measured-flow_exact@0.003.json"
+    whole = json.loads(path.read_text())
+    euler = whole["values"].pop("Euler")
+    path.write_text(json.dumps(whole))
+    assert tables.Seed(small / "seed-0", 0).row("flow_exact@0.003")["values"] == whole["values"] | {"Euler": euler}
+    assert json.loads(path.read_text())["values"]["Euler"] == euler
+
+
 @pytest.mark.parametrize("name", ["dynamicsboost", "sft_longer"])
 def test_a_row_of_other_options_is_refused(small, name, monkeypatch):
     """A row that was trained with other options is not shown as this one."""
