@@ -235,10 +235,12 @@ def nearer(chosen: Figures, name: str) -> Interval:
     return interval(far - ours)
 
 
-def close(difference: Interval, within: float) -> str:
-    """Of the claim that a difference is small."""
+def close(difference: Interval, gained: Interval) -> str:
+    """Of the claim that a difference is small: within half of what the method gains over SFT, if it does."""
     low, high = abs(difference.mean) - difference.half, abs(difference.mean) + difference.half
-    return "reproduced" if high < within else "not reproduced" if low > within else "not resolved"
+    if gained.sign < 1 or low <= gained.mean / 2 <= high:
+        return "not resolved"
+    return "reproduced" if high < gained.mean / 2 else "not reproduced"
 
 
 def claims(chosen: Figures, given: list[dict]) -> str:
@@ -249,8 +251,8 @@ def claims(chosen: Figures, given: list[dict]) -> str:
         lines.append([words, " / ".join(f"{number:.2f}" for number in paper), here, f"**{word}**"])
 
     for name in [name for name in (*BETTER, "gt_winner") if name in chosen.rows]:
-        lead, start = (chosen.gain(OURS, other, "valid") for other in (name, "sft"))
-        word = verdict(lead) if name in BETTER else close(lead, abs(start.mean) / 2)
+        lead, gained = (chosen.gain(OURS, other, "valid") for other in (name, "sft"))
+        word = verdict(lead) if name in BETTER else close(lead, gained)
         here = f"valid {shown(lead, 'valid')}, score {chosen.minus(OURS, name, 'score')}"
         claim(BETTER.get(name, "N2 = N (`gt-winner`) is close"), here, word, PAPER[OURS][0], PAPER[name][0])
     for name in [name for name in MOVES if name in chosen.rows]:

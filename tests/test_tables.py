@@ -144,8 +144,12 @@ def test_a_claim_is_judged_by_its_interval(rival, word):
     [([0.7, 0.71, 0.72], "reproduced"), ([0.5] * 3, "not reproduced"), ([0.5, 0.71, 0.92], "not resolved")],
 )
 def test_gt_winner_is_close_within_half_of_the_gain(rival, word):
-    (line,) = [line for line in claims(gt_winner=rival).splitlines() if "gt-winner" in line]
-    assert f"**{word}**" in line
+    def line(**changed) -> str:
+        (found,) = [line for line in claims(gt_winner=rival, **changed).splitlines() if "gt-winner" in line]
+        return found
+
+    assert f"**{word}**" in line()
+    assert "**not resolved**" in line(sft=[0.5, 0.7, 0.9])  # then there is no gain to be close to
 
 
 def test_headline_says_who_is_ahead_and_which_control_takes_it_away():
