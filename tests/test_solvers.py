@@ -102,3 +102,18 @@ def test_order_of_convergence(solver, order):
     made = [flow.SOLVERS[solver](normal, noise, TEXT, flow.time_grid(n, 3.0)) for n in (100, 200)]
     coarse, fine = (error(x0, noise) for x0 in made)
     assert abs(math.log2(coarse / fine) - order) < 0.2
+
+
+@pytest.mark.parametrize("sd, euler, unipc", [(1.0, 0.950, 1.005), (0.3, 0.867, 0.963)])
+def test_euler_narrows_what_it_samples(sd, euler, unipc):
+    """The spread of the samples over the data's, normal(0, sd²), by 50 steps at shift 5 along the exact flow."""
+
+    def exact(x, t, text):
+        t = t.view(-1, 1, 1, 1, 1)
+        return x * (t - (1 - t) * sd**2) / ((1 - t) ** 2 * sd**2 + t**2)
+
+    one = torch.ones(1, 1, 1, 1, 1)  # the flow is linear: a sample is so many times its noise
+    kept = {
+        name: (solve(exact, one, TEXT, flow.time_grid(50, 5.0)) / sd).item() for name, solve in flow.SOLVERS.items()
+    }
+    assert kept == {"euler": pytest.approx(euler, abs=1e-3), "unipc": pytest.approx(unipc, abs=1e-3)}

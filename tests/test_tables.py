@@ -68,6 +68,14 @@ def test_others_get_as_many_operations(name):
     assert steps % 10 == 0 and abs(operations - 1) < 0.025
 
 
+def test_make_demo_gives_sft_as_many_operations():
+    """The Makefile's number of steps follows from the presets of all that the method costs."""
+    clips = [balls.split_of(i, balls.Config.clips) for i in range(balls.Config.clips)].count("align")
+    more, _ = tables.plan(tables.ROWS["sft_longer"], clips)
+    steps = sft.PRESETS["tiny"]["steps"] + more
+    assert f"--out $(OUT)/sft_longer --steps {steps} " in (ROOT / "Makefile").read_text()
+
+
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
 
