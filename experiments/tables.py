@@ -125,7 +125,13 @@ ROWS = {
 }
 OF_DPO = ("flow_exact", "flow_noisy", "flow_appearance", "structural_exact", "dense_exact", "dynamicsboost")
 # Learning rates of a method's frontier; the row of the preset's has the method's name.
-RATES = {"sft_longer": (3e-3, 6e-3), **dict.fromkeys(OF_DPO, (3e-4, 1e-3, 3e-3))}
+RATES = {
+    "sft_longer": (sft.PRESETS["tiny"]["lr"], 6e-3),
+    "flow_exact": (3e-4, 1e-3, 3e-3),
+    "flow_noisy": (1e-3, 3e-3),
+    "dense_exact": (1e-3, 3e-3),
+    "dynamicsboost": (3e-4, asymdpo.PRESETS["tiny"]["lr"], 3e-3),
+}
 for _name, _lr in [(name, lr) for name, rates in RATES.items() for lr in rates if lr != ROWS[name].lr]:
     ROWS[f"{_name}@{_lr:g}"] = dataclasses.replace(ROWS[_name], options=ROWS[_name].options | dict(lr=_lr))
 
