@@ -123,7 +123,6 @@ ROWS = {
     "phi_off": Row("Φ without task prompts", "phi", asymdpo, phi=dict(prompts="off")),
     "phi_frame": Row("Φ's prompts on the tokens", "phi", asymdpo, phi=dict(prompts="frame")),
 }
-OF_DPO = ("flow_exact", "flow_noisy", "flow_appearance", "structural_exact", "dense_exact", "dynamicsboost")
 # Learning rates of a method's frontier; the row of the preset's has the method's name.
 RATES = {
     "sft_longer": (sft.PRESETS["tiny"]["lr"], 6e-3),

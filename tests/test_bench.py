@@ -170,7 +170,7 @@ def with_b(add_lora):
 
     def changed(net, *rest):
         for p in (added := add_lora(net, *rest)):
-            torch.nn.init.normal_(p)
+            torch.nn.init.normal_(p, std=2.0)
         return added
 
     return changed
