@@ -18,6 +18,7 @@ from helpers import ROOT, environment, script
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
+import asymdpo
 import model
 from bench import cases, gpu, gpu_kernels, gpu_model, measure, rounding, step, traffic
 from runtime import run
@@ -133,6 +134,7 @@ def test_checks_can_fail(monkeypatch):
         patch.setattr(measure.model, "add_lora", with_b(measure.model.add_lora))
         assert not any(row["S is 0"] for row in rows_of("1.3b", "step_zero"))
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        patch.setitem(asymdpo.PRESETS["tiny"], "beta", asymdpo.PRESETS["1.3b"]["beta"])
         assert not next(gpu_model.compiled(CPU, gpu_model.TOY["1.3b"]))["beta |S| < 1"]
     with monkeypatch.context() as patch:
         unpack = run._unpack
@@ -170,7 +172,7 @@ def with_b(add_lora):
 
     def changed(net, *rest):
         for p in (added := add_lora(net, *rest)):
-            torch.nn.init.normal_(p, std=2.0)
+            torch.nn.init.normal_(p)
         return added
 
     return changed
