@@ -391,7 +391,7 @@ def main(cfg: Config) -> None:
 
     # ---- result: the page last, because make looks for it
     text = page(demo, manifests, summary, codec, samples, rows, captions)
-    pictures(demo, {name: rows[name] for name in ("SFT", OURS, "real clip")}, captions)
+    pictures(demo, {name: rows[name] for name in ("Pretrain", "SFT", OURS, "real clip")}, captions)
     write_json(demo / "summary.json", summary)
     write_text(demo / "report.html", text)
     print(verdict(summary), gap_closed(summary["table"]), sep="\n")

@@ -66,10 +66,10 @@ def board(rows: dict[str, list[Watched]], captions: list[str]) -> Callable[[int 
     Returns draw(at, dpi): the paths up to picture `at`; or, if that is None, whole, with the ball at several moments.
     """
     names, count = list(rows), len(captions)
-    figure = Figure(figsize=(8, 0.65 + 2.1 * len(rows)), facecolor=NIGHT)
+    figure = Figure(figsize=(8, 0.8 + 2.1 * len(rows)), facecolor=NIGHT)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), count, squeeze=False)
-    figure.subplots_adjust(0.045, 0.045, 0.995, 1 - 0.6 / figure.get_figheight(), wspace=0.04, hspace=0.12)
+    figure.subplots_adjust(0.045, 0.045, 0.995, 1 - 0.75 / figure.get_figheight(), wspace=0.04, hspace=0.12)
     drawn = []
     for (i, k), ax in np.ndenumerate(axes):
         clip = rows[names[i]][k]
