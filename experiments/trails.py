@@ -115,7 +115,7 @@ def pictures(demo: Path, rows: dict[str, list[Watched]], captions: list[str]) ->
     palette = Image.new("P", (1, 1))
     palette.putpalette([*colours, *marks])
     moments = range(0, balls.FRAMES, 2)
-    first, *others = (draw(k, 80).quantize(palette=palette, dither=Image.Dither.NONE) for k in moments)
+    first, *others = (draw(k, 72).quantize(palette=palette, dither=Image.Dither.NONE) for k in moments)
     times = [2000 // balls.FPS] * len(others) + [1000]  # ms; the end stays
     with whole_file(demo / "demo.gif") as temporary:
         first.save(temporary, format="gif", save_all=True, append_images=others, duration=times, loop=0)
