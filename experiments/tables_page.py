@@ -308,7 +308,7 @@ def page(found: dict) -> str:
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
-COLOURS = ("#636973", "#2780b4", "#7fb6d9", "#5b5fc7", "#2e8b57", "#b8860b", "#c0453f")  # of the frontiers
+COLOURS = ("#636973", "#2780b4", "#7fb6d9", "#5b5fc7", "#c0453f")  # of the frontiers
 
 
 def plain(text: str) -> str:
