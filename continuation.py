@@ -35,12 +35,13 @@ from runtime.shards import Shards, epochs, micro_batches
 
 WAN = dict(
     rank=196, batch_size=16, lr=8e-5, steps=20_000,  # the paper's, as its readers report: 4 epochs of 80,000 clips
-    layers="attn", warmup=200, prompts="text", caption_dropout=0.1,  # chosen; dropout, as Φ is sampled with guidance
+    layers="attn", warmup=200, prompts="text", attention="prefix",  # chosen
+    caption_dropout=0.1,  # chosen, as Φ is sampled with guidance
 )  # fmt: skip
 PRESETS = {  # see docs/method.md
     "tiny": dict(
         layers="all", rank=32, batch_size=32, steps=200, lr=4e-3, warmup=20, t_mean=1.0, prompts="text",
-        caption_dropout=0.0,
+        attention="prefix", caption_dropout=0.0,
     ),
     "1.3b": WAN,
     "14b": WAN,
@@ -59,6 +60,7 @@ class Config:
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
     rank: int | None = option(least=1)  # LoRA rank, alpha = rank
     prompts: str | None = option(choices=("text", "frame", "off"))  # where the task prompts are added
+    attention: str | None = option(choices=model.ATTENTION)  # prefix: given frames see given frames alone; full: all
     batch_size: int | None = option(least=1)  # clips a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # clips a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
@@ -107,6 +109,7 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
     if cfg.prompts != "off":
         model.add_task_prompt(net, shape[1], cfg.prompts)
+    net.prefix = cfg.attention == "prefix"
     net.gradient_checkpointing = cfg.checkpointing
     return place(net, cfg, group)
 
@@ -163,7 +166,8 @@ def main(cfg: Config) -> None:
     files = ["lora.safetensors"] + ["task_prompt.safetensors"] * (cfg.prompts != "off")
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(model.trained_lora(net), file, base=cfg.base, task="continuation")
+            facts = dict(base=cfg.base, task="continuation", attention=cfg.attention)
+            model.export_lora(model.trained_lora(net), file, **facts)
         if cfg.prompts != "off":
             with whole_file(run.folder / "task_prompt.safetensors") as file:
                 model.save_task_prompt(net, file)

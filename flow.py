@@ -66,11 +66,19 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def guided(net: Callable, guidance: float, negative: Tensor | None = None) -> Callable:
+def both_branches(text: Tensor, negative: Tensor) -> Tensor:
+    """Text states (2B, S, text_dim) of guidance's two branches: text (B, S', text_dim), then B times negative."""
+    return torch.nn.utils.rnn.pad_sequence([*text, *[negative.to(text)] * len(text)], batch_first=True)
+
+
+def guided(
+    net: Callable, guidance: float, negative: Tensor | None = None, low: float = 0.0, high: float = 1.0
+) -> Callable:
     """Classifier-free guidance u + guidance·(c − u) around net(x_t, t, text, cond_mask); guidance 1 returns net itself.
 
-    negative (S, text_dim): the text states of the unconditional branch, of an empty text or a negative prompt. Given
-    frames are given in both branches. ValueError for guidance without negative.
+    Both branches are one batch, c first. negative (S, text_dim): the text states of u, of an empty text or a negative
+    prompt. Given frames are given in both. Only at times low < t ≤ high, the same for the whole batch, is there
+    guidance; elsewhere c is what comes out (arXiv:2404.07724). ValueError for guidance without negative.
     """
     if guidance == 1:
         return net
@@ -78,8 +86,11 @@ def guided(net: Callable, guidance: float, negative: Tensor | None = None) -> Ca
         raise ValueError(f"guidance {guidance}: expected text states for the unconditional branch, got none")
 
     def call(x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None = None) -> Tensor:
-        cond = net(x_t, t, text, cond_mask)
-        uncond = net(x_t, t, negative.to(text).expand(len(text), -1, -1), cond_mask)
+        if (low > 0 or high < 1) and not low < t[0].item() <= high:
+            return net(x_t, t, text, cond_mask)
+        mask = None if cond_mask is None else cond_mask.repeat(2, 1)
+        both = net(x_t.repeat(2, 1, 1, 1, 1), t.repeat(2), both_branches(text, negative), mask)
+        cond, uncond = both.chunk(2)
         return uncond + guidance * (cond - uncond)
 
     return call

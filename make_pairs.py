@@ -38,9 +38,9 @@ from runtime.shards import Shards, collect, unfinished, write_shard
 from wan.lora import load_continuation, lora_files
 
 PRESETS = {  # see docs/method.md; 1.3b, 14b: chosen, as no reader reports them: Wan's own steps, shift and guidance
-    "tiny": dict(nfe=6, t_shift=4.0, guidance=1.0, shard_size=64),
-    "1.3b": dict(nfe=50, t_shift=5.0, guidance=5.0, shard_size=8),
-    "14b": dict(nfe=50, t_shift=5.0, guidance=5.0, shard_size=4),
+    "tiny": dict(nfe=6, t_shift=4.0, guidance=1.0, guidance_low=0.0, guidance_high=1.0, shard_size=256),
+    "1.3b": dict(nfe=50, t_shift=5.0, guidance=5.0, guidance_low=0.0, guidance_high=1.0, shard_size=8),
+    "14b": dict(nfe=50, t_shift=5.0, guidance=5.0, guidance_low=0.0, guidance_high=1.0, shard_size=4),
 }
 
 
@@ -64,7 +64,10 @@ class Config:
     nfe: int | None = option(least=1)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
+    guidance_low: float | None = option(least=0, most=1)  # guidance at times above this alone, the price of a step less
+    guidance_high: float | None = option(least=0, most=1)  # and up to this
     shard_size: int | None = option(least=1)  # pairs a shard, and sampled together
+    plain: bool = False  # no savings: whole forwards, of clips given whole too; to compare with
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     seed: int = 0  # of N1, N2 and the noise
@@ -94,29 +97,42 @@ def draw_lengths(seed: int, clip: str, window: tuple[int, int, int, int]) -> tup
 
 
 def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
-    """Continues each clip x0 (B, C, F, H, W) from its first n_cond (B,) frames. Returns (B, C, F, H, W).
+    """Continues each clip x0 (B, C, F, H, W) from its first n_cond[i] frames. Returns (B, C, F, H, W).
 
     text (B, S, text_dim); keys: of the noise, one a clip; negative (S, text_dim): as in `flow.guided`. The given frames
-    come out bit for bit. Clips given whole are returned as they are, unsampled.
+    come out bit for bit. Clips given whole are not sampled; those that are given as many frames as each other are one
+    batch, for which `model.Continuation` computes once what its solver's steps share. cfg.plain, and cfg.shard, whose
+    processes must call the network as often as each other: one batch of all, and whole forwards.
     """
-    result = x0.clone()
-    todo = [i for i, n in enumerate(n_cond.tolist()) if n < x0.shape[2]]
-    if not todo and cfg.shard:  # the other processes of the node do have some, and count on this one's calls
-        todo = [0]
-    if todo:
-        cond_mask = torch.arange(x0.shape[2], device=x0.device) < n_cond[todo, None].to(x0.device)
-        noise = flow.draw_noise(x0.shape[1:], [keys[i] for i in todo]).to(x0.device)
-        call = flow.guided(net, cfg.guidance, negative)
-        solve, levels = flow.SOLVERS[cfg.solver], flow.time_grid(cfg.nfe, cfg.t_shift)
-        result[todo] = solve(call, noise, text[todo], levels, x0[todo], cond_mask)
-    return result
+    if cfg.plain or cfg.shard:
+        return solve(net, x0, text, torch.tensor(n_cond), keys, cfg, negative)
+    made = x0.clone()
+    for n in sorted({n for n in n_cond if n < x0.shape[2]}):
+        some = [i for i, given in enumerate(n_cond) if given == n]
+        clips, texts = x0[some], text[some]
+        if cfg.guidance == 1:
+            phi = model.Continuation(net, clips, texts, n)
+        else:
+            phi = model.Continuation(net, clips.repeat(2, 1, 1, 1, 1), flow.both_branches(texts, negative), n)
+        given = torch.full((len(some),), n)
+        made[some] = solve(phi, clips, texts, given, [keys[i] for i in some], cfg, negative)
+    return made
+
+
+def solve(net, x0, text, n_cond, keys, cfg, negative=None):
+    """One solver's run for a batch, as in `continue_clips`. n_cond (B,)."""
+    cond_mask = (torch.arange(x0.shape[2]) < n_cond[:, None]).to(x0.device)
+    noise = flow.draw_noise(x0.shape[1:], keys).to(x0.device)
+    call = flow.guided(net, cfg.guidance, negative, cfg.guidance_low, cfg.guidance_high)
+    levels = flow.time_grid(cfg.nfe, cfg.t_shift)
+    return flow.SOLVERS[cfg.solver](call, noise, text, levels, x0, cond_mask)
 
 
 def make_pair(net, x0, text, ids, cfg, window, negative=None):
     """Winner and loser of each clip x0 (B, C, F, H, W), from one noise: fields as x0, and each pair's N1 and N2."""
     lengths = [draw_lengths(cfg.seed, clip, window) for clip in ids]
     keys = [("pair", cfg.seed, clip) for clip in ids]
-    rejected, chosen = (continue_clips(net, x0, text, torch.tensor(n), keys, cfg, negative) for n in zip(*lengths))
+    rejected, chosen = (continue_clips(net, x0, text, n_cond, keys, cfg, negative) for n_cond in zip(*lengths))
     return {"chosen": chosen, "rejected": rejected}, [{"n1": n1, "n2": n2} for n1, n2 in lengths]
 
 

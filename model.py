@@ -24,7 +24,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ from kernels.norm_rope import norm_rope
 
 TASK_PROMPT = "task_prompt."  # prefix of the only parameters that Wan does not have
 PLACES = ("text", "frame")  # where task prompts are added
+ATTENTION = ("full", "prefix")  # of a continuation model: every frame sees all; given frames see given frames alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +153,24 @@ def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1).float()
 
 
+KeyValues = tuple[Tensor, Tensor]  # of an attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, given: tuple[int, ...] = ()) -> Tensor:
+    """Attention of q (B, heads, L, head_dim) to k and v (B, heads, S, head_dim).
+
+    given: for each sample, how many of its first tokens attend to one another alone. These are two calls without a
+    mask, sample by sample where the numbers differ, so that flash kernels take them.
+    """
+    if not any(given):
+        return F.scaled_dot_product_attention(q, k, v)
+    if len(set(given)) > 1:
+        return torch.cat([attend(*one, (n,)) for *one, n in zip(*(a.split(1) for a in (q, k, v)), given)])
+    n = given[0]
+    among_given = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+    return torch.cat([among_given, F.scaled_dot_product_attention(q[:, :, n:], k, v)], dim=2)
+
+
 class Attention(nn.Module):
     """Multi-head attention with RMS-normed q and k: self-attention, with RoPE, or cross-attention to the text."""
 
@@ -162,11 +181,17 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
 
-    def forward(self, x: Tensor, source: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x (B, L, D) attends to source (B, S, D)."""
-        q, k, v = self.norm_q(self.q(x), rope), self.norm_k(self.k(source), rope), self.v(source)
-        q, k, v = (rearrange(a, "b l (n k) -> b n l k", n=self.num_heads) for a in (q, k, v))
-        return self.o(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)"))
+    def keys(self, source: Tensor, rope: Tensor | None = None) -> KeyValues:
+        """Of source (B, S, D): keys and values, each (B, heads, S, head_dim)."""
+        return self._heads(self.norm_k(self.k(source), rope)), self._heads(self.v(source))
+
+    def forward(self, x: Tensor, keys: KeyValues, rope: Tensor | None = None, given: tuple[int, ...] = ()) -> Tensor:
+        """x (B, L, D) attends to `keys`; given: as in `attend`."""
+        q = self._heads(self.norm_q(self.q(x), rope))
+        return self.o(rearrange(attend(q, *keys, given), "b n l k -> b l (n k)"))
+
+    def _heads(self, a: Tensor) -> Tensor:
+        return rearrange(a, "b l (n k) -> b n l k", n=self.num_heads)
 
 
 class Block(nn.Module):
@@ -182,16 +207,39 @@ class Block(nn.Module):
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(self, x: Tensor, table: Tensor, row: Tensor | None, text: Tensor, rope: Tensor) -> Tensor:
-        """x (B, L, D), table (B, R, 6, D) float32, row as `DiT._time` gives them, text (B, S, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        table: Tensor,
+        row: Tensor | None,
+        text: Tensor | KeyValues,
+        rope: Tensor,
+        given: tuple[int, ...] = (),
+        past: KeyValues | None = None,
+    ) -> Tensor:
+        """x (B, L, D), table (B, R, 6, D) float32, row as `DiT._time` gives them, text (B, S, D) or its keys.
+
+        given: as in `attend`; past: what self-attention sees before x's own tokens.
+        """
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + table).unbind(2)
         # norm3's weight and bias, as the modulation that is the same in every row
         shift_ca, scale_ca = (a.float().expand_as(gate_sa) for a in (self.norm3.bias, self.norm3.weight.float() - 1))
         dtype, eps = self.ffn[0].weight.dtype, self.eps
         h = ln_modulate(x, shift_sa, scale_sa, row, eps, dtype)
-        h, x = residual_ln_modulate(x, self.self_attn(h, h, rope), gate_sa, shift_ca, scale_ca, row, eps, dtype)
+        keys = self.self_attn.keys(h, rope)
+        if past is not None:
+            keys = tuple(torch.cat([before, own], dim=2) for before, own in zip(past, keys))
+        h, x = residual_ln_modulate(
+            x, self.self_attn(h, keys, rope, given), gate_sa, shift_ca, scale_ca, row, eps, dtype
+        )
+        text = self.cross_attn.keys(text) if isinstance(text, Tensor) else text
         h, x = residual_ln_modulate(x, self.cross_attn(h, text), None, shift_ff, scale_ff, row, eps, dtype)
         return gate_residual(x, self.ffn(h), gate_ff, row)
+
+    def keys(self, x: Tensor, table: Tensor, row: Tensor | None, rope: Tensor) -> KeyValues:
+        """What self-attention has of x: keys and values, as `forward` computes them."""
+        shift, scale, *_ = (self.modulation.float() + table).unbind(2)
+        return self.self_attn.keys(ln_modulate(x, shift, scale, row, self.eps, self.ffn[0].weight.dtype), rope)
 
 
 class Head(nn.Module):
@@ -264,6 +312,7 @@ class DiT(nn.Module):
         # RoPE tells how far apart two frames are, and a few layers cannot make out from that which one comes first
         self.frame_embedding = nn.Parameter(torch.zeros(config.frames, D)) if config.frames else None
         self.task_prompt: TaskPrompt | None = None
+        self.prefix = False  # given frames attend to given frames alone
         self.gradient_checkpointing = False
         self._rope: dict[tuple, Tensor] = {}
 
@@ -276,31 +325,59 @@ class DiT(nn.Module):
         switched on. Returns (B, C, F, H, W) float32. ValueError for shapes that do not fit.
         """
         self._check(x_t, t, text, cond_mask)
-        pf, ph, pw = self.config.patch_size
-        _, _, F_, H, W = x_t.shape
-        size = (F_ // pf, H // ph, W // pw)
-        time, table, row = self._time(t, cond_mask)
-        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.text_embedding[0].weight.dtype)
-        text = self.text_embedding(text)  # (B, text_len, D)
-        x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
-        if self.frame_embedding is not None:
-            x = x + self.frame_embedding[: size[0]].repeat_interleave(size[1] * size[2], dim=0)
-        if cond_mask is not None and self.task_prompt is not None:
-            prompt = self.task_prompt(cond_mask)
-            if self.task_prompt.where == "text":
-                text = torch.cat([text[:, :-F_], text[:, -F_:] + prompt.to(text.dtype)], dim=1)
-            else:
-                x = x + prompt.repeat_interleave(size[1] * size[2], dim=1)  # (B, L, D)
-        rope = self._rope_table(size, x.device)
+        x, time, table, row, rope = self._enter(x_t, t, cond_mask)
+        text = self._embed_text(text, cond_mask)
+        given = () if cond_mask is None or not self.prefix else self._given_tokens(cond_mask, x.shape[1])
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, table, row, text, rope, use_reentrant=False)
+                x = checkpoint(block, x, table, row, text, rope, given, use_reentrant=False)
             else:
-                x = block(x, table, row, text, rope)
-        f, h, w = size
+                x = block(x, table, row, text, rope, given)
+        return self._leave(x, time, row, x_t.shape[2:])
+
+    def _embed_text(self, text: Tensor, cond_mask: Tensor | None) -> Tensor:
+        """(B, S, text_dim) -> (B, text_len, D), with the task prompts on the last F of them."""
+        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1])).to(self.text_embedding[0].weight.dtype)
+        text = self.text_embedding(text)
+        if cond_mask is None or self.task_prompt is None or self.task_prompt.where != "text":
+            return text
+        F_ = cond_mask.shape[1]
+        return torch.cat([text[:, :-F_], text[:, -F_:] + self.task_prompt(cond_mask).to(text.dtype)], dim=1)
+
+    def _enter(self, x_t: Tensor, t: Tensor, cond_mask: Tensor | None, first: int = 0):
+        """What the blocks work on: tokens (B, L, D) float32, time, table and row as `_time`, rope (L, head_dim).
+
+        x_t: the clip, or its frames from `first` on; cond_mask: of the whole clip.
+        """
+        pf, ph, pw = self.config.patch_size
+        f, h, w = size = x_t.shape[2] // pf, x_t.shape[3] // ph, x_t.shape[4] // pw
+        time, table, row = self._time(t, None if cond_mask is None else cond_mask[:, first : first + f])
+        x = self.patch_embedding(x_t.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).float()
+        if self.frame_embedding is not None:
+            x = x + self.frame_embedding[first : first + f].repeat_interleave(h * w, dim=0)
+        if cond_mask is not None and self.task_prompt is not None and self.task_prompt.where == "frame":
+            x = x + self.task_prompt(cond_mask)[:, first : first + f].repeat_interleave(h * w, dim=1)
+        rope = self._rope_table((first + f, *size[1:]), x.device)[first * h * w :]
+        return x, time, table, row, rope
+
+    def _leave(self, x: Tensor, time: Tensor, row: Tensor | None, size: Sequence[int]) -> Tensor:
+        """Tokens (B, L, D) -> v (B, C, *size) float32, size in latent frames, rows and columns."""
+        pf, ph, pw = self.config.patch_size
+        f, h, w = size[0] // pf, size[1] // ph, size[2] // pw
         unpatch = "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)"
         v = rearrange(self.head(x, time, row), unpatch, f=f, h=h, w=w, pf=pf, ph=ph, pw=pw).float()
         return v.contiguous()
+
+    def _given_tokens(self, cond_mask: Tensor, tokens: int) -> tuple[int, ...]:
+        """Of each sample, how many of its tokens are of given frames, or 0 if all are: they then see all there are.
+
+        ValueError unless the given frames are the first ones.
+        """
+        frames = cond_mask.shape[1]
+        counts = cond_mask.sum(1)
+        if not torch.equal(cond_mask, torch.arange(frames, device=counts.device) < counts[:, None]):
+            raise ValueError("cond_mask: expected the first frames of each clip, as this model attends by prefix")
+        return tuple(n % frames * (tokens // frames) for n in counts.tolist())
 
     def _time(self, t: Tensor, cond_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Time embedding (B, R, D) and its projection (B, R, 6, D), float32, and each frame's row (B, F) of them: two
@@ -338,6 +415,45 @@ class DiT(nn.Module):
             raise ValueError(f"text: expected (B={B}, S ≤ {c.text_len}, {c.text_dim}), got {tuple(text.shape)}")
         if cond_mask is not None and (tuple(cond_mask.shape) != (B, F_) or cond_mask.dtype != torch.bool):
             raise ValueError(f"cond_mask: expected bool {(B, F_)}, got {cond_mask.dtype} {tuple(cond_mask.shape)}")
+
+
+class Continuation:
+    """A continuation model on clips whose first n frames are given, ready for a solver's many calls.
+
+    What depends on neither t nor the noisy frames is computed once, here: the keys and values of the text and, with
+    prefix attention, of the given frames, in every layer. A call then runs on the noisy frames alone. Without prefix
+    attention the given frames see the noisy ones, so they take part in every call.
+
+        phi = Continuation(net, x0, text, n)
+        v = phi(x_t, t)                          as net(x_t, t, text, cond_mask), but 0 at frames that were left out
+    """
+
+    @torch.no_grad()
+    def __init__(self, net: DiT, x0: Tensor, text: Tensor, n: int):
+        """x0 (B, C, F, H, W), of which n frames are read, 0 ≤ n < F; text (B, S, text_dim)."""
+        self.net, self.first = net, n if net.prefix else 0  # the first frame that takes part in a call
+        self.cond_mask = (torch.arange(x0.shape[2], device=x0.device) < n).expand(len(x0), -1)
+        text = net._embed_text(text, self.cond_mask)
+        self.text = [block.cross_attn.keys(text) for block in net.blocks]
+        self.past: list[KeyValues | None] = [None] * len(net.blocks)
+        if self.first:
+            clean = torch.zeros(len(x0), device=x0.device)  # the time of given frames
+            x, _, table, row, rope = net._enter(x0[:, :, :n], clean, self.cond_mask)
+            for i, block in enumerate(net.blocks):
+                self.past[i] = block.keys(x, table, row, rope)
+                x = block(x, table, row, self.text[i], rope)
+
+    def __call__(self, x_t: Tensor, t: Tensor, text: Tensor | None = None, cond_mask: Tensor | None = None) -> Tensor:
+        """x_t (b, C, F, H, W), t (b,) with b ≤ B: the velocity of the first b clips, (b, C, F, H, W) float32.
+
+        text and cond_mask are those that this was made with.
+        """
+        net, b, noisy = self.net, len(x_t), x_t[:, :, self.first :]
+        x, time, table, row, rope = net._enter(noisy, t, self.cond_mask[:b], self.first)
+        for block, *kept in zip(net.blocks, self.text, self.past):
+            text, past = (keys and tuple(a[:b] for a in keys) for keys in kept)
+            x = block(x, table, row, text, rope, (), past)
+        return F.pad(net._leave(x, time, row, noisy.shape[2:]), (0, 0, 0, 0, self.first, 0))
 
 
 # ---- initialisation --------------------------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ def lora_files(names: str) -> list[Path]:
     return [lora_file(entry) for entry in names.split(",") if entry.strip()]
 
 
+def told(path: Path) -> dict[str, str]:
+    """What `model.export_lora` noted in a LoRA file's header, or nothing in another program's."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("dynamicsboost", "{}"))
+
+
 def _peft_alpha(path: Path) -> float | None:
     """The alpha that PEFT keeps in adapter_config.json and diffusers in the header, or None."""
     with safe_open(path, "pt") as file:
@@ -141,11 +147,12 @@ def load_continuation(
     device: torch.device | str = "cpu",
     loras: list[Path] = (),
 ) -> model.DiT:
-    """The continuation model Φ, frozen: the base with `loras`, and with the LoRA and the prompts of continuation.py's
-    folder. UserError as `load_adapted`, and for task prompts that do not fit.
+    """The continuation model Φ, frozen: the base with `loras`, and with the LoRA, the attention and the prompts of
+    continuation.py's folder. UserError as `load_adapted`, and for task prompts that do not fit.
     """
     folder = Path(folder)
     net = load_adapted(base, [*loras, folder / "lora.safetensors"], dtype, device)
+    net.prefix = told(folder / "lora.safetensors").get("attention") == "prefix"  # untold up to 0.7: full
     if (folder / "task_prompt.safetensors").exists():
         with user_errors():
             model.load_task_prompt(net, folder / "task_prompt.safetensors")
