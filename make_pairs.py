@@ -35,7 +35,7 @@ from runtime.group import place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
-from wan.lora import load_continuation, lora_files
+from wan.lora import load_adapted, load_continuation, lora_files
 
 PRESETS = {  # see docs/method.md; 1.3b, 14b: chosen, as no reader reports them: Wan's own steps, shift and guidance
     "tiny": dict(nfe=6, t_shift=4.0, guidance=1.0, guidance_low=0.0, guidance_high=1.0, shard_size=256),
@@ -51,7 +51,7 @@ class Config:
     preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     base: str = "out/demo/base"  # model folder
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
-    continuation: str = "out/demo/continuation"  # folder of continuation.py
+    continuation: str = "out/demo/continuation"  # folder of continuation.py; "": the model as it is continues clips
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/pairs", neutral=True)  # folder to write
@@ -169,12 +169,17 @@ def main(cfg: Config) -> None:
     run = Run(cfg, "make_pairs", group, inputs | {str(file): file for file in loras})
     if run.done:
         return
-    read_manifest(cfg.continuation, "continuation.py")
+    if cfg.continuation:
+        read_manifest(cfg.continuation, "continuation.py")
     clips, count = read_clips(cfg)
     shape = clips.shape("x0")
     window = windows(cfg, shape[1])
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = place(load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras), cfg, group)
+    if cfg.continuation:
+        net = load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras)
+    else:
+        net = load_adapted(cfg.base, loras, dtype, group.device)
+    net = place(net, cfg, group)
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
     negative = clips.negative() if cfg.guidance != 1 else None
