@@ -76,7 +76,7 @@ class Row:
     options: dict = dataclasses.field(default_factory=dict)  # of the stage
     pairs: dict = dataclasses.field(default_factory=dict)  # options of make_pairs.py or experiments.pairs
     labels: dict = dataclasses.field(default_factory=dict)  # options of experiments.labels
-    phi: dict = dataclasses.field(default_factory=dict)  # options of continuation.py
+    phi: dict | None = dataclasses.field(default_factory=dict)  # options of continuation.py; None: no such model
 
     @property
     def lr(self) -> float:
@@ -118,6 +118,7 @@ ROWS = {
     "lambda_0": Row("λ = 0", "loss", asymdpo, options=dict(sft_weight=0.0)),
     "lambda_3": Row("λ = 3", "loss", asymdpo, options=dict(sft_weight=3.0)),
     # the continuation model
+    "phi_none": Row("no Φ: the base continues", "phi", asymdpo, phi=None),
     "phi_50": Row("Φ of 50 steps", "phi", asymdpo, phi=dict(steps=50)),
     "phi_600": Row("Φ of 600 steps", "phi", asymdpo, phi=dict(steps=600)),
     "phi_off": Row("Φ without task prompts", "phi", asymdpo, phi=dict(prompts="off")),
@@ -192,6 +193,8 @@ def price(row: Row, clips: int) -> tuple[float, float]:
     if row.stage is baselines:
         third = pairs.CLIP[row.pairs["kind"]] == "x0"  # the winner's term is on a clip that is not in the pair
         return before, step + third * given["batch_size"] * flop(sft)
+    if row.phi is None:
+        return before, step
     phi = continuation.PRESETS["tiny"] | row.phi
     return before + phi["steps"] * phi["batch_size"] * flop(continuation, phi["prompts"]), step
 
@@ -234,25 +237,24 @@ class Seed:
             stage.main(stage.Config(out=str(out), **(named | options)))
         return str(out)
 
-    def phi(self, options: dict = {}) -> str:
-        return self.make(continuation, "continuation", options, **self.given)
+    def phi(self, options: dict | None = {}) -> str:
+        return "" if options is None else self.make(continuation, "continuation", options, **self.given)
 
     def pairs(self, row: Row) -> str:
         if row.labels:
             return self.make(pairs, "pairs", row.pairs, lora=self.cold, **self.given)
-        name = "pairs" + "".join(f",{v}" for v in row.phi.values())
+        name = "pairs" + (",none" if row.phi is None else "".join(f",{v}" for v in row.phi.values()))
         return self.make(make_pairs, name, row.pairs, continuation=self.phi(row.phi), **self.given)
 
     def labels(self, row: Row, **other) -> str:
         given = dict(pairs=self.pairs(row), data=self.shards, seed=self.seed)
         return self.make(labels, f"labels,{row.pairs['kind']}", row.labels | other, **given)
 
-    def train(self, name: str) -> list[Path]:
+    def train(self, name: str, row: Row) -> list[Path]:
         """The LoRA files that make up a row's model, trained unless they are there.
 
         The trainer runs even so: it refuses a row whose options changed.
         """
-        row = ROWS[name]
         if row.stage is None:
             return lora_files("" if name == "pretrain" else self.cold)
         steps, _ = plan(row, self.paired)
@@ -269,7 +271,8 @@ class Seed:
 
     def row(self, name: str) -> dict:
         """What was measured of a row. It lies beside the row's weights, so that it is never older than they."""
-        row, loras = ROWS[name], self.train(name)
+        row = ROWS[name]
+        loras = self.train(name, row)
         folder = loras[-1].parent if loras else Path(self.base)
         path, by_dpo = folder / f"measured-{name}.json", row.stage in (asymdpo, baselines)
         found = json.loads(path.read_text()) if path.exists() else {"values": {}}
