@@ -175,7 +175,7 @@ def flop(stage=None, prompts: str = "off") -> int:
 def forwards(row: Row) -> float:
     """The network's forwards that a pair takes, on average."""
     if row.labels:
-        cfg = resolve(pairs.Config(**row.pairs), make_pairs.PRESETS)
+        cfg = resolve(pairs.Config(**row.pairs), pairs.PRESETS)
         if cfg.kind == "structural":
             return 2 * pairs.structural_steps(cfg)
         return cfg.nfe * (2 if pairs.CLIP[cfg.kind] == "x0" else 1)
