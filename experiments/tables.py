@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -338,15 +339,39 @@ def training(folder: Path) -> dict[str, float]:
     return means
 
 
-def run_seed(job: tuple[Path, int, list[str]]) -> dict:
-    """Makes and measures everything of one seed; what the stages print goes to its log."""
-    folder, seed, names = job
+def measure(made: Seed, names: list[str]) -> dict:
+    """Everything of one seed."""
+    return {"rows": {name: made.row(name) for name in names}, **made.sweep()}
+
+
+def run_seed(job: tuple[Callable[[Seed, list[str]], dict], Path, int, list[str]]) -> dict:
+    """Makes one seed's folder, and measures with it; what the stages print goes to its log."""
+    measure, folder, seed, names = job
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", buffering=1) as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             torch.set_num_threads(1)
-            made = Seed(folder, seed)
-            return {"rows": {name: made.row(name) for name in names}, **made.sweep()}
+            return measure(Seed(folder, seed), names)
+
+
+def run_seeds(cfg, rows: dict, always: tuple[str, ...], measure: Callable) -> tuple[list[int], list[str], list[dict]]:
+    """Measures the rows that cfg names, or all of them, on cfg's seeds: cfg.workers at a time, each in a process.
+
+    rows: those there are; always: those measured in any case; measure(Seed, names) -> what is found. Returns seeds,
+    names of the rows, and what was found of each seed. UserError for other seeds and rows.
+    """
+    if not re.fullmatch(r"\d+(,\d+){0,11}", cfg.seeds):
+        raise UserError(f"--seeds: expected 1 to 12 numbers, separated by commas, got {cfg.seeds!r}")
+    seeds = [int(word) for word in cfg.seeds.split(",")]
+    wanted = [*always, *cfg.rows.split(",")] if cfg.rows else list(rows)
+    if unknown := [name for name in wanted if name not in rows]:
+        raise UserError(f"--rows: expected some of {', '.join(rows)}, got {unknown[0]!r}")
+    names = [name for name in rows if name in wanted]
+    # glibc gives large blocks back to the system and faults them in again, step after step: 15 % of a DPO run
+    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+    jobs = [(measure, Path(cfg.out) / f"seed-{seed}", seed, names) for seed in seeds]
+    with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
+        return seeds, names, list(tqdm(pool.imap(run_seed, jobs), total=len(jobs), unit="seed"))
 
 
 def lists(found: list[dict]) -> dict:
@@ -378,21 +403,10 @@ def summary(measured: list[dict], seeds: list[int], names: list[str]) -> dict:
 
 
 def main(cfg: Config) -> None:
-    cfg, root = resolve(cfg), Path(cfg.out)
-    if not re.fullmatch(r"\d+(,\d+){0,11}", cfg.seeds):
-        raise UserError(f"--seeds: expected 1 to 12 numbers, separated by commas, got {cfg.seeds!r}")
-    seeds = [int(word) for word in cfg.seeds.split(",")]
-    wanted = [*COMPARED, *cfg.rows.split(",")] if cfg.rows else list(ROWS)
-    if unknown := [name for name in wanted if name not in ROWS]:
-        raise UserError(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]!r}")
-    names = [name for name in ROWS if name in wanted]
-    # glibc gives large blocks back to the system and faults them in again, step after step: 15 % of a DPO run
-    os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-    jobs = [(root / f"seed-{seed}", seed, names) for seed in seeds]
-    with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
-        measured = list(tqdm(pool.imap(run_seed, jobs), total=len(jobs), unit="seed", desc="tables"))
-    folder = root if cfg.rows or len(seeds) == 1 else Path("docs")
-    tables_page.write(summary(measured, seeds, names), folder)
+    cfg = resolve(cfg)
+    seeds, names, found = run_seeds(cfg, ROWS, COMPARED, measure)
+    folder = Path(cfg.out if cfg.rows or len(seeds) == 1 else "docs")
+    tables_page.write(summary(found, seeds, names), folder)
     print(f"tables: {folder / 'tables.md'}")
 
 

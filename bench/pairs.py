@@ -1,0 +1,297 @@
+"""What a pair costs and what it teaches: every saving of make_pairs.py, one after the other, in the tiny world.
+
+    python -m bench.pairs                                                  all of it: half an hour of two cores
+    python -m bench.pairs --seeds 12 --rows unipc50,unipc4 --out out/try   some of it, written to --out alone
+
+Operations are counted, at the tiny preset and at Wan2.1-1.3B's shape; seconds are measured, all ways in turn; quality
+is what experiments.tables judges by: AsymDPO is trained on every row's pairs, from its seed's cold start, and its
+samples are judged. Settings were chosen on seeds 10 and 11, which are not on the page.
+
+In    nothing
+Out   docs/performance.md, performance.json, performance.png; <out>/seed-N/: log.txt and the stages' folders
+Cost  3 GB of memory a process; whatever is finished is kept, and the same command goes on from there
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import asymdpo
+import make_pairs
+import model
+from experiments import cost, evaluate
+from experiments.tables import CONTROLS, SWEEP, Row, Seed, run_seeds
+from experiments.tables_page import PLAIN, Interval, interval, shown, table
+from runtime.files import commit, whole_file, write_json, write_text
+from runtime.options import option, program, resolve
+from runtime.shards import Shards
+from wan.lora import load_adapted, load_continuation
+
+TIMED, ROUNDS = 256, 3  # pairs of which the seconds are taken, and how often
+WHOLE = "whole"  # the first row by whole forwards, as --plain: what operations and seconds are compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Makes pairs in every way, trains on them, and writes the page."""
+
+    seeds: str = "0,1,2,3,4,5"  # up to twelve seeds, separated by commas
+    rows: str = ""  # rows by name, separated by commas; empty: every row
+    workers: int = option(2, least=1)  # processes, of one thread each
+    out: str = "out/bench"  # folder of all that is made, and of a page of some rows or of one seed
+
+
+# ---- the rows --------------------------------------------------------------------------------------------------------
+
+FULL, GUIDED = dict(attention="full"), dict(caption_dropout=0.1)  # Φ is sampled with guidance at Wan's presets
+GUIDANCE = dict(guidance=3.0)  # in the tiny world
+SOME = GUIDANCE | dict(guidance_low=0.5, guidance_high=0.95)
+
+
+def row(title: str, nfe: int, phi: dict | None = {}, solver: str = "unipc", **options) -> Row:
+    return Row(title, stage=asymdpo, pairs=dict(nfe=nfe, solver=solver, **options), phi=phi)
+
+
+LADDER = {  # with guidance; each saves one thing more than the one before
+    "full": row("50 Euler steps, full attention", 50, GUIDED | FULL, "euler", **GUIDANCE),
+    "prefix": row("+ prefix attention", 50, GUIDED, "euler", **GUIDANCE),
+    "guided_50": row("UniPC in place of Euler", 50, GUIDED, **GUIDANCE),
+    "guided_4": row("4 steps", 4, GUIDED, **GUIDANCE),
+    "interval_4": row("guidance in an interval", 4, GUIDED, **SOME),
+    "gt_winner": row("N2 = N (`gt-winner`)", 4, GUIDED, n2_min=13, **SOME),
+}
+STEPS = {  # without guidance, as at the preset tiny
+    **{f"unipc{n}": row(f"{n} UniPC steps", n) for n in (50, 6, 4, 3, 2)},
+    **{f"euler{n}": row(f"{n} Euler steps", n, solver="euler") for n in (50, 4)},
+    "full4": row("4 UniPC steps, full attention", 4, FULL),
+    **{f"none{n}": row(f"{n} UniPC steps of the base, no Φ", n, None) for n in (4, 2)},
+}
+ROWS = LADDER | STEPS
+
+
+# ---- counted, timed, measured ----------------------------------------------------------------------------------------
+
+
+def options_of(one: Row, preset: str = "tiny") -> tuple[make_pairs.Config, str]:
+    """A row's options of make_pairs.py, and the attention of its Φ. At Wan's presets guidance has their weight."""
+    options = dict(one.pairs)
+    if preset != "tiny":
+        options["guidance"] = None if "guidance" in options else 1.0
+    attention = "full" if one.phi is None else one.phi.get("attention", "prefix")
+    return resolve(make_pairs.Config(preset=preset, **options), make_pairs.PRESETS), attention
+
+
+def operations(one: Row, preset: str, plain: bool = False) -> float:
+    """Operations of a pair; plain: by whole forwards of both clips."""
+    cfg, attention = options_of(one, preset)
+    config = model.PRESETS["tiny"]
+    shape = (config.in_dim, config.frames, 1, 1) if preset == "tiny" else cost.SHAPE
+    return cost.pair(dataclasses.replace(cfg, plain=plain), shape, attention)["flop"]
+
+
+def seconds(made: Seed, names: list[str]) -> dict[str, list[float]]:
+    """Seconds of the processor for TIMED pairs by each row, and for WHOLE ones, ROUNDS times, all in turn."""
+    clips, index = Shards(made.shards, "prepare.py", "align"), range(TIMED)
+    x0, text, ids = clips.get("x0", index).float(), clips.text(index), [clips.rows[i]["id"] for i in index]
+    ways = {name: (options_of(ROWS[name])[0], ROWS[name].phi) for name in names}
+    first = next(iter(LADDER.values()))
+    ways[WHOLE] = dataclasses.replace(options_of(first)[0], plain=True), first.phi
+    took = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, (cfg, phi) in ways.items():
+            net = load_adapted(made.base, []) if phi is None else load_continuation(made.base, made.phi(phi))
+            start = time.process_time()
+            make_pairs.make_pair(net, x0, text, ids, cfg, make_pairs.windows(cfg, x0.shape[2]), clips.negative())
+            took[name].append(time.process_time() - start)
+    return took
+
+
+def once(path: Path, measure) -> dict:
+    """What measure() found, kept in a file."""
+    if not path.exists():
+        write_json(path, measure())
+    return json.loads(path.read_text())
+
+
+def measure_row(made: Seed, name: str) -> dict[str, float]:
+    """How often the winner is better; winners' and losers' scores; the mean metrics of AsymDPO's samples."""
+    one = ROWS[name]
+    labels = evaluate.label_accuracy(made.codec, Shards(made.pairs(one), "make_pairs.py"))
+    return labels | made.judge(made.train(name, one), *CONTROLS[PLAIN])
+
+
+def measure_sweep(made: Seed, phi: dict) -> list[dict]:
+    cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), sweep_clips=SWEEP, seed=made.seed)
+    net = load_continuation(made.base, made.phi(phi))
+    return evaluate.sweep(net, made.codec, made.clips, cfg)[0]
+
+
+def measure(made: Seed, names: list[str]) -> dict:
+    """Everything of one seed."""
+    sft = lambda: made.judge(made.train("sft", Row("SFT")), *CONTROLS[PLAIN])  # noqa: E731
+    found = {"sft": once(made.root / "sft.json", sft), "real": {"score": float(made.judged_on[-1]["score"].mean())}}
+    for name in names:
+        found[name] = once(made.root / f"{name}.json", functools.partial(measure_row, made, name))
+    for name, phi in (("full", FULL), ("prefix", {})):
+        found[f"sweep_{name}"] = once(made.root / f"sweep_{name}.json", functools.partial(measure_sweep, made, phi))
+    return found
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+class Found:
+    """What was found of the rows, by seed."""
+
+    def __init__(self, by_seed: list[dict]):
+        self.by_seed = by_seed
+        self.names = [name for name in ROWS if name in by_seed[0]]
+
+    def values(self, name: str, metric: str) -> np.ndarray:
+        return np.array([seed[name][metric] for seed in self.by_seed])
+
+    def gain(self, one: str, other: str, metric: str) -> Interval:
+        return interval(self.values(one, metric) - self.values(other, metric))
+
+    def quality(self, name: str, other: str) -> list[str]:
+        """Cells of a row: its pairs, what AsymDPO gains with them over SFT, and over AsymDPO with another row's."""
+        cells = [shown(self.values(name, "accuracy"), "valid"), shown(self.values(name, "rejected"))]
+        gains = [shown(self.gain(name, start, m), m) for start in ("sft", other) for m in ("valid", "score")]
+        return cells + [*gains[:2], *(gains[2:] if name != other else ["", ""])]
+
+
+QUALITY = ["labels right, %", "loser's score", "− SFT: valid, %", "score"]
+
+
+def ladder(found: Found, counted: dict, took: dict) -> str:
+    """The rows with guidance: each with one saving more."""
+    lines = [["50 Euler steps, full attention, whole forwards", "1", "1", "1", "", "", "", "", "", ""]]
+    for name in [name for name in LADDER if name in found.names]:
+        ratios = [a / b for a, b in zip(took[name], took[WHOLE])]
+        share = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"
+        cells = (f"{counted[name][preset] / counted[WHOLE][preset]:.3f}" for preset in ("1.3b", "tiny"))
+        lines.append([ROWS[name].title, *cells, share, *found.quality(name, "guided_50")])
+    heads = ["", "operations, 1.3b", "tiny", "seconds, tiny", *QUALITY, "− 50 UniPC steps: valid, %", "score"]
+    return table(heads, lines)
+
+
+def steps(found: Found, counted: dict, took: dict) -> str:
+    """The rows without guidance, as the preset tiny."""
+    lines, start = [], "unipc50"
+    for name in [name for name in STEPS if name in found.names]:
+        ratio = statistics.median(a / b for a, b in zip(took[name], took[start]))
+        counts = f"{counted[name]['tiny'] / counted[start]['tiny']:.3f}"
+        lines.append([ROWS[name].title, counts, f"{ratio:.3f}", *found.quality(name, start)])
+    heads = ["", "operations", "seconds", *QUALITY, "− 50 UniPC steps: valid, %", "score"]
+    return table(heads, lines)
+
+
+def attention(found: Found) -> str:
+    """Φ with prefix attention and with full, by the number of given frames."""
+    lines = []
+    for n in range(len(found.by_seed[0]["sweep_full"])):
+        cells = [str(n)]
+        for metric in ("score", "generated_score", "next_frame"):
+            both = [
+                np.array([seed[f"sweep_{kind}"][n].get(metric, np.nan) for seed in found.by_seed])
+                for kind in ("full", "prefix")
+            ]
+            known = not np.isnan(both).any()
+            cells += [shown(both[0]), shown(interval(both[1] - both[0]))] if known else ["", ""]
+        lines.append(cells)
+    heads = [
+        f"{m}{part}" for m in ("score", "of the generated frames", "next frame, px") for part in ("", ": prefix − full")
+    ]
+    return table(["given", *heads], lines)
+
+
+def parts() -> str:
+    """Where a pair's operations go at Wan's presets, and the hours of all pairs, predicted."""
+    lines = []
+    for preset in ("1.3b", "14b"):
+        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, data="out/nowhere"), gpus=8)
+        counts = cost.pair(
+            job_cfg := resolve(make_pairs.Config(preset=preset), make_pairs.PRESETS), cost.SHAPE, "prefix"
+        )
+        shares = [f"{100 * counts[part] / counts['flop']:.0f} %" for part in ("keys", "losers", "winners")]
+        lines.append([preset, str(job_cfg.nfe), f"{counts['flop'] / 1e15:.2f}", *shares, f"{8 * job.hours():,.0f}"])
+    heads = ["", "steps", "PFLOP a pair", "keys, once", "losers' steps", "winners' steps", "GPU-hours, predicted"]
+    return table(heads, lines)
+
+
+def draw(found: Found, counted: dict, path: Path) -> None:
+    """AsymDPO's lead over SFT, and the losers' score, against the operations of a pair."""
+    kinds = {  # label -> names, marker, colour
+        "with guidance": ([n for n in LADDER if n != "gt_winner"], "o", "#c0453f"),
+        "gt-winner": (["gt_winner"], "D", "#c0453f"),
+        "UniPC, no guidance": ([n for n in STEPS if n.startswith("unipc")], "s", "#2780b4"),
+        "Euler, no guidance": ([n for n in STEPS if n.startswith("euler")], "^", "#636973"),
+        "the base, no Φ": ([n for n in STEPS if n.startswith("none")], "v", "#5b5fc7"),
+    }
+    with matplotlib.rc_context({"font.size": 14.5}):
+        figure = Figure(figsize=(10, 11), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        for label, (names, marker, colour) in kinds.items():
+            names = [name for name in names if name in found.names]
+            x = [counted[name]["1.3b"] / counted[WHOLE]["1.3b"] for name in names]
+            gains = [found.gain(name, "sft", "valid") for name in names]
+            y, bars = [100 * g.mean for g in gains], np.nan_to_num([100 * g.half for g in gains], posinf=0)
+            above.errorbar(x, y, bars, fmt=f"-{marker}", color=colour, label=label, markersize=9, alpha=0.85)
+            below.plot(x, [found.values(n, "rejected").mean() for n in names], f"-{marker}", color=colour, markersize=9)
+            for name, *place in zip(names, x, y):
+                nfe = str(ROWS[name].pairs["nfe"])
+                above.annotate(nfe, place, (6, 6), textcoords="offset points", color=colour)
+        above.set_title("What AsymDPO gains over SFT in valid clips, points", loc="left", weight="bold")
+        below.set_title("Score of the losers", loc="left", weight="bold")
+        below.set(xscale="log", xlabel="operations of a pair at 1.3b, of 50 guided Euler steps by whole forwards")
+        above.set_ylim(bottom=0)
+        above.legend(frameon=False, ncols=2)
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=80)
+
+
+def write(found: Found, counted: dict, took: dict, facts: dict, folder: Path) -> None:
+    """performance.md, .json and .png."""
+    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    page = text.format(
+        ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found),
+        parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP, real=shown(found.values("real", "score")), **facts,
+    )  # fmt: skip
+    write_text(folder / "performance.md", page)
+    write_json(folder / "performance.json", facts | {"operations": counted, "seconds": took, "rows": found.by_seed})
+    draw(found, counted, folder / "performance.png")
+
+
+def main(cfg: Config) -> None:
+    cfg, begun = resolve(cfg), time.time()
+    seeds, names, by_seed = run_seeds(cfg, ROWS, (*list(LADDER)[:3], "unipc50"), measure)
+    torch.set_num_threads(1)
+    made = Seed(Path(cfg.out) / f"seed-{seeds[0]}", seeds[0])
+    took = seconds(made, names)
+    counted = {name: {preset: operations(ROWS[name], preset) for preset in ("tiny", "1.3b")} for name in names}
+    counted[WHOLE] = {preset: operations(LADDER["full"], preset, plain=True) for preset in ("tiny", "1.3b")}
+    facts = {
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores, PyTorch {torch.__version__}",
+        "seeds": ", ".join(map(str, seeds)),
+        "minutes": round((time.time() - begun) / 60),
+    }
+    folder = Path(cfg.out if cfg.rows or len(seeds) == 1 else "docs")
+    write(Found(by_seed), counted, took, facts, folder)
+    print(f"bench: {folder / 'performance.md'}")
+
+
+if __name__ == "__main__":
+    program(main, Config, __doc__)
