@@ -29,12 +29,17 @@ import torch
 import flow
 import model
 from kernels.modulate import implementation
-from make_pairs import PRESETS, read_clips, sample_shards
+from make_pairs import PRESETS as OURS
+from make_pairs import read_clips, sample_shards
 from runtime.group import place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from wan.lora import load_adapted, lora_files
 
+PRESETS = {  # make_pairs.py's, but for its interval of guidance
+    name: {option: value for option, value in ours.items() if option not in ("guidance_low", "guidance_high")}
+    for name, ours in OURS.items()
+}
 SIDES = ("first", "second")
 CLIP = {"flow": "x0", "structural": "x0", "real": "first", "local": "first"}  # kind -> the field with the clip itself
 
