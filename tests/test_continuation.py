@@ -16,6 +16,7 @@ import continuation
 import flow
 import make_pairs
 import model
+import sample
 from runtime.group import Group, place
 from wan.lora import load_continuation
 
@@ -49,7 +50,7 @@ def noised(x0, noise, t, given):
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [(), (0, 0), (3, 3), (7, 7), (2, 5), (0, 4)])
+@pytest.mark.parametrize("given", [None, (0, 0), (3, 3), (7, 7), (2, 5), (0, 4)])
 @pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_attend_is_attention_with_a_mask(given, dtype, allowed):
     """The first tokens see one another, the others see all: what a boolean mask says of each sample."""
@@ -180,30 +181,48 @@ def test_what_a_group_costs(monkeypatch):
     assert seen == two + one
 
 
-@torch.no_grad()
-def test_compiled_blocks(monkeypatch):
-    """--compile: every number of given frames and size of batch, without a break and within the limit of variants."""
+@pytest.fixture
+def compiled(monkeypatch):
+    """A network under --compile, by the tracing that torch.compile does for every backend."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    net, compiled = network("prefix"), network("prefix")
-    place(compiled, SimpleNamespace(shard=False, compile=True), Group())
-    for n in range(FRAMES):
-        for B in (2, 4):
-            x0, noise, text, t = inputs(B)
-            x_t = noised(x0, noise, t, mask(*[n] * B))
-            for b in (B, B // 2):
-                made, expected = (model.Continuation(one, x0, text, n)(x_t[:b], t[:b]) for one in (compiled, net))
-                assert close(made, expected, 1e-5)
+    return place(network("prefix"), SimpleNamespace(shard=False, compile=True), Group())
+
+
+@torch.no_grad()
+def test_a_compiled_continuation(compiled):
+    """What eager blocks give, without a graph for each number of given frames."""
+    (x0, noise, text, t), eager = inputs(2), network("prefix")
+    for n in (1, 2, 3):
+        with torch.compiler.set_stance("fail_on_recompile" if n == 3 else "default"):
+            made = model.Continuation(compiled, x0, text, n)(noise, t)
+        assert close(made, model.Continuation(eager, x0, text, n)(noise, t), 1e-5)
+
+
+def test_compiled_training_on_mixed_lengths(compiled):
+    """The losses of eager blocks, without a graph for each combination of lengths."""
+    (x0, noise, text, t), eager = inputs(2), network("prefix")
+    for lengths in ((1, 3), (2, 2), (4, 1)):
+        with torch.compiler.set_stance("fail_on_recompile" if lengths != (1, 3) else "default"):
+            loss = continuation.continuation_loss(compiled, x0, text, noise, t, mask(*lengths))
+            loss.sum().backward()
+        assert close(loss, continuation.continuation_loss(eager, x0, text, noise, t, mask(*lengths)), 1e-5)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", model.ATTENTION)
-def test_the_folders_attention_is_followed(attention, chain, tmp_path):
-    """Whatever reads the folder computes as it was trained; a folder of 0.7 tells nothing: full attention."""
+def test_the_folders_attention_is_followed(attention, chain, tmp_path, monkeypatch):
+    """Trained and sampled with; a folder of 0.7 tells nothing: full attention."""
+    used, clip = set(), sorted((chain / "clips").glob("*.mp4"))[0]
+    forward = model.DiT.forward
+    monkeypatch.setattr(model.DiT, "forward", lambda net, *args: used.add(net.prefix) or forward(net, *args))
     out = run_stage(chain, "continuation", out=tmp_path / "phi", attention=attention)
-    assert load_continuation(chain / "base", out).prefix == (attention == "prefix")
+    folders = {name: str(chain / at) for name, at in (("base", "base"), ("data", "shards"))}
+    more = dict(continuation=str(out), video=str(clip), prompt="a red ball", nfe=1, out=str(tmp_path / "videos"))
+    sample.main(sample.Config(**folders, **more))
+    assert used == {load_continuation(chain / "base", out).prefix} == {attention == "prefix"}
     path = out / "lora.safetensors"
     with safe_open(path, "pt") as file:
         told = json.loads(file.metadata()["dynamicsboost"])

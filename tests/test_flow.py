@@ -110,8 +110,8 @@ def test_shift_t_fixed_points_inverse_and_direction():
 
 
 def test_guidance():
-    """1 is the network itself, at one evaluation; otherwise u + g·(c − u), both of them in one call; given frames in both
-    branches. Outside low < t ≤ high it is the network, too.
+    """1 is the network itself, at one evaluation; otherwise u + g·(c − u), both of them in one call, given frames in
+    both. Outside low < t ≤ high it is the network, too.
     """
     calls = []
 
