@@ -163,6 +163,8 @@ def sample_shards(run: Run, clips: Shards, count: int, cfg, sample: Callable) ->
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
+    if cfg.guidance_low >= cfg.guidance_high:
+        raise UserError(f"expected guidance_low < guidance_high, got {cfg.guidance_low} and {cfg.guidance_high}")
     group = start_group(implementation)
     loras = lora_files(cfg.lora)
     inputs = {"data": cfg.data, "base": cfg.base, "continuation": cfg.continuation}

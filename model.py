@@ -156,14 +156,19 @@ def rope_table(head_dim: int, size: tuple[int, int, int], device) -> Tensor:
 KeyValues = tuple[Tensor, Tensor]  # of an attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, given: tuple[int, ...] = ()) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, given: tuple[int, ...] | None = None) -> Tensor:
     """Attention of q (B, heads, L, head_dim) to k and v (B, heads, S, head_dim).
 
-    given: for each sample, how many of its first tokens attend to one another alone. These are two calls without a
-    mask, sample by sample where the numbers differ, so that flash kernels take them.
+    given: for each sample, how many of its first tokens attend to one another alone; without it, all attend to all.
     """
-    if not any(given):
+    if given is None:
         return F.scaled_dot_product_attention(q, k, v)
+    return _attend_by_prefix(q, k, v, given)
+
+
+@torch.compiler.disable  # a graph for each combination of lengths would be too many
+def _attend_by_prefix(q: Tensor, k: Tensor, v: Tensor, given: tuple[int, ...]) -> Tensor:
+    """Two calls without a mask, sample by sample where the numbers differ, so that flash kernels take them."""
     if len(set(given)) > 1:
         return torch.cat([attend(*one, (n,)) for *one, n in zip(*(a.split(1) for a in (q, k, v)), given)])
     n = given[0]
@@ -185,7 +190,9 @@ class Attention(nn.Module):
         """Of source (B, S, D): keys and values, each (B, heads, S, head_dim)."""
         return self._heads(self.norm_k(self.k(source), rope)), self._heads(self.v(source))
 
-    def forward(self, x: Tensor, keys: KeyValues, rope: Tensor | None = None, given: tuple[int, ...] = ()) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: KeyValues, rope: Tensor | None = None, given: tuple[int, ...] | None = None
+    ) -> Tensor:
         """x (B, L, D) attends to `keys`; given: as in `attend`."""
         q = self._heads(self.norm_q(self.q(x), rope))
         return self.o(rearrange(attend(q, *keys, given), "b n l k -> b l (n k)"))
@@ -214,7 +221,7 @@ class Block(nn.Module):
         row: Tensor | None,
         text: Tensor | KeyValues,
         rope: Tensor,
-        given: tuple[int, ...] = (),
+        given: tuple[int, ...] | None = None,
         past: KeyValues | None = None,
     ) -> Tensor:
         """x (B, L, D), table (B, R, 6, D) float32, row as `DiT._time` gives them, text (B, S, D) or its keys.
@@ -327,7 +334,7 @@ class DiT(nn.Module):
         self._check(x_t, t, text, cond_mask)
         x, time, table, row, rope = self._enter(x_t, t, cond_mask)
         text = self._embed_text(text, cond_mask)
-        given = () if cond_mask is None or not self.prefix else self._given_tokens(cond_mask, x.shape[1])
+        given = None if cond_mask is None or not self.prefix else self._given_tokens(cond_mask, x.shape[1])
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, table, row, text, rope, given, use_reentrant=False)
@@ -451,8 +458,8 @@ class Continuation:
         net, b, noisy = self.net, len(x_t), x_t[:, :, self.first :]
         x, time, table, row, rope = net._enter(noisy, t, self.cond_mask[:b], self.first)
         for block, *kept in zip(net.blocks, self.text, self.past):
-            text, past = (keys and tuple(a[:b] for a in keys) for keys in kept)
-            x = block(x, table, row, text, rope, (), past)
+            text_keys, past = (keys and tuple(a[:b] for a in keys) for keys in kept)
+            x = block(x, table, row, text_keys, rope, past=past)
         return F.pad(net._leave(x, time, row, noisy.shape[2:]), (0, 0, 0, 0, self.first, 0))
 
 

@@ -44,6 +44,7 @@ from bench.rounding import kept
 from experiments import cost
 from kernels import modulate, norm_rope, region_dpo
 from runtime.group import Group, place, start_group
+from runtime.options import resolve
 from runtime.run import Run
 from wan import vae
 
@@ -286,8 +287,8 @@ def continuation(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     x0, _, text, _, _ = random_pair(sizes.config, sizes.shape, device)
 
     def sample(nfe: int) -> Tensor:
-        cfg = make_pairs.Config(nfe=nfe, t_shift=5.0, guidance=5.0)
-        return make_pairs.continue_clips(net, x0, text, torch.tensor([N1]), [("bench",)], cfg, text[0])
+        cfg = resolve(make_pairs.Config(preset="1.3b", nfe=nfe), make_pairs.PRESETS)
+        return make_pairs.continue_clips(net, x0, text, [N1], [("bench",)], cfg, text[0])
 
     sample(1)  # warms up
     made = []

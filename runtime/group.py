@@ -151,7 +151,7 @@ def place(net: nn.Module, cfg, group: Group) -> nn.Module:
     cfg.shard: its weights are split over the processes of a node, with a copy on every node (FSDP2), and a block's are
     gathered while it runs, so all processes of a node must call it as often as each other. Parameters to train stay
     whole: their gradients, checkpoints and results are what they are without. cfg.compile: blocks run through
-    torch.compile. Returns net. UserError for cfg.shard without torchrun.
+    torch.compile, each as one graph unless net.prefix. Returns net. UserError for cfg.shard without torchrun.
     """
     if cfg.shard:
         if not dist.is_initialized():
@@ -165,8 +165,9 @@ def place(net: nn.Module, cfg, group: Group) -> nn.Module:
         # without it Inductor makes a rounded product and a sum of addmm: github.com/pytorch/pytorch/pull/176848
         if not getattr(torch._inductor.config, "keep_addmm_fused_for_half_dtypes", False):
             print("warning: --compile of this PyTorch rounds a LoRA twice in bfloat16; 2.13 does not", file=sys.stderr)
+        torch._dynamo.config.recompile_limit = 64  # a continuation's lengths, batches and branches have some 20 graphs
         for block in net.blocks:  # the method, and not the module: FSDP2's hooks around it are not to be compiled
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=not net.prefix)
     return net
 
 

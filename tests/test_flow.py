@@ -110,20 +110,33 @@ def test_shift_t_fixed_points_inverse_and_direction():
 
 
 def test_guidance():
-    """1 is the network itself, at one evaluation; otherwise u + g·(c − u), given frames in both branches."""
+    """1 is the network itself, at one evaluation; otherwise u + g·(c − u), both of them in one call, given frames in
+    both. Outside low < t ≤ high it is the network, too.
+    """
     calls = []
 
     def net(x, t, text, cond_mask=None):
-        calls.append(cond_mask)
-        return x * text.sum(dim=(1, 2))[:, None, None, None, None]
+        calls.append((t, cond_mask))
+        return x * (text.sum(dim=(1, 2)) + t)[:, None, None, None, None]
 
     assert flow.guided(net, 1.0) is net
-    x, t, mask = torch.randn(2, *SHAPE), torch.rand(2), torch.zeros(2, 4, dtype=torch.bool)
+    x, mask = torch.randn(2, *SHAPE), torch.tensor([[True] * 4, [False] * 4])
     text, negative = torch.randn(2, 3, 5), torch.randn(4, 5)
-    got = flow.guided(net, 5.0, negative)(x, t, text, mask)
-    cond, uncond = net(x, t, text), x * negative.sum()
-    assert torch.allclose(got, uncond + 5 * (cond - uncond), atol=1e-4)
-    assert calls[0] is mask and calls[1] is mask
+    for low, high, at, inside in (
+        (0.0, 1.0, 0.3, True),
+        (0.0, 1.0, 1.0, True),
+        (0.25, 0.75, 0.25, False),
+        (0.25, 0.75, 0.5, True),
+        (0.25, 0.75, 0.75, True),
+        (0.25, 0.75, 0.875, False),
+    ):
+        t = torch.full((2,), at)
+        cond, uncond = net(x, t, text), x * (negative.sum() + at)
+        calls.clear()
+        got = flow.guided(net, 5.0, negative, low, high)(x, t, text, mask)
+        assert torch.allclose(got, uncond + 5 * (cond - uncond) if inside else cond, atol=1e-4)
+        [(times, given)] = calls
+        assert torch.equal(times, t.repeat(1 + inside)) and torch.equal(given, mask.repeat(1 + inside, 1))
     refused("unconditional", flow.guided, net, 5.0, kind=ValueError)
 
 
@@ -133,10 +146,9 @@ def test_dropped_captions_are_the_unconditional_branchs():
     states, negative = [torch.randn(1 + i % 4, 5) for i in range(2000)], torch.randn(6, 5)
     keys, seen = [("sft", 0, i) for i in range(2000)], []
     text = flow.drop_captions(states, keys, 0.1, negative)
-    flow.guided(lambda x, t, text, mask: seen.append(text) or x, 5.0, negative)(
-        *torch.zeros(2, 1), torch.zeros(1, 2, 5)
-    )
-    dropped = (text == seen[1]).all(dim=(1, 2))
+    x = torch.zeros(1, *SHAPE)
+    flow.guided(lambda x, t, text, mask: seen.append(text) or x, 5.0, negative)(x, torch.ones(1), torch.zeros(1, 2, 5))
+    dropped = (text == seen[0][1]).all(dim=(1, 2))
     assert text.shape == (2000, 6, 5) and abs(dropped.double().mean() - 0.1) < 0.03
     kept = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
     assert torch.equal(text[~dropped][:, :4], kept[~dropped]) and not text[~dropped][:, 4:].any()

@@ -1,6 +1,7 @@
 """The method's invariants end to end: what a pair is, what the losses see, what a run must read at step 0."""
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import re
@@ -325,7 +326,7 @@ def test_a_dropped_caption_is_the_prompt_of_guidance(name, chain, tmp_path, monk
     assert negative.shape == (3, 32) and torch.equal(seen[0], negative.expand(4, -1, -1))
 
     guided = flow.guided
-    monkeypatch.setattr(flow, "guided", lambda net, guidance, given: seen.append(given) or guided(net, guidance, given))
+    monkeypatch.setattr(flow, "guided", lambda *args: seen.append(args[2]) or guided(*args))
     run_stage(chain, "pairs", data=data, out=tmp_path / "pairs", guidance=2.0)
     assert torch.equal(seen[-1], negative)
 
@@ -429,9 +430,9 @@ def test_both_continuations_start_from_the_same_noise(chain):
     net = load_continuation(chain / "base", chain / "continuation")
     x0, text, keys = torch.randn(2, 28, 13, 2, 3), torch.randn(2, 5, 32), [("pair", 0, "a"), ("pair", 0, "b")]
     cfg = make_pairs.Config(nfe=2, t_shift=4.0, guidance=1.0)
-    one, two = (make_pairs.continue_clips(net, x0, text, torch.tensor([3, 5]), keys, cfg) for _ in range(2))
+    one, two = (make_pairs.continue_clips(net, x0, text, [3, 5], keys, cfg) for _ in range(2))
     assert torch.equal(one, two)
-    whole = make_pairs.continue_clips(net, x0, text, torch.tensor([13, 5]), keys, cfg)
+    whole = make_pairs.continue_clips(net, x0, text, [13, 5], keys, cfg)
     assert torch.equal(whole[0], x0[0]) and torch.allclose(whole[1], one[1], atol=1e-4)
 
 
@@ -441,7 +442,7 @@ def test_pairs_are_sampled_by_the_solver(solver, chain):
     net = load_continuation(chain / "base", chain / "continuation")
     x0, text, keys = torch.randn(1, 28, 13, 1, 1), torch.randn(1, 5, 32), [("pair", 0, "a")]
     cfg = make_pairs.Config(nfe=3, t_shift=4.0, guidance=1.0, **({} if solver == "unipc" else {"solver": solver}))
-    made = make_pairs.continue_clips(net, x0, text, torch.tensor([5]), keys, cfg)
+    made = make_pairs.continue_clips(net, x0, text, [5], keys, dataclasses.replace(cfg, plain=True))
     given = torch.arange(13)[None] < 5
     noise = flow.draw_noise(x0.shape[1:], keys)
     with torch.no_grad():

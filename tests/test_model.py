@@ -74,7 +74,7 @@ def test_prompts_in_the_context_take_the_last_padding_slots():
     """They are added to the embedded text's last F slots, which a text of up to text_len − F tokens leaves free."""
     net, (x, t, text) = make(), inputs()
     seen = []
-    net.blocks[0].cross_attn.register_forward_pre_hook(lambda _, args: seen.append(args[1].clone()))
+    net.blocks[0].cross_attn.k.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     net(x, t, text, masks(2, 2))
     model.add_task_prompt(net, FRAMES)
     torch.nn.init.normal_(net.task_prompt.cond)

@@ -20,6 +20,11 @@ def field(x, t, text):
     return x * (3 * t).cos() + 1.3 * (2 * x + t).sin() - 0.2 * x.roll(1, 1)
 
 
+def mixed(x, t, text, cond_mask=None):
+    """`field`, in which the frames see one another, too."""
+    return field(x, t, text) + 0.5 * x.mean(2, keepdim=True)
+
+
 def peer(name: str, **options):
     return getattr(pytest.importorskip("diffusers"), name)(**options)
 
@@ -72,6 +77,23 @@ def test_diffusers_grid_and_unipc(nfe, t_shift):
     assert torch.equal((1000 * times).round().long(), scheduler.timesteps)
     noise = torch.randn(2, 4, 3, 5, 5)
     assert error(flow.unipc(field, noise, TEXT, levels), run(scheduler, noise)) < 2e-5
+
+
+@pytest.mark.parametrize("nfe", [1, 6, 50])
+def test_unipc_with_given_frames(nfe):
+    """diffusers' solver, whose state gets the given frames again after every step, makes the same of the others."""
+    options = dict(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
+    scheduler = peer("UniPCMultistepScheduler", **options)
+    scheduler.set_timesteps(nfe)
+    scheduler.set_begin_index(0)
+    x0, noise = torch.randn(2, 2, 4, 3, 5, 5)
+    given = torch.tensor([[True, False, False], [True, True, False]])
+    mask = given[:, None, :, None, None]
+    x = torch.where(mask, x0, noise)
+    for step, t in zip(scheduler.timesteps, scheduler.timesteps / 1000):
+        x = torch.where(mask, x0, scheduler.step(mixed(x, t.expand(2), None), step, x, return_dict=False)[0])
+    made = flow.unipc(mixed, noise, TEXT, grids.time_grid(nfe, 5.0, "diffusers"), x0, given)
+    assert error(made, x) < 5e-6
 
 
 @pytest.mark.parametrize("grid", grids.GRIDS)
