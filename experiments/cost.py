@@ -376,7 +376,8 @@ def pair(cfg, shape: tuple[int, ...], attend: str) -> dict[str, float]:
     for low, high in ((low1, high1), (low2, high2)):
         for n in range(low, high + 1):
             if n < shape[1] or plain:  # else the clip itself
-                once, call, count = continuing(cfg.preset, shape, attend, n, branches * cfg.shard_size, plain)
+                seen = n if attend == "prefix" else 0  # with full attention all n are the same
+                once, call, count = continuing(cfg.preset, shape, attend, seen, branches * cfg.shard_size, plain)
                 flop += (branches * once + calls * call) / (high - low + 1)
                 counts.append(count)
     return max(counts, key=memory) | {"flop": flop}

@@ -36,7 +36,7 @@ def test_a_method_has_a_row_for_each_of_its_rates():
 def test_options_of_every_row_exist(name):
     """Each row is made of options that the stages take."""
     row = tables.ROWS[name]
-    resolve(continuation.Config(**row.phi), continuation.PRESETS)
+    resolve(continuation.Config(**row.phi or {}), continuation.PRESETS)
     if row.stage:
         resolve(row.stage.Config(**row.options), row.stage.PRESETS)
     if row.labels:
