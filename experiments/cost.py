@@ -365,22 +365,24 @@ def continuing(preset: str, shape: tuple[int, ...], attend: str, n: int, batch: 
 
 
 def pair(cfg, shape: tuple[int, ...], attend: str) -> dict[str, float]:
-    """`measure` of one of make_pairs.py's pairs of clips of this shape: `flop` on average over N1 and N2, and memory of
-    the worst batch, a shard whose clips all have the same N, that which takes most.
+    """`measure` of one of make_pairs.py's pairs of clips of this shape; `flop` is on average over N1 and N2, the sum
+    of `keys`, which are made once, and of the steps of `losers` and `winners`. Memory is that of the worst batch: a
+    shard whose clips all have the same N, that which takes most.
     """
     low1, high1, low2, high2 = windows(cfg, shape[1])
     plain, branches = cfg.plain or cfg.shard, 1 + (cfg.guidance != 1)
     times = flow.time_grid(cfg.nfe, cfg.t_shift)[1].tolist()
     calls = sum(branches if cfg.guidance_low < t <= cfg.guidance_high else 1 for t in times)
-    flop, counts = 0, []
-    for low, high in ((low1, high1), (low2, high2)):
+    parts, counts = {"keys": 0, "losers": 0, "winners": 0}, []
+    for side, low, high in (("losers", low1, high1), ("winners", low2, high2)):
         for n in range(low, high + 1):
             if n < shape[1] or plain:  # else the clip itself
                 seen = n if attend == "prefix" else 0  # with full attention all n are the same
                 once, call, count = continuing(cfg.preset, shape, attend, seen, branches * cfg.shard_size, plain)
-                flop += (branches * once + calls * call) / (high - low + 1)
+                parts["keys"] += branches * once / (high - low + 1)
+                parts[side] += calls * call / (high - low + 1)
                 counts.append(count)
-    return max(counts, key=memory) | {"flop": flop}
+    return max(counts, key=memory) | parts | {"flop": sum(parts.values())}
 
 
 def make_pairs(stage, cfg, gpus: int) -> Job:
