@@ -32,7 +32,7 @@ $(OUT)/sft/$(MADE): $(OUT)/base/$(MADE)
 	$(PY) sft.py --data $(OUT)/shards --split align --base $(OUT)/base --out $(OUT)/sft --seed $(SEED)
 # as many steps as cost the operations of sft, continuation, pairs and asymdpo together
 $(OUT)/sft_longer/$(MADE): $(OUT)/base/$(MADE)
-	$(PY) sft.py --data $(OUT)/shards --split align --base $(OUT)/base --out $(OUT)/sft_longer --steps 2500 --seed $(SEED)
+	$(PY) sft.py --data $(OUT)/shards --split align --base $(OUT)/base --out $(OUT)/sft_longer --steps 2470 --seed $(SEED)
 $(OUT)/continuation/$(MADE): $(OUT)/base/$(MADE)
 	$(PY) continuation.py --base $(OUT)/base --data $(OUT)/shards --out $(OUT)/continuation --seed $(SEED)
 $(OUT)/pairs/$(MADE): $(OUT)/continuation/$(MADE)

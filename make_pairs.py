@@ -40,7 +40,7 @@ from wan.lora import load_adapted, load_continuation, lora_files
 PRESETS = {  # see docs/method.md; 1.3b, 14b: chosen, as no reader reports them: Wan's own steps, shift and guidance
     "tiny": dict(nfe=4, t_shift=4.0, guidance=1.0, guidance_low=0.0, guidance_high=1.0, shard_size=256),
     "1.3b": dict(nfe=50, t_shift=5.0, guidance=5.0, guidance_low=0.0, guidance_high=1.0, shard_size=8),
-    "14b": dict(nfe=50, t_shift=5.0, guidance=5.0, guidance_low=0.0, guidance_high=1.0, shard_size=4),
+    "14b": dict(nfe=50, t_shift=5.0, guidance=5.0, guidance_low=0.0, guidance_high=1.0, shard_size=3),
 }
 
 

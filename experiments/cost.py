@@ -34,12 +34,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import continuation
+import flow
 import model
 from kernels import modulate, norm_rope, region_dpo
+from make_pairs import windows
 from runtime.group import Group, local_batch
 from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
 from wan import text, vae
+from wan.lora import told
 
 GPUS = int(os.environ.get("WORLD_SIZE", 8))  # as torchrun counts its processes
 NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 8))  # GPUs of a node
@@ -162,12 +166,19 @@ def in_bfloat16(net: model.DiT) -> model.DiT:
     return model.cast(net, torch.bfloat16)
 
 
-def measure_dit(preset: str, shape, batch: int, call: Callable, build: Callable = in_bfloat16, train=False):
-    """`measure` of a DiT. call(net, x0, text, noise, t) with x0 and noise (batch, *shape); build(DiT) -> net."""
+def measure_dit(
+    preset: str, shape, batch: int, call: Callable, build: Callable = in_bfloat16, train=False, given: list[int] = []
+):
+    """`measure` of a DiT. call(net, x0, text, noise, t) with x0 and noise (batch, *shape); build(DiT) -> net.
+
+    given: of each clip, the given frames, which prefix attention cannot read off a mask without values.
+    """
     config = model.PRESETS[preset]
+    mask = torch.arange(shape[1]) < torch.tensor(given or [0] * batch)[:, None]
 
     def on_batch(net):
         x0, noise = torch.empty(2, batch, *shape)
+        net._given_tokens = lambda _, tokens: model.DiT._given_tokens(net, mask, tokens)
         return call(net, x0, torch.empty(batch, config.text_len, config.text_dim), noise, torch.empty(batch))
 
     def of_depth(layers: int) -> dict[str, int]:
@@ -285,10 +296,8 @@ def loss(stage, cfg, net: model.DiT, x0: Tensor, *batch: Tensor) -> Tensor:
     return stage.asymdpo_loss(cfg, stage.predict(net, x0, x0.clone(), *batch), n, n)[0]
 
 
-def training(stage, cfg, gpus: int) -> Job:
-    """sft.py, continuation.py and asymdpo.py."""
-    pairs = stage.__name__ == "asymdpo"
-    shape, clips, known = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
+def train(stage, cfg, shape: tuple[int, ...], size: int) -> dict[str, float]:
+    """`measure` of training on clips or pairs (size, *shape) at once; `flop` of one, on average over n_cond."""
 
     def build(net: model.DiT) -> model.DiT:
         model.cast(net, torch.bfloat16 if cfg.rank else torch.float32).gradient_checkpointing = cfg.checkpointing
@@ -296,10 +305,24 @@ def training(stage, cfg, gpus: int) -> Job:
             model.add_lora(net, cfg.rank, cfg.rank, cfg.layers)
         if getattr(cfg, "prompts", "off") != "off":
             model.add_task_prompt(net, shape[1], cfg.prompts)
+        net.prefix = getattr(cfg, "attention", "full") == "prefix"
         return net
 
+    def step(given: list[int]) -> dict[str, int]:
+        return measure_dit(cfg.preset, shape, len(given), functools.partial(loss, stage, cfg), build, True, given)
+
+    each = list(range(1, shape[1]))  # n_cond ~ U{1 … F−1}; which matters to continuation.py alone, and not to memory
+    count = step(each[:1] * size)
+    flop = step(each)["flop"] / len(each) if stage.__name__ == "continuation" else count["flop"] / size
+    return count | {"flop": flop}
+
+
+def training(stage, cfg, gpus: int) -> Job:
+    """sft.py, continuation.py and asymdpo.py."""
+    pairs = stage.__name__ == "asymdpo"
+    shape, clips, known = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
     share, size = local_batch(cfg, Group(size=gpus))
-    count = measure_dit(cfg.preset, shape, size, functools.partial(loss, stage, cfg), build, train=True)
+    count = train(stage, cfg, shape, size)
     return Job(
         f"{cfg.steps:,} steps of {cfg.batch_size} {'pairs' if pairs else 'clips'}, {size} a forward; {known}",
         gpus,
@@ -307,7 +330,7 @@ def training(stage, cfg, gpus: int) -> Job:
         share=share,
         batch=size,
         gathers=2 + pairs,  # forward, backward (recomputation within it) and a pair's reference
-        flop=count["flop"] / size,
+        flop=count["flop"],
         peak=PEAK["bfloat16" if cfg.rank else "float32"],
         turns=(count,),
         read=TEXT + (1 + pairs) * 4 * math.prod(shape),  # float32 latents
@@ -315,43 +338,94 @@ def training(stage, cfg, gpus: int) -> Job:
     )
 
 
-def sampling(cfg, gpus: int, shape: tuple[int, ...], known: str, samples: float, batch: int, given: bool) -> Job:
-    """make_pairs.py and sample.py: `batch` samples at once; given: some of their frames are given."""
+def attention(cfg) -> str:
+    """Of the model that continues clips: as its folder tells, the preset's where that is not made yet; the base's."""
+    lora, made = Path(cfg.continuation) / "lora.safetensors", continuation.PRESETS[cfg.preset]["attention"]
+    return (told(lora).get("attention", "full") if lora.is_file() else made) if cfg.continuation else "full"
+
+
+@functools.cache
+def continuing(preset: str, shape: tuple[int, ...], attend: str, n: int, batch: int, plain: bool):
+    """Continuing a clip of this shape from n given frames, so many at once: a clip's operations of making a
+    model.Continuation, those of calling it, and `measure` of both; plain: 0, a whole forward's, and of that.
+    """
+
+    def build(net: model.DiT) -> model.DiT:
+        net.prefix = attend == "prefix"
+        return in_bfloat16(net)
+
+    def make(net, x0, text, noise, t):
+        return net if plain else model.Continuation(net, x0, text, n)
 
     def call(net, x0, text, noise, t):
-        return net(x0, t, text, torch.empty(len(x0), shape[1], dtype=torch.bool) if given else None)
+        return make(net, x0, text, noise, t)(x0, t, text, torch.empty(batch, shape[1], dtype=torch.bool))
 
-    forwards, count = cfg.nfe * (1 if cfg.guidance == 1 else 2), measure_dit(cfg.preset, shape, batch, call)
-    return Job(
-        f"{samples:,.0f} samples of {forwards} forwards, {batch} at once; {known}",
-        gpus,
-        samples,
-        share=batch,
-        batch=batch,
-        gathers=forwards,
-        flop=forwards * count["flop"] / batch,
-        peak=PEAK["bfloat16"],
-        turns=(count,),
-    )
+    made, both = (measure_dit(preset, shape, batch, run, build, given=[n] * batch) for run in (make, call))
+    return made["flop"] / batch, (both["flop"] - made["flop"]) / batch, both
+
+
+def pair(cfg, shape: tuple[int, ...], attend: str) -> dict[str, float]:
+    """`measure` of one of make_pairs.py's pairs of clips of this shape; `flop` is on average over N1 and N2, the sum
+    of `keys`, which are made once, and of the steps of `losers` and `winners`. Memory is that of the worst batch: a
+    shard whose clips all have the same N, that which takes most.
+    """
+    low1, high1, low2, high2 = windows(cfg, shape[1])
+    plain, branches = cfg.plain or cfg.shard, 1 + (cfg.guidance != 1)
+    times = flow.time_grid(cfg.nfe, cfg.t_shift)[1].tolist()
+    calls = sum(branches if cfg.guidance_low < t <= cfg.guidance_high else 1 for t in times)
+    parts, counts = {"keys": 0, "losers": 0, "winners": 0}, []
+    for side, low, high in (("losers", low1, high1), ("winners", low2, high2)):
+        for n in range(low, high + 1):
+            if n < shape[1] or plain:  # else the clip itself
+                seen = n if attend == "prefix" else 0  # with full attention all n are the same
+                once, call, count = continuing(cfg.preset, shape, attend, seen, branches * cfg.shard_size, plain)
+                parts["keys"] += branches * once / (high - low + 1)
+                parts[side] += calls * call / (high - low + 1)
+                counts.append(count)
+    return max(counts, key=memory) | parts | {"flop": sum(parts.values())}
 
 
 def make_pairs(stage, cfg, gpus: int) -> Job:
+    """--shard, like --plain, runs whole forwards; what runs without them does not say what --shard would take."""
     shape, clips, known = latents(cfg.data, "x0", cfg.split)
-    least, most = stage.windows(cfg, shape[1])[2:]
-    whole = (most == shape[1]) / (most - least + 1)  # the share of winners that are the clip itself, and not sampled
-    clips = cfg.clips or clips
-    job = sampling(cfg, gpus, shape, known, clips * (2 - whole), cfg.shard_size, given=True)
-    return dataclasses.replace(job, read=TEXT + 4 * math.prod(shape), inputs=clips)
+    attend, pairs = attention(cfg), cfg.clips or clips
+    count = pair(cfg, shape, attend)
+    return Job(
+        f"{pairs:,} pairs by {cfg.nfe} steps, with {attend} attention, {cfg.shard_size} at once; {known}",
+        gpus,
+        samples=pairs,
+        share=cfg.shard_size,
+        batch=cfg.shard_size,
+        gathers=2 * cfg.nfe if cfg.plain or cfg.shard else 0,
+        flop=count["flop"],
+        peak=PEAK["bfloat16"],
+        turns=(count,),
+        read=TEXT + 4 * math.prod(shape),
+        inputs=pairs,
+    )
 
 
 def sample(stage, cfg, gpus: int) -> Job:
     stage.check(cfg)
     samples = cfg.samples * (len(stage.read_prompts(cfg)) if cfg.prompt or cfg.prompts else 1)
     shape = (SHAPE[0], stage.latent_frames(cfg), cfg.height // vae.VAE.side, cfg.width // vae.VAE.side)
-    job = sampling(cfg, gpus, shape, f"latents {shape}", samples, 1, given=bool(cfg.continuation))
+    branches = 1 + (cfg.guidance != 1)  # one batch
+    if cfg.continuation:
+        count = continuing(cfg.preset, shape, attention(cfg), cfg.n_cond, branches, plain=True)[-1]
+    else:
+        count = measure_dit(cfg.preset, shape, branches, lambda net, x0, text, noise, t: net(x0, t, text))
     decoder = measure_vae(cfg, lambda net: net.decode(torch.empty(1, *shape)))
-    turns = measure_text(), together(job.turns[-1], decoder)  # the text encoder is gone before the network comes
-    return dataclasses.replace(job, flop=job.flop + decoder["flop"], turns=turns)
+    return Job(
+        f"{samples:,} samples of {branches * cfg.nfe} forwards, 1 at once; latents {shape}",
+        gpus,
+        samples,
+        share=1,
+        batch=1,
+        gathers=cfg.nfe,
+        flop=cfg.nfe * count["flop"] + decoder["flop"],
+        peak=PEAK["bfloat16"],
+        turns=(measure_text(), together(count, decoder)),  # the text encoder is gone before the network comes
+    )
 
 
 def prepare(stage, cfg, gpus: int) -> Job:

@@ -13,14 +13,22 @@ import functools
 import importlib
 from pathlib import Path
 
+import flow
+import make_pairs
 from experiments import cost
-from runtime.options import parse
+from runtime.options import parse, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "## The tables\n"  # from here on docs/scale.md is written by this file
 PRESETS = ("1.3b", "14b")
 NOWHERE = "out/nowhere"  # so that the sizes assumed are used, whatever folders there are
-INPUTS = {"prepare": "videos", "sft": "data", "continuation": "data", "make_pairs": "data", "asymdpo": "pairs"}
+INPUTS = {
+    "prepare": ["videos"],
+    "sft": ["data"],
+    "continuation": ["data"],
+    "make_pairs": ["data", "continuation"],
+    "asymdpo": ["pairs"],
+}
 MEMORY = [  # stage and options
     ("prepare", ""),
     ("sft", "--checkpointing"),
@@ -28,6 +36,7 @@ MEMORY = [  # stage and options
     ("continuation", "--checkpointing"),
     ("continuation", "--micro_batch 1"),
     ("make_pairs", ""),
+    ("make_pairs", "--plain"),
     ("asymdpo", "--checkpointing"),
     ("asymdpo", "--checkpointing --micro_batch 2"),
     ("asymdpo", "--micro_batch 1"),
@@ -41,6 +50,10 @@ STEPS = {  # stage -> its options on 8 GPUs, and on 32
     "asymdpo": ("--checkpointing --micro_batch 2", "--checkpointing"),
     "sample": ("", ""),
 }
+PAIRS = [  # attention of the continuation model, solver steps, those of them with guidance; without any, no guidance
+    ("full", 50, 50),
+    *(("prefix", *steps) for steps in [(50, 50), (25, 25), (12, 12), (12, 6), (8, 8), (8, 4), (6, 3), (4, 4), (4, 0)]),
+]
 
 
 @functools.cache
@@ -49,7 +62,8 @@ def job(name: str, preset: str, gpus: int, options: str) -> cost.Job:
     if gpus != 8 and name in ("prepare", "make_pairs", "sample"):  # a batch is the same on any number of GPUs
         return dataclasses.replace(job(name, preset, 8, options), gpus=gpus)
     given = ["--preset", preset, *options.split()]
-    given += [f"--{INPUTS[name]}", NOWHERE] if name in INPUTS else ["--prompt", "any", "--samples", "100"]
+    given += [word for input in INPUTS.get(name, []) for word in (f"--{input}", NOWHERE)]
+    given += ["--prompt", "any", "--samples", "100"] if name == "sample" else []
     return cost.job_of(name, parse(importlib.import_module(name).Config, given, ""), gpus)
 
 
@@ -94,6 +108,33 @@ def step_table(preset: str) -> str:
             rows.append([f"`{name}.py`", gpus, *cells, digits(j.hours()), digits(j.gpus * j.hours())])
     head = ["stage", "GPUs", "TFLOP each", "a GPU's share", "GB sent: gradients", "blocks", "MB read"]
     return markdown([*head, "s computing", "summing", "gathering", "hours", "GPU-hours"], rows)
+
+
+@functools.cache
+def pair_share(preset: str, attention: str, nfe: int, guided: int, n2_min: int | None = None) -> float:
+    """Operations of a pair, as a share of those by 50 steps, whole forwards, two branches and two continuations.
+
+    guided: of nfe steps, the first ones, which have guidance; 0: no guidance.
+    """
+
+    def flop(attend: str, **options) -> float:
+        cfg = make_pairs.Config(preset=preset, **options)
+        return cost.pair(resolve(cfg, make_pairs.PRESETS), cost.SHAPE, attend)["flop"]
+
+    low = flow.time_grid(nfe, make_pairs.PRESETS[preset]["t_shift"])[0][guided].item() if guided else 0.0
+    given = dict(nfe=nfe, guidance=5.0 if guided else 1.0, guidance_low=low, guidance_high=1.0)
+    whole = dict(nfe=50, guidance=5.0, guidance_low=0.0, guidance_high=1.0, plain=True)
+    return flop(attention, n2_min=n2_min, **given) / flop("full", **whole)
+
+
+def pair_table() -> str:
+    """What a pair takes by fewer steps and with less guidance; on the right, where the winner is the clip itself."""
+    rows = []
+    for attention, nfe, guided in PAIRS:
+        cells = [pair_share(preset, attention, nfe, guided, n2) for preset in PRESETS for n2 in (None, cost.SHAPE[1])]
+        rows.append([attention, nfe, guided, *(f"{100 * cell:.3g} %" for cell in cells)])
+    whole = [f"{preset}{n2}" for preset in PRESETS for n2 in ("", f" `--n2_min {cost.SHAPE[1]}`")]
+    return markdown(["attention", "steps", "with guidance", *whole], rows)
 
 
 def start_table() -> str:
@@ -149,6 +190,12 @@ Made by `python -m experiments.scale --write`: do not edit. Seconds and hours ar
 
 {memory_table()}
 {steps}
+### A pair (counted)
+
+Operations, as a share of those of 50 steps with whole forwards, two branches of guidance and two continuations, as
+`--plain` with `--attention full` and every winner sampled.
+
+{pair_table()}
 ### Read at the start (counted; seconds predicted)
 
 {start_table()}"""

@@ -154,35 +154,27 @@ CONTROLS = {  # control -> prompts, factor of the initial noise, solver, strengt
 # ---- equal operations ------------------------------------------------------------------------------------------------
 
 
+SHAPE = (model.PRESETS["tiny"].in_dim, model.PRESETS["tiny"].frames, 1, 1)  # of a latent clip
+
+
 @functools.cache
-def flop(stage=None, prompts: str = "off") -> int:
+def flop(stage=None, **options) -> float:
     """Operations of one clip, or of one pair, in a training step of a stage with a LoRA; without one, of a forward."""
-    config = model.PRESETS["tiny"]
-    shape = (config.in_dim, config.frames, 1, 1)
     if stage is None:
-        return cost.measure_dit("tiny", shape, 1, lambda net, x0, text, noise, t: net(x0, t, text))["flop"]
-    cfg = resolve(stage.Config(**({"base": "a LoRA"} if stage is sft else {})), stage.PRESETS)
-
-    def build(net: model.DiT) -> model.DiT:
-        model.add_lora(net, cfg.rank, cfg.rank, cfg.layers)
-        if prompts != "off":
-            model.add_task_prompt(net, config.frames, prompts)
-        return net
-
-    call = functools.partial(cost.loss, stage, cfg)
-    return cost.measure_dit("tiny", shape, 1, call, build, train=True)["flop"]
+        return cost.measure_dit("tiny", SHAPE, 1, lambda net, x0, text, noise, t: net(x0, t, text))["flop"]
+    base = {"base": "a LoRA"} if stage is sft else {}
+    return cost.train(stage, resolve(stage.Config(**base, **options), stage.PRESETS), SHAPE, 1)["flop"]
 
 
-def forwards(row: Row) -> float:
-    """The network's forwards that a pair takes, on average."""
-    if row.labels:
-        cfg = resolve(pairs.Config(**row.pairs), pairs.PRESETS)
-        if cfg.kind == "structural":
-            return 2 * pairs.structural_steps(cfg)
-        return cfg.nfe * (2 if pairs.CLIP[cfg.kind] == "x0" else 1)
-    cfg, frames = resolve(make_pairs.Config(**row.pairs), make_pairs.PRESETS), model.PRESETS["tiny"].frames
-    least, most = make_pairs.windows(cfg, frames)[2:]
-    return cfg.nfe * (2 - (most == frames) / (most - least + 1))  # a winner given whole is not sampled
+def sampling(row: Row) -> float:
+    """Operations that a pair takes, on average."""
+    if not row.labels:
+        attention = "full" if row.phi is None else (continuation.PRESETS["tiny"] | row.phi)["attention"]
+        return cost.pair(resolve(make_pairs.Config(**row.pairs), make_pairs.PRESETS), SHAPE, attention)["flop"]
+    cfg = resolve(pairs.Config(**row.pairs), pairs.PRESETS)
+    if cfg.kind == "structural":
+        return 2 * pairs.structural_steps(cfg) * flop()
+    return cfg.nfe * (2 if pairs.CLIP[cfg.kind] == "x0" else 1) * flop()
 
 
 def price(row: Row, clips: int) -> tuple[float, float]:
@@ -190,14 +182,14 @@ def price(row: Row, clips: int) -> tuple[float, float]:
     given = asymdpo.PRESETS["tiny"]
     if row.stage is sft:
         return 0, sft.PRESETS["tiny"]["batch_size"] * flop(sft)
-    before, step = clips * forwards(row) * flop(), given["batch_size"] * flop(asymdpo)
+    before, step = clips * sampling(row), given["batch_size"] * flop(asymdpo)
     if row.stage is baselines:
         third = pairs.CLIP[row.pairs["kind"]] == "x0"  # the winner's term is on a clip that is not in the pair
         return before, step + third * given["batch_size"] * flop(sft)
     if row.phi is None:
         return before, step
     phi = continuation.PRESETS["tiny"] | row.phi
-    return before + phi["steps"] * phi["batch_size"] * flop(continuation, phi["prompts"]), step
+    return before + phi["steps"] * phi["batch_size"] * flop(continuation, **row.phi), step
 
 
 def plan(row: Row, clips: int) -> tuple[int, float]:

@@ -7,17 +7,21 @@ import importlib
 import pytest
 import torch
 from helpers import ROOT, copy, script
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import asymdpo
 import continuation
+import make_pairs
 import model
+import sample
 import sft
 from experiments import cost, scale
 from kernels import modulate
 from runtime import files
-from runtime.options import UserError, parse
+from runtime.options import UserError, parse, resolve
 from wan import text, vae
+from wan.lora import told
 
 TINY, TERA = (28, 13, 2, 3), 1e12
 pair_loss = functools.partial(cost.loss, asymdpo, asymdpo.Config(beta=800.0, form="outside"))
@@ -46,6 +50,49 @@ def test_operations_are_flop_counter_modes():
     assert ours["flop"] == theirs.get_total_flops() + attention > 2 * attention > 0
 
 
+SAVED = dict(guidance=3.0, guidance_low=0.3, guidance_high=0.9)  # two of four steps, of t_shift 4, have guidance
+
+
+@pytest.mark.parametrize("attention", model.ATTENTION)
+@pytest.mark.parametrize("options", [{}, SAVED | dict(n2_min=13), SAVED | dict(plain=True), dict(shard=True)])
+def test_a_pairs_operations_are_flop_counter_modes(attention, options):
+    """Of pairs as make_pairs.py makes them, exactly, in batches of equal lengths; attention here is matrix products."""
+    cfg = resolve(make_pairs.Config(nfe=4, shard_size=4, **options), make_pairs.PRESETS)
+    net, window, ids = model.DiT(model.PRESETS["tiny"]), make_pairs.windows(cfg, 13), ["a", "b", "c", "d"]
+    net.prefix = attention == "prefix"
+    arguments = torch.randn(4, *TINY), torch.randn(4, 5, 32), ids, cfg, window, torch.randn(7, 32)
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
+        _, drawn = make_pairs.make_pair(net, *arguments)
+    assert len({pair["n1"] for pair in drawn}) > 1 and 13 in {pair["n2"] for pair in drawn}
+
+    def ours(n1, n2):
+        one = dataclasses.replace(cfg, n1_min=n1, n1_max=n1, n2_min=n2, n2_max=n2)
+        return cost.pair(one, TINY, attention)["flop"]
+
+    assert theirs.get_total_flops() == sum(ours(**pair) for pair in drawn)
+    low1, high1, low2, high2 = window
+    every = [ours(n1, n2) for n1 in range(low1, high1 + 1) for n2 in range(low2, high2 + 1)]
+    assert cost.pair(cfg, TINY, attention)["flop"] == pytest.approx(sum(every) / len(every), rel=1e-12)
+
+
+@pytest.mark.parametrize("attention", model.ATTENTION)
+def test_operations_of_the_continuation_models_training(attention):
+    """Of a step on a clip of each n_cond, with a mask that has values. Prefix attention computes less."""
+    cfg = resolve(continuation.Config(attention=attention, prompts="off"), continuation.PRESETS)
+    net, (x0, noise) = model.DiT(model.PRESETS["tiny"]), torch.randn(2, 12, *TINY)
+    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers)
+    net.prefix, mask = attention == "prefix", torch.arange(13) < torch.arange(1, 13)[:, None]
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        loss = continuation.continuation_loss(net, x0, torch.randn(12, 24, 32), noise, torch.rand(12), mask)
+        loss.sum().backward()
+    d, text, tokens = net.config.dim, net.config.text_len, 13 * 6
+    given = [6 * n for n in range(1, 13)] if attention == "prefix" else [0] * 12
+    scores = sum(n * n + (tokens - n) * tokens + tokens * text for n in given)
+    # 2 products forward, and 5 backward, which are 2.5 times as many, of 2 operations a score and channel
+    attended = net.config.num_layers * 7 * 2 * d * scores
+    assert 12 * cost.train(continuation, cfg, TINY, 2)["flop"] == theirs.get_total_flops() + attended
+
+
 def test_memory_is_what_is_alive():
     """Freed storages are gone, views cost nothing, the peak stays; no storage from outside counts."""
     outside = torch.zeros(1000)
@@ -58,11 +105,28 @@ def test_memory_is_what_is_alive():
         assert (count.now, count.peak) == (0, 12000)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_any_depth_is_on_the_straight_line(checkpointing, monkeypatch):
+def continue_from(n: int):
+    """Builds a model.Continuation with prefix attention and n given frames, and calls it."""
+
+    def call(net, x0, states, noise, t):
+        net.prefix = True
+        return model.Continuation(net, x0, states, n)(x0, t)
+
+    return call
+
+
+DEPTHS = [
+    (pair_loss, with_lora(False, 4), True),
+    (pair_loss, with_lora(True, 4), True),
+    *((continue_from(n), cost.in_bfloat16) for n in (0, 6, 12)),
+]
+
+
+@pytest.mark.parametrize("arguments", DEPTHS)
+def test_any_depth_is_on_the_straight_line(arguments, monkeypatch):
     """What two and three blocks tell of seven is what seven blocks cost: every number, to the byte."""
     monkeypatch.setitem(model.PRESETS, "tiny", dataclasses.replace(model.PRESETS["tiny"], num_layers=7))
-    arguments = ("tiny", TINY, 2, pair_loss, with_lora(checkpointing, 4), True)
+    arguments = ("tiny", TINY, 2, *arguments)
     line = cost.measure_dit(*arguments)
     monkeypatch.setattr(dataclasses, "replace", lambda config, **changes: config)  # now all seven are built
     assert line == cost.measure_dit(*arguments) and line["activations"] > 0
@@ -184,10 +248,32 @@ def test_shard_is_counted_as_it_is():
 
 
 def test_what_is_said_of_a_run(capsys):
-    """What is assumed, and what does not fit. Of 20,000 winners a third is the clip whole, and is not sampled."""
+    """What is assumed, and what does not fit; --shard, where whole forwards make it possible."""
     assert "does NOT fit in 76" in printed("continuation", "--preset 14b", capsys)
-    found = printed("make_pairs", "--preset 1.3b --shard_size 2 --data nowhere", capsys)
-    assert "33,333 samples of 100 forwards, 2 at once; latents (16, 13, 36, 64) assumed" in found
+    options = "--preset 1.3b --shard_size 2 --nfe 4 --data nowhere --continuation nowhere"
+    found, whole = (printed("make_pairs", options + more, capsys) for more in ("", " --shard"))
+    assert (
+        "20,000 pairs by 4 steps, with prefix attention, 2 at once; latents (16, 13, 36, 64) assumed, as there" in found
+    )
+    assert "--shard" not in found and "--shard" in whole
+
+
+def test_the_folder_says_how_its_model_attends(chain):
+    """A folder that is not made yet is the preset's, and without one it is the base that continues clips."""
+    header = told(chain / "continuation/lora.safetensors")["attention"]
+    for folder, attention in ((str(chain / "continuation"), header), ("nowhere", "prefix"), ("", "full")):
+        assert cost.attention(make_pairs.Config(continuation=folder)) == attention
+
+
+def test_continuing_is_counted_for_sample(tmp_path):
+    """Whole forwards, fewest operations where half of the frames are given; both branches at once."""
+    (tmp_path / "clip.mp4").touch()
+    given = f"--preset 1.3b --prompt any --nfe 4 --frames 13 --video {tmp_path / 'clip.mp4'} --continuation nowhere"
+    options = [f"{given} --n_cond {more}" for more in ("2", "2 --guidance 1", "1")]
+    jobs = [cost.job_of("sample", parse(sample.Config, words.split(), ""), 8) for words in options]
+    decoder = cost.measure(vae.VAE, lambda net: net.decode(torch.empty(1, 16, 4, 36, 64)))["flop"]
+    two, alone, one = (job.flop - decoder for job in jobs)
+    assert two == 2 * alone < one and jobs[0].gathers == 4
 
 
 def test_as_a_program(tmp_path):

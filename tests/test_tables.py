@@ -36,7 +36,7 @@ def test_a_method_has_a_row_for_each_of_its_rates():
 def test_options_of_every_row_exist(name):
     """Each row is made of options that the stages take."""
     row = tables.ROWS[name]
-    resolve(continuation.Config(**row.phi), continuation.PRESETS)
+    resolve(continuation.Config(**row.phi or {}), continuation.PRESETS)
     if row.stage:
         resolve(row.stage.Config(**row.options), row.stage.PRESETS)
     if row.labels:
@@ -51,14 +51,19 @@ def test_options_of_every_row_exist(name):
 
 def test_operations_of_the_method():
     """Φ, pairs and training, from what torch counts of a clip: a pair is two clips and the reference's two forwards."""
+    row = tables.ROWS["dynamicsboost"]
     clip, forward = tables.flop(sft), tables.flop()
     assert tables.flop(asymdpo) == pytest.approx(2 * clip + 2 * forward, rel=0.02)
-    assert tables.flop(continuation, "text") == pytest.approx(clip, rel=0.05)
-    before, step = tables.price(tables.ROWS["dynamicsboost"], 600)
+    assert tables.flop(continuation) == pytest.approx(clip, rel=0.05)
+    before, step = tables.price(row, 600)
     assert step == 16 * tables.flop(asymdpo)
-    # six forwards for each loser, and for two of three winners, which N2 = 13 of 11, 12, 13 gives whole
-    assert before == pytest.approx(600 * 6 * (1 + 2 / 3) * forward + 200 * 32 * tables.flop(continuation, "text"))
-    assert tables.plan(tables.ROWS["dynamicsboost"], 600) == (200, 1.0)
+    assert before == pytest.approx(600 * tables.sampling(row) + 200 * 32 * tables.flop(continuation))
+    nfe = make_pairs.PRESETS["tiny"]["nfe"]
+    plain = tables.sampling(dataclasses.replace(row, pairs=dict(plain=True), phi=None))
+    assert plain == pytest.approx(nfe * 2 * forward, rel=0.02)
+    # a call for each loser, and for two of three winners, which N2 = 13 of 11, 12, 13 gives whole
+    assert 0.3 < tables.sampling(row) / (nfe * (1 + 2 / 3) * forward) < 0.6
+    assert tables.plan(row, 600) == (200, 1.0)
 
 
 @pytest.mark.parametrize("name", [n for n, row in tables.ROWS.items() if row.stage in (sft, baselines)])
