@@ -119,6 +119,7 @@ ROWS = {
     "lambda_0": Row("λ = 0", "loss", asymdpo, options=dict(sft_weight=0.0)),
     "lambda_3": Row("λ = 3", "loss", asymdpo, options=dict(sft_weight=3.0)),
     # the continuation model
+    "phi_full": Row("Φ with full attention", "phi", asymdpo, phi=dict(attention="full")),
     "phi_none": Row("no Φ: the base continues", "phi", asymdpo, phi=None),
     "phi_50": Row("Φ of 50 steps", "phi", asymdpo, phi=dict(steps=50)),
     "phi_600": Row("Φ of 600 steps", "phi", asymdpo, phi=dict(steps=600)),
