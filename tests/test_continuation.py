@@ -24,9 +24,9 @@ CONFIG = model.DiTConfig(24, 40, 2, 2, in_dim=4, out_dim=4, text_dim=12, text_le
 FRAMES = 5
 
 
-def network(attention: str, prompts: str = "text") -> model.DiT:
+def network(attention: str, prompts: str = "text", layers: int = 2) -> model.DiT:
     """A small Φ of two by three tokens a frame, with a LoRA, in which nothing is zero or one."""
-    net = model.init_from_scratch(model.DiT(CONFIG), seed=0)
+    net = model.init_from_scratch(model.DiT(dataclasses.replace(CONFIG, num_layers=layers)), seed=0)
     net.prefix = attention == "prefix"
     model.add_lora(net, 4, 4, "all")
     if prompts != "off":
@@ -186,13 +186,13 @@ def compiled(monkeypatch):
     """A network under --compile, by the tracing that torch.compile does for every backend."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    return place(network("prefix"), SimpleNamespace(shard=False, compile=True), Group())
+    return place(network("prefix", layers=1), SimpleNamespace(shard=False, compile=True), Group())
 
 
 @torch.no_grad()
 def test_a_compiled_continuation(compiled):
     """What eager blocks give, without a graph for each number of given frames."""
-    (x0, noise, text, t), eager = inputs(2), network("prefix")
+    (x0, noise, text, t), eager = inputs(2), network("prefix", layers=1)
     for n in (1, 2, 3):
         with torch.compiler.set_stance("fail_on_recompile" if n == 3 else "default"):
             made = model.Continuation(compiled, x0, text, n)(noise, t)
@@ -201,7 +201,7 @@ def test_a_compiled_continuation(compiled):
 
 def test_compiled_training_on_mixed_lengths(compiled):
     """The losses of eager blocks, without a graph for each combination of lengths."""
-    (x0, noise, text, t), eager = inputs(2), network("prefix")
+    (x0, noise, text, t), eager = inputs(2), network("prefix", layers=1)
     for lengths in ((1, 3), (2, 2), (4, 1)):
         with torch.compiler.set_stance("fail_on_recompile" if lengths != (1, 3) else "default"):
             loss = continuation.continuation_loss(compiled, x0, text, noise, t, mask(*lengths))
