@@ -339,9 +339,11 @@ def training(stage, cfg, gpus: int) -> Job:
 
 
 def attention(cfg) -> str:
-    """Of the model that continues clips: as its folder tells, the preset's where that is not made yet; the base's."""
+    """Of the model that continues clips: its folder tells, before it is made the preset; the base itself has full."""
+    if not cfg.continuation:
+        return "full"
     lora, made = Path(cfg.continuation) / "lora.safetensors", continuation.PRESETS[cfg.preset]["attention"]
-    return (told(lora).get("attention", "full") if lora.is_file() else made) if cfg.continuation else "full"
+    return told(lora).get("attention", "full") if lora.is_file() else made
 
 
 @functools.cache
