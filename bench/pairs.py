@@ -53,8 +53,8 @@ class Config:
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 FULL, GUIDED = dict(attention="full"), dict(caption_dropout=0.1)  # Φ is sampled with guidance at Wan's presets
-GUIDANCE = dict(guidance=3.0)  # in the tiny world
-SOME = GUIDANCE | dict(guidance_low=0.5, guidance_high=0.95)
+GUIDANCE = dict(guidance=3.0, guidance_low=0.0, guidance_high=1.0)
+INTERVAL = GUIDANCE | {name: make_pairs.WAN[name] for name in ("guidance_low", "guidance_high")}
 
 
 def row(title: str, nfe: int, phi: dict | None = {}, solver: str = "unipc", **options) -> Row:
@@ -66,8 +66,9 @@ LADDER = {  # with guidance; each saves one thing more than the one before
     "prefix": row("+ prefix attention", 50, GUIDED, "euler", **GUIDANCE),
     "guided_50": row("UniPC in place of Euler", 50, GUIDED, **GUIDANCE),
     "guided_4": row("4 steps", 4, GUIDED, **GUIDANCE),
-    "interval_4": row("guidance in an interval", 4, GUIDED, **SOME),
-    "gt_winner": row("N2 = N (`gt-winner`)", 4, GUIDED, n2_min=13, **SOME),
+    "interval_4": row("4 steps, guidance at 0.75 < t ≤ 0.95", 4, GUIDED, **INTERVAL),
+    "interval_7": row("7 steps, so (the presets `1.3b`, `14b`)", 7, GUIDED, **INTERVAL),
+    "gt_winner": row("4 steps, so, and N2 = N (`gt-winner`)", 4, GUIDED, n2_min=13, **INTERVAL),
 }
 STEPS = {  # without guidance, as at the preset tiny
     **{f"unipc{n}": row(f"{n} UniPC steps", n) for n in (50, 6, 4, 3, 2)},
@@ -219,11 +220,10 @@ def parts() -> str:
     lines = []
     for preset in ("1.3b", "14b"):
         job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, data="out/nowhere"), gpus=8)
-        counts = cost.pair(
-            job_cfg := resolve(make_pairs.Config(preset=preset), make_pairs.PRESETS), cost.SHAPE, "prefix"
-        )
+        cfg = resolve(make_pairs.Config(preset=preset), make_pairs.PRESETS)
+        counts = cost.pair(cfg, cost.SHAPE, "prefix")
         shares = [f"{100 * counts[part] / counts['flop']:.0f} %" for part in ("keys", "losers", "winners")]
-        lines.append([preset, str(job_cfg.nfe), f"{counts['flop'] / 1e15:.2f}", *shares, f"{8 * job.hours():,.0f}"])
+        lines.append([preset, str(cfg.nfe), f"{counts['flop'] / 1e15:.2f}", *shares, f"{8 * job.hours():,.0f}"])
     heads = ["", "steps", "PFLOP a pair", "keys, once", "losers' steps", "winners' steps", "GPU-hours, predicted"]
     return table(heads, lines)
 
