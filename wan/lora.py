@@ -28,7 +28,7 @@ def lora_file(entry: str) -> Path:
     """
     path = Path(entry.strip())
     if any((path / name).is_file() for name in ("run.json", MANIFEST)):  # made by this project
-        read_manifest(path, "sft.py, asymdpo.py, experiments.baselines or wan.export")
+        read_manifest(path, "sft.py, asymdpo.py, experiments.baselines, experiments.distill or wan.export")
     if (path / "task_prompt.safetensors").is_file():
         raise UserError(f"{path}: expected a text-to-video LoRA, got a continuation model, which needs task prompts")
     file = path / "lora.safetensors" if path.is_dir() else path
