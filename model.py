@@ -551,9 +551,10 @@ def lora_off(net: DiT):
 
 
 @torch.no_grad()
-def fuse(weight: Tensor, terms: Iterable[LowRank]) -> Tensor:
-    """W + Σ scale·B·A, float32."""
-    return sum((term.scale * (term.B.to(weight.device) @ term.A.to(weight.device)) for term in terms), weight.float())
+def fuse(weight: Tensor, terms: Iterable[LowRank], diffs: Iterable[Tensor] = ()) -> Tensor:
+    """W + Σ scale·B·A + Σ diff, float32."""
+    weight = sum((diff.to(weight.device) for diff in diffs), weight.float())
+    return sum((term.scale * (term.B.to(weight.device) @ term.A.to(weight.device)) for term in terms), weight)
 
 
 def merge_lora(net: DiT) -> DiT:

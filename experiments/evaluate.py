@@ -164,7 +164,7 @@ def adapted(base: str, loras: list, strength: float = 1.0) -> model.DiT:
     if strength == 1:
         return load_adapted(base, loras)
     net = load_adapted(base, loras[:-1])
-    lora = read_lora(net, loras[-1])
+    lora, _ = read_lora(net, loras[-1])  # one that was trained here: low-rank terms alone
     for term in lora.values():
         term.scale *= strength
     return model.attach_lora(net, lora)

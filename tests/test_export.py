@@ -232,6 +232,53 @@ def test_bfloat16_keeps_the_loras(stored, tmp_path):
     assert abs(kept - 1) < 0.01
 
 
+# ---- a LoRA with differences of whole tensors ------------------------------------------------------------------------
+
+
+def distilled(base):
+    """A LoRA file as LightX2V's tools/extract/lora_extractor.py writes it of a model whose every tensor changed: low
+    rank where it pays, or else .diff of a weight, .diff_b of a bias, .diff_m of a modulation. And the changed model's
+    tensors, in float64.
+    """
+    tensors, truth = {}, {}
+    for name, a in base.items():
+        layer, _, leaf = f"diffusion_model.{name}".rpartition(".")
+        if a.ndim == 2 and "blocks." in name:
+            down, up = torch.randn(3, a.shape[1]), 0.1 * torch.randn(a.shape[0], 3)
+            tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+            tensors[f"{layer}.alpha"] = torch.tensor(6.0)  # the scale of a low-rank term alone
+            change = 2 * up.double() @ down.double()
+        else:
+            change = 0.1 * torch.randn(a.shape)
+            tensors[f"{layer}.{dict(weight='diff', bias='diff_b', modulation='diff_m')[leaf]}"] = change
+        truth[name] = a.double() + change
+    return tensors, truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_differences_are_added(dtype, root, tmp_path):
+    """W + BA, and bias, norm, modulation + their diff, up to one rounding; whole models are exported with them."""
+    model.save_model(model.load_model(root / "base", dtype), tmp_path / "base")
+    tensors, truth = distilled(load_file(tmp_path / "base" / model.WEIGHTS_NAME))
+    assert {key.rpartition(".")[2] for key in tensors} == {"weight", "alpha", "diff", "diff_b", "diff_m"}
+    save_file(tensors, tmp_path / "distilled.safetensors")
+    net = load_adapted(tmp_path / "base", [tmp_path / "distilled.safetensors"], dtype)
+    terms = {f"{name}.weight": model.fuse(0 * layer.weight, layer.lora) for name, layer in model.linears(net).items()}
+    for name, a in net.state_dict().items():
+        if ".lora." not in name:
+            assert close(a.double() + terms.get(name, 0), truth[name], 2**-8 if dtype == torch.bfloat16 else 1e-6), name
+    if dtype == torch.float32:
+        assert same(model.load_model(run(tmp_path, tmp_path / "out", "diffusers", "distilled.safetensors")), net)
+
+
+def test_a_lora_cannot_keep_differences(root, tmp_path):
+    """Others would pass over some of them: one LoRA is not made, and the line says what can be."""
+    save_file(distilled(load_file(root / "base" / model.WEIGHTS_NAME))[0], root / "distilled.safetensors")
+    words = "distilled.safetensors: expected low-rank terms alone for --layout lora, .*blocks.0.*choose another layout"
+    refused(words, run, root, tmp_path / "out", "lora", "sft,distilled.safetensors")
+    assert not (tmp_path / "out").exists()
+
+
 # ---- one LoRA --------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +320,7 @@ def test_one_lora_opens_in_diffusers(names, dtype, root, tmp_path):
         assert close(after, output(exact), 1e-5)
     assert close(after, output(model.load_lora(base, path)), 1e-5)
     pipeline.fuse_lora()
-    loras = [read_lora(base, root / f"{name}/lora.safetensors") for name in loras]
+    loras = [read_lora(base, root / f"{name}/lora.safetensors")[0] for name in loras]
     for key in ("blocks.1.self_attn.k", "blocks.0.ffn.0"):  # of both LoRAs, of sft alone
         weight = peer.get_submodule(export.diffusers_name(f"{key}.weight").removesuffix(".weight")).weight
         size = sum(lora[key].B.abs() @ lora[key].A.abs() for lora in loras if key in lora)
@@ -295,7 +342,7 @@ def test_the_key_rules_of_others(root, tmp_path):
     assert set(tensors) == {f"diffusion_model.{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
     save_file(musubi(tensors), again)
     assert {key.partition(".")[0] for key in load_file(again)} == {f"lora_unet_{a.replace('.', '_')}" for a in layers}
-    one, two = read_lora(net, path), read_lora(net, again)
+    (one, _), (two, _) = read_lora(net, path), read_lora(net, again)
     assert one.keys() == two.keys() == layers and len(layers) == 26
     for layer, term in one.items():
         assert torch.equal(term.A, two[layer].A) and torch.equal(term.B, two[layer].B)

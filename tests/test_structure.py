@@ -16,7 +16,7 @@ from runtime.options import field_comments, parse, resolve
 
 STAGES = ["prepare", "sft", "continuation", "make_pairs", "asymdpo", "sample"]
 COMMANDS = ["tiny.balls", "wan.export", *(f"experiments.{name}" for name in (
-    "evaluate", "pairs", "labels", "baselines", "tables", "page", "benchmarks", "decode"
+    "evaluate", "pairs", "labels", "baselines", "distill", "tables", "page", "benchmarks", "decode"
 ))]  # fmt: skip
 ROOMS = {"kernels", "flow", "model", "runtime", "wan", "tiny", "experiments", "bench", "tests", "scripts"}
 MAY_IMPORT = {  # room -> rooms of the project that it imports

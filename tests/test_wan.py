@@ -312,7 +312,8 @@ def diffusers_layer(layer: str) -> str:
 
 def with_file(net: model.DiT, path) -> model.DiT:
     """net with the LoRA of a file that anybody wrote."""
-    return model.attach_lora(net, read_lora(net, path))
+    lora, _ = read_lora(net, path)
+    return model.attach_lora(net, lora)
 
 
 FILES = {  # how others write a LoRA: keys, their words for A and B, their names of layers, and whether alpha is there
@@ -374,7 +375,8 @@ def test_alphas_that_are_not_read(told, tmp_path):
 
 
 def test_a_lora_that_matches_nothing(tmp_path):
-    """An error that names a key, never silence."""
-    for key in ("lora_unet_blocks_0_attn_x.lora_down.weight", "diffusion_model.blocks.0.attn.q.x"):
+    """An error that names a key, never silence: image-to-video's layers, and differences of another size, too."""
+    others = ("blocks.0.attn.q.x", "blocks.0.cross_attn.norm_k_img.diff", "blocks.0.diff_m", "blocks.0.ffn.0.diff_b")
+    for key in ("lora_unet_blocks_0_attn_x.lora_down.weight", *(f"diffusion_model.{key}" for key in others)):
         save_file({key: torch.zeros(4, 40)}, tmp_path / "lora.safetensors")
         refused("expected a LoRA for this model", read_lora, small_dit(), tmp_path / "lora.safetensors")

@@ -1,6 +1,6 @@
 """Fuses LoRAs into their base, or several LoRAs into one, for other programs to open.
 
-    W' = round(W + Σ (alpha_i / rank_i)·B_i·A_i)    the sum is float32 and rounded once
+    W' = round(W + Σ (alpha_i / rank_i)·B_i·A_i + Σ diff_i)    the sum is float32 and rounded once
 
     python -m wan.export --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/lora --layout lora --dtype bfloat16
     python -m wan.export --base Wan2.1-T2V-1.3B --lora out/sft,out/asymdpo --out out/merged --layout wan
@@ -121,7 +121,11 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     net, source, names = open_model(cfg.base)
-    loras = [read_lora(net, file) for file in files]
+    read = [read_lora(net, file) for file in files]
+    for file, (_, diffs) in zip(files, read):
+        if diffs and cfg.layout == "lora":
+            got = f"got differences of {len(diffs)} whole tensors, {min(diffs)} among them"
+            raise UserError(f"{file}: expected low-rank terms alone for --layout lora, {got}; choose another layout")
     if len(files) == 1 and (below := cold_start(files[0])):
         print(f"{run.stage}: {files[0]} was trained on top of {below}; give both, that one first", file=sys.stderr)
     run.claim()
@@ -129,7 +133,7 @@ def main(cfg: Config) -> None:
     # ---- one LoRA
     if cfg.layout == "lora":
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(joined(loras), file, dtype, lora=cfg.lora)
+            model.export_lora(joined([lora for lora, _ in read]), file, dtype, lora=cfg.lora)
         run.finish(["lora.safetensors"])
         print(f"{run.stage}: wrote {run.folder / 'lora.safetensors'}")
         return
@@ -141,9 +145,11 @@ def main(cfg: Config) -> None:
     bar = run.progress(len(ours), unit="tensor")
 
     def fused(name: str) -> Tensor:
-        weight, layer = source[names[ours[name]]], ours[name].removesuffix(".weight")
+        name = ours[name]
+        weight, layer = source[names[name]], name.removesuffix(".weight")
         bar.update()
-        return model.fuse(weight, [lora[layer] for lora in loras if layer in lora])
+        terms = [lora[layer] for lora, _ in read if layer in lora]
+        return model.fuse(weight, terms, [diffs[name] for _, diffs in read if name in diffs])
 
     folder = "" if wan else "transformer/"
     config = model.wan_config(net.config) if wan else diffusers_config(net.config)

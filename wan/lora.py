@@ -1,7 +1,7 @@
 """LoRA files, whichever program wrote them, and models with LoRAs on them.
 
     lora_files("out/sft,style.safetensors")   the files that such an option names; folders are checked
-    read_lora(net, path)                      the low-rank term of each layer
+    read_lora(net, path)                      the low-rank term of each layer, and what is added to whole tensors
     load_adapted(base, files)                 the base with LoRAs on it
     load_continuation(base, folder)           the continuation model Φ
 
@@ -28,7 +28,7 @@ def lora_file(entry: str) -> Path:
     """
     path = Path(entry.strip())
     if any((path / name).is_file() for name in ("run.json", MANIFEST)):  # made by this project
-        read_manifest(path, "sft.py, asymdpo.py, experiments.baselines or wan.export")
+        read_manifest(path, "sft.py, asymdpo.py, experiments.baselines, experiments.distill or wan.export")
     if (path / "task_prompt.safetensors").is_file():
         raise UserError(f"{path}: expected a text-to-video LoRA, got a continuation model, which needs task prompts")
     file = path / "lora.safetensors" if path.is_dir() else path
@@ -66,26 +66,45 @@ def _peft_alpha(path: Path) -> float | None:
     return alpha
 
 
+Diffs = dict[str, Tensor]  # what is added to whole tensors, by their names in the network
+
+# What is too small for a low-rank term is kept as a difference: biases, norms, modulation, small matrices.
+# github.com/ModelTC/LightX2V, tools/extract/lora_extractor.py _generate_lora_diff_key. ComfyUI passes over diff_m
+# (github.com/Comfy-Org/ComfyUI/issues/8922); diffusers over that and the norms' diff
+# (loaders/lora_conversion_utils.py _convert_non_diffusers_wan_lora_to_diffusers). Here all of them count.
+DIFFS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 KEY = re.compile(r"(.+?)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(.+)\.alpha")
 
 
-def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None = None) -> model.LoRA:
-    """What a LoRA file's tensors hold for net: the low-rank term of each layer.
+def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None = None) -> tuple[model.LoRA, Diffs]:
+    """What a LoRA file's tensors hold for net: the low-rank term of each layer, and the differences of whole tensors.
 
     Layers have Wan's names, diffusers' or kohya's (lora_unet_blocks_0_…), after `diffusion_model.`, `transformer.`,
-    `base_model.model.` or nothing; lora_A and lora_B, or lora_down and lora_up; with or without a tensor alpha. alpha:
-    that of the layers without one. ValueError if a key does not fit net, or there is none.
+    `base_model.model.` or nothing; lora_A and lora_B, or lora_down and lora_up; with or without a tensor alpha, which
+    is not for differences. alpha: that of the layers without one. ValueError if a key does not fit net, or there is
+    none.
     """
     kohya = {"lora_unet_" + name.replace(".", "_"): name for name in model.linears(net)}
+    shapes = {name: a.shape for name, a in net.state_dict().items()}
     parts: dict[str, dict[str, Tensor]] = {}
+    diffs: Diffs = {}
     for key, tensor in tensors.items():
-        found = KEY.fullmatch(re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key))
+        short = re.sub(r"^(diffusion_model|transformer|base_model\.model)\.", "", key)
+        layer, _, kind = short.rpartition(".")
+        if kind in DIFFS:
+            name = model.wan_name(f"{kohya.get(layer, layer)}.{DIFFS[kind]}")
+            if shapes.get(name) != tensor.shape:
+                got = f"{key!r} {tuple(tensor.shape)}"
+                raise ValueError(f"expected a LoRA for this model, got {got}, which does not fit it")
+            diffs[name] = tensor
+            continue
+        found = KEY.fullmatch(short)
         if not found:
             raise ValueError(f"expected a LoRA for this model, got the key {key!r}")
         layer, down, up, scaled = found.groups()
         name = model.wan_name(f"{kohya.get(layer or scaled, layer or scaled)}.weight").removesuffix(".weight")
         parts.setdefault(name, {})["A" if down else "B" if up else "alpha"] = tensor
-    if not parts:
+    if not tensors:
         raise ValueError("expected a LoRA, got a file without tensors")
     loras = {}
     for name, part in sorted(parts.items()):
@@ -93,11 +112,11 @@ def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None =
             raise ValueError(f"expected a LoRA for this model, got half of one for {name!r}, or a strange alpha")
         own = part["alpha"].item() if "alpha" in part else alpha
         loras[name] = model.LowRank(part["A"], part["B"], 1.0 if own is None else own / max(1, len(part["A"])))
-    return loras
+    return loras, diffs
 
 
-def read_lora(net: model.DiT, path: str | Path) -> model.LoRA:
-    """What a LoRA file holds for net: the low-rank term of each layer.
+def read_lora(net: model.DiT, path: str | Path) -> tuple[model.LoRA, Diffs]:
+    """What a LoRA file holds for net: the low-rank term of each layer, and the differences of whole tensors.
 
     Keys as in `parse_lora`; alpha may also stand where PEFT keeps it. net may be on the meta device. UserError for
     anything but a LoRA for net.
@@ -107,9 +126,9 @@ def read_lora(net: model.DiT, path: str | Path) -> model.LoRA:
         raise UserError(f"{path}: expected a LoRA file, got {'a folder' if path.is_dir() else 'no such file'}")
     tensors, told = read_tensors(path), _peft_alpha(path)
     try:
-        loras = parse_lora(net, tensors, told)
+        loras, diffs = parse_lora(net, tensors, told)
         model.check_lora(net, loras)
-        return loras
+        return loras, diffs
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -120,22 +139,23 @@ def load_adapted(
     """The base with these LoRAs on it, frozen; its matrix products run in dtype.
 
     A weight that is rounded once at most takes the LoRAs in: it is float32 in the base's files, or dtype is. A second
-    rounding would lose most of a small update: there the LoRAs stay terms of their own.
+    rounding would lose most of a small update: there the LoRAs stay terms of their own. Differences of whole tensors
+    are always taken in: they were taken from weights of such a rounding.
 
     UserError for a base that is damaged or no model, and as `read_lora`.
     """
     with user_errors():
         net, read = model.open_model(verified(base, "sft.py or wan.export"))
-    apart = [read_lora(net, file) for file in loras]
+    files = [read_lora(net, file) for file in loras]
 
     def weight(name: str) -> Tensor:
         tensor, layer, wanted = read(name).to(device), name.removesuffix(".weight"), model.weight_dtype(name, dtype)
-        if torch.float32 in (tensor.dtype, wanted):
-            tensor = model.fuse(tensor, [lora.pop(layer) for lora in apart if layer in lora])
-        return tensor.to(wanted)
+        once = torch.float32 in (tensor.dtype, wanted)
+        terms = [lora.pop(layer) for lora, _ in files if once and layer in lora]
+        return model.fuse(tensor, terms, [diffs[name] for _, diffs in files if name in diffs]).to(wanted)
 
     model.fill(net, weight)
-    for lora in apart:
+    for lora, _ in files:
         model.attach_lora(net, lora)
     return net.eval()
 
