@@ -57,8 +57,9 @@ GUIDANCE = dict(guidance=3.0, guidance_low=0.0, guidance_high=1.0)
 INTERVAL = GUIDANCE | {name: make_pairs.WAN[name] for name in ("guidance_low", "guidance_high")}
 
 
-def row(title: str, nfe: int, phi: dict | None = {}, solver: str = "unipc", **options) -> Row:
-    return Row(title, stage=asymdpo, pairs=dict(nfe=nfe, solver=solver, **options), phi=phi)
+def row(title: str, nfe: int, phi: dict | None = {}, solver: str = "unipc", distill=None, **options) -> Row:
+    pairs = dict(nfe=nfe, solver=solver, **options)
+    return Row(title, stage=asymdpo, pairs=pairs, phi=phi, distill=distill)
 
 
 LADDER = {  # with guidance; each saves one thing more than the one before
@@ -66,15 +67,18 @@ LADDER = {  # with guidance; each saves one thing more than the one before
     "prefix": row("+ prefix attention", 50, GUIDED, "euler", **GUIDANCE),
     "guided_50": row("UniPC in place of Euler", 50, GUIDED, **GUIDANCE),
     "guided_4": row("4 steps", 4, GUIDED, **GUIDANCE),
-    "interval_4": row("4 steps, guidance at 0.75 < t ≤ 0.95", 4, GUIDED, **INTERVAL),
-    "interval_7": row("7 steps, so (the presets `1.3b`, `14b`)", 7, GUIDED, **INTERVAL),
-    "gt_winner": row("4 steps, so, and N2 = N (`gt-winner`)", 4, GUIDED, n2_min=13, **INTERVAL),
+    "interval_7": row("7 steps, guidance at 0.75 < t ≤ 0.95: the presets `1.3b` and `14b`", 7, GUIDED, **INTERVAL),
+    "gt_winner": row("4 steps, guidance there, N2 = N (`gt-winner`)", 4, GUIDED, n2_min=13, **INTERVAL),
 }
 STEPS = {  # without guidance, as at the preset tiny
-    **{f"unipc{n}": row(f"{n} UniPC steps", n) for n in (50, 6, 4, 3, 2)},
-    **{f"euler{n}": row(f"{n} Euler steps", n, solver="euler") for n in (50, 4)},
+    "unipc50": row("50 UniPC steps", 50),
+    "unipc4": row("4 UniPC steps: the preset `tiny`", 4),
+    **{f"unipc{n}": row(f"{n} UniPC steps", n) for n in (3, 2)},
     "full4": row("4 UniPC steps, full attention", 4, FULL),
-    **{f"none{n}": row(f"{n} UniPC steps of the base, no Φ", n, None) for n in (4, 2)},
+    **{f"euler{n}": row(f"{n} Euler steps", n, solver="euler") for n in (4, 2)},
+    "distilled4": row("4 Euler steps, a distilled LoRA beneath Φ", 4, {}, "euler", dict(nfe=4)),
+    "distilled2": row("2 Euler steps, a distilled LoRA beneath Φ", 2, {}, "euler", dict(nfe=2, substeps=6)),
+    **{f"none{n}": row(f"{n} UniPC steps, no Φ: the base", n, None) for n in (4, 2)},
 }
 ROWS = LADDER | STEPS
 
@@ -219,7 +223,8 @@ def parts() -> str:
     """Where a pair's operations go at Wan's presets, and the hours of all pairs, predicted."""
     lines = []
     for preset in ("1.3b", "14b"):
-        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, data="out/nowhere"), gpus=8)
+        nowhere = dict(data="out/nowhere", continuation="out/nowhere")  # the sizes assumed, whatever folders there are
+        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, **nowhere), gpus=8)
         cfg = resolve(make_pairs.Config(preset=preset), make_pairs.PRESETS)
         counts = cost.pair(cfg, cost.SHAPE, "prefix")
         shares = [f"{100 * counts[part] / counts['flop']:.0f} %" for part in ("keys", "losers", "winners")]
@@ -235,6 +240,7 @@ def draw(found: Found, counted: dict, path: Path) -> None:
         "gt-winner": (["gt_winner"], "D", "#c0453f"),
         "UniPC, no guidance": ([n for n in STEPS if n.startswith("unipc")], "s", "#2780b4"),
         "Euler, no guidance": ([n for n in STEPS if n.startswith("euler")], "^", "#636973"),
+        "… distilled": ([n for n in STEPS if n.startswith("distilled")], "P", "#3a8f5c"),
         "the base, no Φ": ([n for n in STEPS if n.startswith("none")], "v", "#5b5fc7"),
     }
     with matplotlib.rc_context({"font.size": 14.5}):

@@ -43,7 +43,7 @@ from runtime.group import Group, local_batch
 from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
 from wan import text, vae
-from wan.lora import told
+from wan.lora import read_header
 
 GPUS = int(os.environ.get("WORLD_SIZE", 8))  # as torchrun counts its processes
 NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 8))  # GPUs of a node
@@ -343,7 +343,7 @@ def attention(cfg) -> str:
     if not cfg.continuation:
         return "full"
     lora, made = Path(cfg.continuation) / "lora.safetensors", continuation.PRESETS[cfg.preset]["attention"]
-    return told(lora).get("attention", "full") if lora.is_file() else made
+    return read_header(lora).get("attention", "full") if lora.is_file() else made
 
 
 @functools.cache

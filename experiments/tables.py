@@ -36,7 +36,7 @@ import make_pairs
 import model
 import prepare
 import sft
-from experiments import baselines, cost, evaluate, labels, pairs, tables_page
+from experiments import baselines, cost, distill, evaluate, labels, pairs, tables_page
 from experiments.tables_page import COMPARED, HALF, LESS, MAIN, PLAIN
 from runtime.files import MANIFEST, read_jsonl, write_json
 from runtime.options import UserError, option, program, resolve
@@ -78,6 +78,7 @@ class Row:
     pairs: dict = dataclasses.field(default_factory=dict)  # options of make_pairs.py or experiments.pairs
     labels: dict = dataclasses.field(default_factory=dict)  # options of experiments.labels
     phi: dict | None = dataclasses.field(default_factory=dict)  # options of continuation.py; None: no such model
+    distill: dict | None = None  # options of experiments.distill, whose LoRA lies beneath Φ; None: none does
 
     @property
     def lr(self) -> float:
@@ -238,7 +239,10 @@ class Seed:
         if row.labels:
             return self.make(pairs, "pairs", row.pairs, lora=self.cold, **self.given)
         name = "pairs" + (",none" if row.phi is None else "".join(f",{v}" for v in row.phi.values()))
-        return self.make(make_pairs, name, row.pairs, continuation=self.phi(row.phi), **self.given)
+        beneath = {}
+        if row.distill is not None:
+            name, beneath = name + ",distilled", {"lora": self.make(distill, "distill", row.distill, **self.given)}
+        return self.make(make_pairs, name, row.pairs, continuation=self.phi(row.phi), **beneath, **self.given)
 
     def labels(self, row: Row, **other) -> str:
         given = dict(pairs=self.pairs(row), data=self.shards, seed=self.seed)

@@ -17,13 +17,11 @@ Cost  one pass over the weights; memory for the LoRAs and one file of at most 5 
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 import model
@@ -32,7 +30,7 @@ from runtime.group import alone
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
 from wan.checkpoint import Checkpoint, match, write_checkpoint
-from wan.lora import lora_files, read_lora
+from wan.lora import lora_files, read_header, read_lora
 
 LAYOUTS = ("wan", "diffusers", "lora")
 
@@ -89,13 +87,6 @@ def diffusers_config(config: model.DiTConfig) -> dict:
     }
 
 
-def cold_start(file: Path) -> str:
-    """The cold start that a LoRA of asymdpo.py was trained on, from its header; "" for other LoRAs."""
-    with safe_open(file, "pt") as opened:
-        told = (opened.metadata() or {}).get("dynamicsboost", "{}")
-    return json.loads(told).get("sft", "")
-
-
 def joined(loras: list[model.LoRA]) -> model.LoRA:
     """The sum of LoRAs as one: A (Σ rank, in), B (out, Σ rank).
 
@@ -126,7 +117,7 @@ def main(cfg: Config) -> None:
         if diffs and cfg.layout == "lora":
             got = f"got differences of {len(diffs)} whole tensors, {min(diffs)} among them"
             raise UserError(f"{file}: expected low-rank terms alone for --layout lora, {got}; choose another layout")
-    if len(files) == 1 and (below := cold_start(files[0])):
+    if len(files) == 1 and (below := read_header(files[0]).get("sft")):
         print(f"{run.stage}: {files[0]} was trained on top of {below}; give both, that one first", file=sys.stderr)
     run.claim()
 

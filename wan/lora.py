@@ -42,7 +42,7 @@ def lora_files(names: str) -> list[Path]:
     return [lora_file(entry) for entry in names.split(",") if entry.strip()]
 
 
-def told(path: Path) -> dict[str, str]:
+def read_header(path: Path) -> dict[str, str]:
     """What `model.export_lora` noted in a LoRA file's header, or nothing in another program's."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get("dynamicsboost", "{}"))
@@ -172,7 +172,7 @@ def load_continuation(
     """
     folder = Path(folder)
     net = load_adapted(base, [*loras, folder / "lora.safetensors"], dtype, device)
-    net.prefix = told(folder / "lora.safetensors").get("attention") == "prefix"  # untold up to 0.7: full
+    net.prefix = read_header(folder / "lora.safetensors").get("attention") == "prefix"  # up to 0.7 not noted: full
     if (folder / "task_prompt.safetensors").exists():
         with user_errors():
             model.load_task_prompt(net, folder / "task_prompt.safetensors")
