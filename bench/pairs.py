@@ -64,9 +64,9 @@ def row(title: str, nfe: int, phi: dict | None = {}, solver: str = "unipc", dist
 
 LADDER = {  # with guidance; each saves one thing more than the one before
     "full": row("50 Euler steps, full attention", 50, GUIDED | FULL, "euler", **GUIDANCE),
-    "prefix": row("+ prefix attention", 50, GUIDED, "euler", **GUIDANCE),
-    "guided_50": row("UniPC in place of Euler", 50, GUIDED, **GUIDANCE),
-    "guided_4": row("4 steps", 4, GUIDED, **GUIDANCE),
+    "prefix": row("50 Euler steps, prefix attention", 50, GUIDED, "euler", **GUIDANCE),
+    "guided_50": row("50 UniPC steps", 50, GUIDED, **GUIDANCE),
+    "guided_4": row("4 UniPC steps", 4, GUIDED, **GUIDANCE),
     "interval_7": row("7 steps, guidance at 0.75 < t ≤ 0.95: the presets `1.3b` and `14b`", 7, GUIDED, **INTERVAL),
     "gt_winner": row("4 steps, guidance there, N2 = N (`gt-winner`)", 4, GUIDED, n2_min=13, **INTERVAL),
 }

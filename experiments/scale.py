@@ -52,7 +52,7 @@ STEPS = {  # stage -> its options on 8 GPUs, and on 32
 }
 PAIRS = [  # attention of the continuation model, solver steps, those of them with guidance; without any, no guidance
     ("full", 50, 50),
-    *(("prefix", *steps) for steps in [(50, 50), (25, 25), (12, 12), (12, 6), (8, 8), (8, 4), (6, 3), (4, 4), (4, 0)]),
+    *(("prefix", *steps) for steps in [(50, 50), (25, 25), (12, 12), (7, 7), (7, 3), (4, 4), (4, 2), (4, 0)]),
 ]
 
 
