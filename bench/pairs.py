@@ -259,8 +259,10 @@ def draw(found: Found, counted: dict, path: Path) -> None:
         above.set_title("What AsymDPO gains over SFT in valid clips, points", loc="left", weight="bold")
         below.set_title("Score of the losers", loc="left", weight="bold")
         below.set(xscale="log", xlabel="operations of a pair at 1.3b, of 50 guided Euler steps by whole forwards")
-        above.set_ylim(bottom=0)
-        above.legend(frameon=False, ncols=2)
+        shares = (80, 40, 20, 10, 5, 2, 1)
+        below.set_xticks([1 / share for share in shares], ["1" if n == 1 else f"1/{n}" for n in shares])
+        below.minorticks_off()
+        figure.legend(loc="outside lower center", frameon=False, ncols=3)
         for axes in (above, below):
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.3)
@@ -268,15 +270,19 @@ def draw(found: Found, counted: dict, path: Path) -> None:
             figure.savefig(temporary, format="png", dpi=80)
 
 
-def write(found: Found, counted: dict, took: dict, facts: dict, folder: Path) -> None:
-    """performance.md, .json and .png."""
-    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
-    page = text.format(
+def page(found: Found, counted: dict, took: dict, facts: dict) -> str:
+    """The whole of performance.md: pairs.md with its tables filled in."""
+    return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
         ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found),
         parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP, real=shown(found.values("real", "score")), **facts,
     )  # fmt: skip
-    write_text(folder / "performance.md", page)
-    write_json(folder / "performance.json", facts | {"operations": counted, "seconds": took, "rows": found.by_seed})
+
+
+def write(by_seed: list[dict], counted: dict, took: dict, facts: dict, folder: Path) -> None:
+    """performance.md, .json and .png."""
+    found = Found(by_seed)
+    write_text(folder / "performance.md", page(found, counted, took, facts))
+    write_json(folder / "performance.json", {"facts": facts, "operations": counted, "seconds": took, "rows": by_seed})
     draw(found, counted, folder / "performance.png")
 
 
@@ -295,7 +301,7 @@ def main(cfg: Config) -> None:
         "minutes": round((time.time() - begun) / 60),
     }
     folder = Path(cfg.out if cfg.rows or len(seeds) == 1 else "docs")
-    write(Found(by_seed), counted, took, facts, folder)
+    write(by_seed, counted, took, facts, folder)
     print(f"bench: {folder / 'performance.md'}")
 
 

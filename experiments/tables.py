@@ -241,7 +241,8 @@ class Seed:
         name = "pairs" + (",none" if row.phi is None else "".join(f",{v}" for v in row.phi.values()))
         beneath = {}
         if row.distill is not None:
-            name, beneath = name + ",distilled", {"lora": self.make(distill, "distill", row.distill, **self.given)}
+            folder = "-".join(map(str, ("distill", *row.distill.values())))  # --lora takes a comma for the next file
+            name, beneath = name + ",distilled", {"lora": self.make(distill, folder, **row.distill, **self.given)}
         return self.make(make_pairs, name, row.pairs, continuation=self.phi(row.phi), **beneath, **self.given)
 
     def labels(self, row: Row, **other) -> str:
