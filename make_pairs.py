@@ -13,11 +13,12 @@
         --data shards --out out/pairs
 
 Both continuations of a clip start from the same noise, so a pair differs by the number of given frames only. A pair is
-a function of (clip, N1, N2, seed). Everything stays in latents: nothing is decoded and encoded again.
+a function of (clip, N1, N2, seed), up to rounding. Everything stays in latents: nothing is decoded and encoded again.
 
 In    a model folder, shards of prepare.py, a finished continuation.py folder
 Out   shards with `chosen` and `rejected` (C, F, H, W), text states, and for each pair id, caption, n1, n2
-Cost  nfe forwards a continuation, twice that with guidance; two continuations a clip, one where N2 = F
+Cost  a step runs on the frames to make, twice with guidance; the given ones and the text are computed once a clip
+      (model.Continuation); docs/performance.md has what that saves, and what fewer steps do to pairs
 """
 
 import dataclasses
