@@ -287,7 +287,7 @@ def write(by_seed: list[dict], counted: dict, took: dict, facts: dict, folder: P
 
 
 def main(cfg: Config) -> None:
-    cfg, begun = resolve(cfg), time.time()
+    cfg = resolve(cfg)
     seeds, names, by_seed = run_seeds(cfg, ROWS, (*list(LADDER)[:3], "unipc50"), measure)
     torch.set_num_threads(1)
     made = Seed(Path(cfg.out) / f"seed-{seeds[0]}", seeds[0])
@@ -298,7 +298,6 @@ def main(cfg: Config) -> None:
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores, PyTorch {torch.__version__}",
         "seeds": ", ".join(map(str, seeds)),
-        "minutes": round((time.time() - begun) / 60),
     }
     folder = Path(cfg.out if cfg.rows or len(seeds) == 1 else "docs")
     write(by_seed, counted, took, facts, folder)
