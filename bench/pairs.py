@@ -219,6 +219,17 @@ def attention(found: Found) -> str:
     return table(["given", *heads], lines)
 
 
+def verdict(found: Found) -> str:
+    """The pairs of either attention, and what AsymDPO gains with them, without guidance."""
+    if not {"unipc4", "full4"} <= set(found.names):
+        return ""
+    right = [shown(found.values(name, "accuracy"), "valid") for name in ("unipc4", "full4")]
+    gains = [shown(found.gain("unipc4", "full4", m), m) for m in ("valid", "score")]
+    return "Of the pairs of 4 UniPC steps {} % are labelled right with prefix attention and {} % with full.".format(
+        *right
+    ) + " AsymDPO gains {} points of valid clips and {} in score more with prefix than with full.".format(*gains)
+
+
 def parts() -> str:
     """Where a pair's operations go at Wan's presets, and the hours of all pairs, predicted."""
     lines = []
@@ -273,7 +284,7 @@ def draw(found: Found, counted: dict, path: Path) -> None:
 def page(found: Found, counted: dict, took: dict, facts: dict) -> str:
     """The whole of performance.md: pairs.md with its tables filled in."""
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
-        ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found),
+        ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found), verdict=verdict(found),
         parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP, real=shown(found.values("real", "score")), **facts,
     )  # fmt: skip
 
