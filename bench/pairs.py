@@ -284,7 +284,8 @@ def draw(found: Found, counted: dict, path: Path) -> None:
 def page(found: Found, counted: dict, took: dict, facts: dict) -> str:
     """The whole of performance.md: pairs.md with its tables filled in."""
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
-        ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found), verdict=verdict(found),
+        ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found),
+        verdict=verdict(found),
         parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP, real=shown(found.values("real", "score")), **facts,
     )  # fmt: skip
 
