@@ -21,7 +21,7 @@ from kernels import modulate
 from runtime import files
 from runtime.options import UserError, parse, resolve
 from wan import text, vae
-from wan.lora import told
+from wan.lora import read_header
 
 TINY, TERA = (28, 13, 2, 3), 1e12
 pair_loss = functools.partial(cost.loss, asymdpo, asymdpo.Config(beta=800.0, form="outside"))
@@ -260,7 +260,7 @@ def test_what_is_said_of_a_run(capsys):
 
 def test_the_folder_says_how_its_model_attends(chain):
     """A folder that is not made yet is the preset's, and without one it is the base that continues clips."""
-    header = told(chain / "continuation/lora.safetensors")["attention"]
+    header = read_header(chain / "continuation/lora.safetensors")["attention"]
     for folder, attention in ((str(chain / "continuation"), header), ("nowhere", "prefix"), ("", "full")):
         assert cost.attention(make_pairs.Config(continuation=folder)) == attention
 
