@@ -15,10 +15,11 @@
 Both continuations of a clip start from the same noise, so a pair differs by the number of given frames only. A pair is
 a function of (clip, N1, N2, seed), up to rounding. Everything stays in latents: nothing is decoded and encoded again.
 
-In    a model folder, shards of prepare.py, a finished continuation.py folder
+In    a model folder, shards of prepare.py, a finished continuation.py folder or none
 Out   shards with `chosen` and `rejected` (C, F, H, W), text states, and for each pair id, caption, n1, n2
-Cost  a step runs on the frames to make, twice with guidance; the given ones and the text are computed once a clip
-      (model.Continuation); docs/performance.md has what that saves, and what fewer steps do to pairs
+Cost  nfe forwards a continuation, and one more for each step with guidance. With prefix attention they run on the
+      frames to make alone: given frames, as text, are computed once a clip (model.Continuation). docs/performance.md
+      has what that saves, and what fewer steps do to pairs
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ from runtime.shards import Shards, collect, unfinished, write_shard
 from wan.lora import load_adapted, load_continuation, lora_files
 
 # Shift and guidance are Wan's own; steps and interval were chosen, as no reader reports them. Wan's own, 50 steps with
-# guidance in all (--nfe 50 --guidance_low 0 --guidance_high 1), cost eight times as much, and in the tiny world they
+# guidance in each (--nfe 50 --guidance_low 0 --guidance_high 1), cost eight times as much, and in the tiny world they
 # teach no better (docs/performance.md). Nobody has compared the two at Wan's size.
 WAN = dict(nfe=7, t_shift=5.0, guidance=5.0, guidance_low=0.75, guidance_high=0.95)
 PRESETS = {
@@ -69,10 +70,10 @@ class Config:
     nfe: int | None = option(least=1)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
-    guidance_low: float | None = option(least=0, most=1)  # guidance at times above this alone, the price of a step less
-    guidance_high: float | None = option(least=0, most=1)  # and up to this
+    guidance_low: float | None = option(least=0, most=1)  # guidance only at times above this: elsewhere half the price
+    guidance_high: float | None = option(least=0, most=1)  # and only up to this
     shard_size: int | None = option(least=1)  # pairs a shard; the continuations of equal length are one batch
-    plain: bool = False  # without savings: whole forwards, of clips given whole, too; to compare with
+    plain: bool = False  # no savings, to compare with: whole forwards, even for clips given whole
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     seed: int = 0  # of N1, N2 and the noise
@@ -94,6 +95,19 @@ def windows(cfg, frames: int) -> tuple[int, int, int, int]:
     return low1, high1, low2, high2
 
 
+def guided_steps(cfg) -> int:
+    """How many of the solver's steps have guidance."""
+    times = flow.time_grid(cfg.nfe, cfg.t_shift)[1].tolist()
+    return 0 if cfg.guidance == 1 else sum(cfg.guidance_low < t <= cfg.guidance_high for t in times)
+
+
+def check(cfg) -> None:
+    """UserError for guidance that no step would have."""
+    if cfg.guidance != 1 and not guided_steps(cfg):
+        got = f"{cfg.guidance_low} and {cfg.guidance_high} with --nfe {cfg.nfe}; for no guidance give --guidance 1"
+        raise UserError(f"expected guidance_low < t <= guidance_high at one step or more, got {got}")
+
+
 def draw_lengths(seed: int, clip: str, window: tuple[int, int, int, int]) -> tuple[int, int]:
     """N1 and N2 of a clip's pair, uniform on the windows."""
     low1, high1, low2, high2 = window
@@ -105,9 +119,9 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
     """Continues each clip x0 (B, C, F, H, W) from its first n_cond[i] frames. Returns (B, C, F, H, W).
 
     text (B, S, text_dim); keys: of the noise, one a clip; negative (S, text_dim): as in `flow.guided`. The given frames
-    come out bit for bit. Clips given whole are not sampled; those that are given as many frames as each other are one
-    batch, for which `model.Continuation` computes once what its solver's steps share. cfg.plain, and cfg.shard, whose
-    processes must call the network as often as each other: one batch of all, and whole forwards.
+    come out bit for bit. Clips given whole are not sampled; those given equally many frames are one batch, for which
+    `model.Continuation` computes once what the solver's steps share. With cfg.plain, or cfg.shard, whose processes must
+    call the network as often as each other, all clips are one batch of whole forwards.
     """
     if cfg.plain or cfg.shard:
         return solve(net, x0, text, torch.tensor(n_cond), keys, cfg, negative)
@@ -168,8 +182,7 @@ def sample_shards(run: Run, clips: Shards, count: int, cfg, sample: Callable) ->
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
-    if cfg.guidance_low >= cfg.guidance_high:
-        raise UserError(f"expected guidance_low < guidance_high, got {cfg.guidance_low} and {cfg.guidance_high}")
+    check(cfg)
     group = start_group(implementation)
     loras = lora_files(cfg.lora)
     inputs = {"data": cfg.data, "base": cfg.base, "continuation": cfg.continuation}

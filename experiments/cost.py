@@ -35,10 +35,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import continuation
-import flow
 import model
 from kernels import modulate, norm_rope, region_dpo
-from make_pairs import windows
+from make_pairs import guided_steps, windows
 from runtime.group import Group, local_batch
 from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
@@ -373,8 +372,7 @@ def pair(cfg, shape: tuple[int, ...], attend: str) -> dict[str, float]:
     """
     low1, high1, low2, high2 = windows(cfg, shape[1])
     plain, branches = cfg.plain or cfg.shard, 1 + (cfg.guidance != 1)
-    times = flow.time_grid(cfg.nfe, cfg.t_shift)[1].tolist()
-    calls = sum(branches if cfg.guidance_low < t <= cfg.guidance_high else 1 for t in times)
+    calls = cfg.nfe + guided_steps(cfg)
     parts, counts = {"keys": 0, "losers": 0, "winners": 0}, []
     for side, low, high in (("losers", low1, high1), ("winners", low2, high2)):
         for n in range(low, high + 1):
@@ -389,6 +387,7 @@ def pair(cfg, shape: tuple[int, ...], attend: str) -> dict[str, float]:
 
 def make_pairs(stage, cfg, gpus: int) -> Job:
     """--shard, like --plain, runs whole forwards; what runs without them does not say what --shard would take."""
+    stage.check(cfg)
     shape, clips, known = latents(cfg.data, "x0", cfg.split)
     attend, pairs = attention(cfg), cfg.clips or clips
     count = pair(cfg, shape, attend)

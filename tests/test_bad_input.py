@@ -48,11 +48,8 @@ OPTIONS = {  # what is wrong -> stage, options, words that the error must have
     "size the codec cannot cut": ("shards", dict(height=60), "multiples of 64, got 60"),
     "shares above 1": ("shards", dict(train=0.9, align=0.2), "add up to at most 1"),
     "N2 past the clip": ("pairs", dict(n2_max=14), "n2_max <= 13"),
-    "no interval of guidance": (
-        "pairs",
-        dict(guidance_low=0.5, guidance_high=0.5),
-        "guidance_low < guidance_high",
-    ),
+    "no interval of guidance": ("pairs", dict(guidance=3.0, guidance_low=0.5, guidance_high=0.5), "got 0.5 and 0.5"),
+    "guidance between the steps": ("pairs", dict(guidance=3.0, guidance_high=0.01), "at one step .*0.01 with --nfe 2"),
     "more pairs than clips": ("pairs", dict(clips=1000), "--clips: expected at most"),
     "more sweep clips than there are": ("eval", dict(sweep_clips=1000), "--sweep_clips: expected at most"),
     "no LoRA to fuse": ("pairs", dict(lora="/nowhere"), "/nowhere: expected a LoRA"),
