@@ -62,7 +62,7 @@ def job(name: str, preset: str, gpus: int, options: str) -> cost.Job:
     if gpus != 8 and name in ("prepare", "make_pairs", "sample"):  # a batch is the same on any number of GPUs
         return dataclasses.replace(job(name, preset, 8, options), gpus=gpus)
     given = ["--preset", preset, *options.split()]
-    given += [word for input in INPUTS.get(name, []) for word in (f"--{input}", NOWHERE)]
+    given += [word for folder in INPUTS.get(name, []) for word in (f"--{folder}", NOWHERE)]
     given += ["--prompt", "any", "--samples", "100"] if name == "sample" else []
     return cost.job_of(name, parse(importlib.import_module(name).Config, given, ""), gpus)
 
