@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import ROOT, copy, script
+from helpers import ROOT, copy, refused, script
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -252,17 +252,19 @@ def test_what_is_said_of_a_run(capsys):
     assert "does NOT fit in 76" in printed("continuation", "--preset 14b", capsys)
     options = "--preset 1.3b --shard_size 2 --nfe 4 --data nowhere --continuation nowhere"
     found, whole = (printed("make_pairs", options + more, capsys) for more in ("", " --shard"))
-    assert (
-        "20,000 pairs by 4 steps, with prefix attention, 2 at once; latents (16, 13, 36, 64) assumed, as there" in found
-    )
+    assert "20,000 pairs by 4 steps, with prefix attention, 2 at once; latents (16, 13, 36, 64) assumed" in found
     assert "--shard" not in found and "--shard" in whole
 
 
-def test_the_folder_says_how_its_model_attends(chain):
-    """A folder that is not made yet is the preset's, and without one it is the base that continues clips."""
+def test_the_folder_says_how_its_model_attends(chain, tmp_path):
+    """A folder that is not made yet is the preset's, and without one it is the base that continues clips. One that is
+    damaged is named.
+    """
     header = read_header(chain / "continuation/lora.safetensors")["attention"]
     for folder, attention in ((str(chain / "continuation"), header), ("nowhere", "prefix"), ("", "full")):
         assert cost.attention(make_pairs.Config(continuation=folder)) == attention
+    (tmp_path / "lora.safetensors").write_text("damaged")
+    refused("lora.safetensors: expected a LoRA's header", cost.attention, make_pairs.Config(continuation=str(tmp_path)))
 
 
 def test_continuing_is_counted_for_sample(tmp_path):

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import model
@@ -43,9 +43,15 @@ def lora_files(names: str) -> list[Path]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """What `model.export_lora` noted in a LoRA file's header, or nothing in another program's."""
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("dynamicsboost", "{}"))
+    """What `model.export_lora` noted in a LoRA file's header, or nothing in another program's.
+
+    UserError if it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("dynamicsboost", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: expected a LoRA's header, got: {error}; make or download the file again") from None
 
 
 def _peft_alpha(path: Path) -> float | None:
