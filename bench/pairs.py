@@ -62,7 +62,7 @@ def row(title: str, nfe: int, phi: dict | None = {}, solver: str = "unipc", dist
     return Row(title, stage=asymdpo, pairs=pairs, phi=phi, distill=distill)
 
 
-LADDER = {  # with guidance: the first four save one thing more each
+LADDER = {  # with guidance; up to the fourth each changes one thing of the one before
     "full": row("50 Euler steps, full attention", 50, GUIDED | FULL, "euler", **GUIDANCE),
     "prefix": row("50 Euler steps, prefix attention", 50, GUIDED, "euler", **GUIDANCE),
     "guided_50": row("50 UniPC steps", 50, GUIDED, **GUIDANCE),
@@ -223,11 +223,11 @@ def verdict(found: Found) -> str:
     """The pairs of either attention, and what AsymDPO gains with them, without guidance."""
     if not {"unipc4", "full4"} <= set(found.names):
         return ""
-    right = [shown(found.values(name, "accuracy"), "valid") for name in ("unipc4", "full4")]
-    gains = [shown(found.gain("unipc4", "full4", m), m) for m in ("valid", "score")]
+    prefix, full = (shown(found.values(name, "accuracy"), "valid") for name in ("unipc4", "full4"))
+    valid, score = (shown(found.gain("unipc4", "full4", m), m) for m in ("valid", "score"))
     return (
-        f"Of the pairs of 4 UniPC steps {right[0]} % are labelled right with prefix attention and {right[1]} % with full. "
-        f"AsymDPO gains {gains[0]} points of valid clips and {gains[1]} in score more with prefix than with full."
+        f"Of the pairs of 4 UniPC steps {prefix} % are labelled right with prefix attention and {full} % with full. "
+        f"AsymDPO gains {valid} points of valid clips and {score} in score more with prefix than with full."
     )
 
 
@@ -286,7 +286,8 @@ def page(found: Found, counted: dict, took: dict, facts: dict) -> str:
     """The whole of performance.md: pairs.md with its tables filled in."""
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
         ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found),
-        verdict=verdict(found), parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP, real=shown(found.values("real", "score")), **facts,
+        verdict=verdict(found), parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP,
+        real=shown(found.values("real", "score")), **facts,
     )  # fmt: skip
 
 
