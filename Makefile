@@ -1,5 +1,5 @@
 # make demo    every stage of the method, for real, on two CPU cores; ends by naming a report to open
-# make tables  every baseline and ablation on six seeds, 1 h 25 min; writes docs/tables.md, .json and .png
+# make tables  every baseline and ablation on six seeds, 1 h 10 min; writes docs/tables.md, .json and .png
 # make bench   what a pair costs and what it teaches, half an hour; writes docs/performance.md, .json and .png
 # make test    the tests
 # make lint    ruff

@@ -1,6 +1,6 @@
 """The paper's tables in miniature: every baseline and ablation on the tiny world, over several seeds.
 
-    python -m experiments.tables                                              all of it: 1 h 25 min of two cores
+    python -m experiments.tables                                              all of it: 1 h 10 min of two cores
     python -m experiments.tables --out out/try --seeds 12 --rows flow_exact   some of it, written to --out alone
 
 Each seed draws everything anew: clips, base, cold start, continuation model, pairs, order, noise. Within a seed all
