@@ -3,6 +3,7 @@
     v = DiT(config)(x_t, t, text)              one time t for the clip, (B,)
     v = DiT(config)(x_t, t, text)              a time for each latent frame, (B, F)
     v = DiT(config)(x_t, t, text, cond_mask)   continuation: frames with cond_mask are given (clean) and see time 0
+    v = Continuation(net, x0, text, n)(x_t, t) the same for a solver's many calls: what they share is computed once
 
 The time convention is flow.py's: t in [0, 1], 0 = data, 1 = noise; the network itself is fed 1000 t, as Wan was
 trained.
@@ -172,8 +173,8 @@ def _attend_by_prefix(q: Tensor, k: Tensor, v: Tensor, given: tuple[int, ...]) -
     if len(set(given)) > 1:
         return torch.cat([attend(*one, (n,)) for *one, n in zip(*(a.split(1) for a in (q, k, v)), given)])
     n = given[0]
-    among_given = F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-    return torch.cat([among_given, F.scaled_dot_product_attention(q[:, :, n:], k, v)], dim=2)
+    rest = F.scaled_dot_product_attention(q[:, :, n:], k, v)
+    return torch.cat([F.scaled_dot_product_attention(*(a[:, :, :n] for a in (q, k, v))), rest], dim=2) if n else rest
 
 
 class Attention(nn.Module):
