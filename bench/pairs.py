@@ -227,10 +227,10 @@ def headline(found: Found, counted: dict) -> str:
     preset, winner = (f"1/{counted[WHOLE]['1.3b'] / counted[name]['1.3b']:.0f}" for name in named)
     more, and_more = (shown(found.gain(name, "guided_50", "valid"), "valid") for name in named)
     return (
-        f"A pair of the presets `1.3b` and `14b` takes **{preset}** of the operations of 50 guided Euler steps by whole "
-        f"forwards, and of four steps with N2 = N **{winner}**. In the tiny world AsymDPO gains {more} points of valid "
-        f"clips more by the former than by 50 guided UniPC steps, and {and_more} by the latter. At Wan's size nobody has "
-        "compared them."
+        f"A pair of the presets `1.3b` and `14b` takes **{preset}** of the operations of 50 guided Euler steps by "
+        f"whole forwards, and of four steps with N2 = N **{winner}**. In the tiny world AsymDPO gains {more} points "
+        f"of valid clips more by the former than by 50 guided UniPC steps, and {and_more} by the latter. At Wan's size "
+        "nobody has compared them."
     )
 
 
