@@ -245,7 +245,7 @@ class Block(nn.Module):
         return gate_residual(x, self.ffn(h), gate_ff, row)
 
     def keys(self, x: Tensor, table: Tensor, row: Tensor | None, rope: Tensor) -> KeyValues:
-        """What self-attention has of x: keys and values, as `forward` computes them, for a fifteenth of its price."""
+        """What self-attention has of x: keys and values, as `forward` computes them, for little of its price."""
         shift, scale, *_ = (self.modulation.float() + table).unbind(2)
         return self.self_attn.keys(ln_modulate(x, shift, scale, row, self.eps, self.ffn[0].weight.dtype), rope)
 

@@ -27,9 +27,8 @@ from matplotlib.figure import Figure
 
 import asymdpo
 import make_pairs
-import model
 from experiments import cost, evaluate
-from experiments.tables import CONTROLS, SWEEP, Row, Seed, run_seeds
+from experiments.tables import CONTROLS, SHAPE, SWEEP, Row, Seed, run_seeds
 from experiments.tables_page import PLAIN, Interval, interval, shown, table
 from runtime.files import commit, whole_file, write_json, write_text
 from runtime.options import option, program, resolve
@@ -86,30 +85,27 @@ ROWS = LADDER | STEPS
 # ---- counted, timed, measured ----------------------------------------------------------------------------------------
 
 
-def options_of(one: Row, preset: str = "tiny") -> tuple[make_pairs.Config, str]:
-    """A row's options of make_pairs.py, and the attention of its Φ. At Wan's presets guidance has their weight."""
+def options_of(one: Row, preset: str = "tiny") -> make_pairs.Config:
+    """A row's options of make_pairs.py. At Wan's presets guidance has their weight."""
     options = dict(one.pairs)
     if preset != "tiny":
         options["guidance"] = None if "guidance" in options else 1.0
-    attention = "full" if one.phi is None else one.phi.get("attention", "prefix")
-    return resolve(make_pairs.Config(preset=preset, **options), make_pairs.PRESETS), attention
+    return resolve(make_pairs.Config(preset=preset, **options), make_pairs.PRESETS)
 
 
 def operations(one: Row, preset: str, plain: bool = False) -> float:
-    """Operations of a pair; plain: by whole forwards of both clips."""
-    cfg, attention = options_of(one, preset)
-    config = model.PRESETS["tiny"]
-    shape = (config.in_dim, config.frames, 1, 1) if preset == "tiny" else cost.SHAPE
-    return cost.pair(dataclasses.replace(cfg, plain=plain), shape, attention)["flop"]
+    """FLOP of a pair; plain: by whole forwards of both clips."""
+    cfg, shape = options_of(one, preset), SHAPE if preset == "tiny" else cost.SHAPE
+    return cost.pair(dataclasses.replace(cfg, plain=plain), shape, one.attention)["flop"]
 
 
 def seconds(made: Seed, names: list[str]) -> dict[str, list[float]]:
     """Seconds of the processor for TIMED pairs by each row, and for WHOLE ones, ROUNDS times, all in turn."""
     clips, index = Shards(made.shards, "prepare.py", "align"), range(TIMED)
     x0, text, ids = clips.get("x0", index).float(), clips.text(index), [clips.rows[i]["id"] for i in index]
-    ways = {name: (options_of(ROWS[name])[0], ROWS[name].phi) for name in names}
+    ways = {name: (options_of(ROWS[name]), ROWS[name].phi) for name in names}
     first = next(iter(LADDER.values()))
-    ways[WHOLE] = dataclasses.replace(options_of(first)[0], plain=True), first.phi
+    ways[WHOLE] = dataclasses.replace(options_of(first), plain=True), first.phi
     took = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, (cfg, phi) in ways.items():
@@ -135,15 +131,21 @@ def measure_row(made: Seed, name: str) -> dict[str, float]:
 
 
 def measure_sweep(made: Seed, phi: dict) -> list[dict]:
+    """Scores and the next frame's error, px, by the number of given frames; phi: options of continuation.py."""
     cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), sweep_clips=SWEEP, seed=made.seed)
     net = load_continuation(made.base, made.phi(phi))
     return evaluate.sweep(net, made.codec, made.clips, cfg)[0]
 
 
+def measure_sft(made: Seed) -> dict[str, float]:
+    """The mean metrics of the cold start's samples."""
+    return made.judge(made.train("sft", Row("SFT")), *CONTROLS[PLAIN])
+
+
 def measure(made: Seed, names: list[str]) -> dict:
     """Everything of one seed."""
-    sft = lambda: made.judge(made.train("sft", Row("SFT")), *CONTROLS[PLAIN])  # noqa: E731
-    found = {"sft": once(made.root / "sft.json", sft), "real": {"score": float(made.judged_on[-1]["score"].mean())}}
+    found = {"sft": once(made.root / "sft.json", functools.partial(measure_sft, made))}
+    found["real"] = {"score": float(made.judged_on[-1]["score"].mean())}
     for name in names:
         found[name] = once(made.root / f"{name}.json", functools.partial(measure_row, made, name))
     for name, phi in (("full", FULL), ("prefix", {})):
@@ -178,7 +180,7 @@ QUALITY = ["labels right, %", "loser's score", "− SFT: valid, %", "score"]
 
 
 def ladder(found: Found, counted: dict, took: dict) -> str:
-    """The rows with guidance: each with one saving more."""
+    """The rows with guidance, against whole forwards."""
     lines = [["50 Euler steps, full attention, whole forwards", "1", "1", "1", "", "", "", "", "", ""]]
     for name in [name for name in LADDER if name in found.names]:
         ratios = [a / b for a, b in zip(took[name], took[WHOLE])]
@@ -234,7 +236,7 @@ def headline(found: Found, counted: dict) -> str:
     )
 
 
-def verdict(found: Found) -> str:
+def against_full(found: Found) -> str:
     """The pairs of either attention, and what AsymDPO gains with them, without guidance."""
     if not {"unipc4", "full4"} <= set(found.names):
         return ""
@@ -302,7 +304,7 @@ def page(found: Found, counted: dict, took: dict, facts: dict) -> str:
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
         headline=headline(found, counted),
         ladder=ladder(found, counted, took), steps=steps(found, counted, took), attention=attention(found),
-        verdict=verdict(found), parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP,
+        against_full=against_full(found), parts=parts(), timed=TIMED, rounds=ROUNDS, sweep=SWEEP,
         real=shown(found.values("real", "score")), **facts,
     )  # fmt: skip
 

@@ -81,6 +81,11 @@ class Row:
     distill: dict | None = None  # options of experiments.distill, whose LoRA lies beneath Φ; None: none does
 
     @property
+    def attention(self) -> str:
+        """Of what continues the clips: the base itself has full attention."""
+        return "full" if self.phi is None else (continuation.PRESETS["tiny"] | self.phi)["attention"]
+
+    @property
     def lr(self) -> float:
         return (self.stage.PRESETS["tiny"] | self.options)["lr"]
 
@@ -171,8 +176,7 @@ def flop(stage=None, **options) -> float:
 def sampling(row: Row) -> float:
     """Operations that a pair takes, on average."""
     if not row.labels:
-        attention = "full" if row.phi is None else (continuation.PRESETS["tiny"] | row.phi)["attention"]
-        return cost.pair(resolve(make_pairs.Config(**row.pairs), make_pairs.PRESETS), SHAPE, attention)["flop"]
+        return cost.pair(resolve(make_pairs.Config(**row.pairs), make_pairs.PRESETS), SHAPE, row.attention)["flop"]
     cfg = resolve(pairs.Config(**row.pairs), pairs.PRESETS)
     if cfg.kind == "structural":
         return 2 * pairs.structural_steps(cfg) * flop()

@@ -165,7 +165,7 @@ def place(net: nn.Module, cfg, group: Group) -> nn.Module:
         # without it Inductor makes a rounded product and a sum of addmm: github.com/pytorch/pytorch/pull/176848
         if not getattr(torch._inductor.config, "keep_addmm_fused_for_half_dtypes", False):
             print("warning: --compile of this PyTorch rounds a LoRA twice in bfloat16; 2.13 does not", file=sys.stderr)
-        torch._dynamo.config.recompile_limit = 64  # a continuation's lengths, batches and branches have some 20 graphs
+        torch._dynamo.config.recompile_limit = 64  # a continuation's lengths, batches and branches: more than 8
         for block in net.blocks:  # the method, and not the module: FSDP2's hooks around it are not to be compiled
             block.forward = torch.compile(block.forward, fullgraph=not net.prefix)
     return net
