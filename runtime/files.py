@@ -61,6 +61,26 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def inside(root: Path, name: str, links_out: bool = False) -> Path:
+    """The path of root/name without links: open this one. For a name that others wrote, in a table or a manifest.
+
+    ValueError if name is empty, has a NUL or is no text, or leads out of root: as an absolute path, by `..` or through
+    a link. links_out: a link may lead out.
+    """
+    if not name or "\0" in name:
+        raise ValueError(f"expected the name of a file, got {name!r}")
+    root = root.resolve()
+    named = Path(os.path.normpath(root / name))  # before links: a link and `..` after it lead elsewhere
+    try:
+        path = named.resolve()
+    except (OSError, RuntimeError):  # the latter before Python 3.13
+        raise ValueError("it is a link to itself") from None
+    if not (path.is_relative_to(root) or (links_out and named.is_relative_to(root))):
+        way = "through a link" if named.is_relative_to(root) else "by its path"
+        raise ValueError(f"it leaves the folder {way}")
+    return path
+
+
 def read_text(path: Path) -> str:
     """The text of a file, without a byte order mark. UserError if there is no such file, or it is not UTF-8."""
     try:

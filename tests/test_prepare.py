@@ -18,7 +18,7 @@ import flow
 import prepare
 from prepare import Config
 from runtime import video
-from runtime.files import read_jsonl
+from runtime.files import inside, read_jsonl
 from runtime.options import UserError, resolve
 from runtime.shards import Shards, batch_order
 from tiny import codec as codecs
@@ -259,6 +259,26 @@ def test_a_name_that_is_not_utf8(folder):
         (folder / f"a{ending}").rename(folder / f"\udce9{ending}")
     assert [row["id"] for row in run(folder, bad_rows="reject").rows] == ["b", "c"]
     assert rejects(folder) == {r"\udce9.mp4": "its name is not UTF-8"}
+
+
+def test_names_are_confined(tmp_path):
+    """`inside` gives the path of a name that stays in the folder, whatever links there are, and refuses the others."""
+    root = tmp_path / "root"
+    (root / "part").mkdir(parents=True)
+    for name, to in {"link": "part/a", "out": "../canary", "up": "..", "loop": "loop", "../way": "root"}.items():
+        (root / name).symlink_to(to)
+    names = ["part/a", "./part//a", "part/../part/a", "link", "up/root/part/a", "up/../link", str(root / "part/a")]
+    assert {inside(tmp_path / "way", name) for name in names} == {(root / "part/a").resolve()}
+    for name in ("http://host/a", "file:/a", "~/a", "x" * 300):
+        assert inside(root, name) == root.resolve() / name.replace("//", "/")
+    for name in ("", "a\0b", "\ud800", "..", "../canary", "part/../../canary", "/etc/passwd", "loop"):
+        for links_out in (False, True):
+            with pytest.raises(ValueError):
+                inside(root, name, links_out)
+    for name in ("out", "up/canary"):
+        assert inside(root, name, links_out=True) == tmp_path.resolve() / "canary"
+        with pytest.raises(ValueError, match="leaves the folder through a link"):
+            inside(root, name)
 
 
 def test_interrupted_readers_leave_nothing(chain, monkeypatch):
