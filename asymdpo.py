@@ -246,11 +246,11 @@ def main(cfg: Config) -> None:
     cfg = resolve(cfg, PRESETS)
     group = start_group(implementation)
     local_batch(cfg, group)
-    starts = {"sft" + "+" * k: name for k, name in enumerate(names(cfg.sft))}
-    run = Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, **starts})
+    starts = names(cfg.sft)
+    run = Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, "sft": starts})
     if run.done:
         return
-    for name in starts.values():
+    for name in starts:
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
     pairs = Shards(cfg.pairs, "make_pairs.py")
     frames = pairs.shape("chosen")[1]

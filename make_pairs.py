@@ -34,7 +34,7 @@ import model
 from kernels.modulate import implementation
 from runtime.files import read_manifest
 from runtime.group import place, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import Diverged, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
 from wan.lora import load_adapted, load_continuation, lora_files
@@ -163,10 +163,12 @@ def read_clips(cfg) -> tuple[Shards, int]:
     return clips, cfg.clips or len(clips)
 
 
-def sample_shards(run: Run, clips: Shards, count: int, cfg, sample: Callable) -> list[str]:
-    """Samples the pairs of the first `count` clips, shard by shard. Returns the folder's files on the first process.
+def sample_shards(run: Run, clips: Shards, count: int, cfg, sample: Callable) -> tuple[list[str], int]:
+    """Samples the pairs of the first `count` clips, shard by shard. Returns the folder's files, and how many pairs are
+    finite and kept, on the first process.
 
-    sample(x0 (B, C, F, H, W), text (B, S, text_dim), ids) -> fields and facts, as `make_pair` gives them.
+    sample(x0 (B, C, F, H, W), text (B, S, text_dim), ids) -> fields and facts, as `make_pair` gives them. Diverged if
+    no pair is finite.
     """
     device = run.group.device
     for k, index, own in unfinished(run, count, cfg.shard_size, "pair", cfg.shard):
@@ -176,7 +178,14 @@ def sample_shards(run: Run, clips: Shards, count: int, cfg, sample: Callable) ->
         rows = [{**names, **fact, "seed": cfg.seed} for names, fact in zip(named, facts)]
         if own:
             write_shard(run.folder, k, rows, fields, clips.states(index), [])
-    return collect(run.folder, -(-count // cfg.shard_size), [])[0] if run.group.main else []
+    if not run.group.main:
+        return [], 0
+    files, kept, rejected = collect(run.folder, -(-count // cfg.shard_size), [])
+    if not kept:
+        raise Diverged(f"no pair of {count} is finite: the model that samples them has diverged; delete {run.folder}")
+    if rejected:
+        print(f"{run.stage}: left out {rejected} of {count} pairs that are not finite; see {run.folder}/rejects.jsonl")
+    return files, kept
 
 
 def main(cfg: Config) -> None:
@@ -185,8 +194,8 @@ def main(cfg: Config) -> None:
     check(cfg)
     group = start_group(implementation)
     loras = lora_files(cfg.lora)
-    inputs = {"data": cfg.data, "base": cfg.base, "continuation": cfg.continuation}
-    run = Run(cfg, "make_pairs", group, inputs | {str(file): file for file in loras})
+    inputs = {"data": cfg.data, "base": cfg.base, "lora": loras, "continuation": cfg.continuation}
+    run = Run(cfg, "make_pairs", group, inputs)
     if run.done:
         return
     if cfg.continuation:
@@ -206,10 +215,10 @@ def main(cfg: Config) -> None:
 
     # ---- sample
     call = functools.partial(make_pair, net, cfg=cfg, window=window, negative=negative)
-    files = sample_shards(run, clips, count, cfg, call)
+    files, kept = sample_shards(run, clips, count, cfg, call)
     if group.main:
         low1, high1, low2, high2 = window
-        print(f"make_pairs: {count} pairs, loser given {low1}..{high1}, winner {low2}..{high2} of {shape[1]} frames")
+        print(f"make_pairs: {kept} pairs, loser given {low1}..{high1}, winner {low2}..{high2} of {shape[1]} frames")
     run.finish(files, window=window, frames=shape[1])
 
 

@@ -166,12 +166,12 @@ def main(cfg: Config) -> None:
     cfg = resolve(cfg, PRESETS)
     group = start_group(implementation)
     local_batch(cfg, group)
-    starts = {"sft" + "+" * k: name for k, name in enumerate(names(cfg.sft))}
-    inputs = {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, **starts}
+    starts = names(cfg.sft)
+    inputs = {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, "sft": starts}
     run = Run(cfg, "experiments.baselines", group, inputs)
     if run.done:
         return
-    for name in starts.values():
+    for name in starts:
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
     pairs = Shards(cfg.pairs, "experiments.pairs")
     clip = CLIP[pairs.manifest["config"]["kind"]]

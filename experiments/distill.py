@@ -84,7 +84,7 @@ def window_loss(net, teacher, x0, text, noise, grid: flow.Grid, solver: str):
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg, loras = resolve(cfg, PRESETS), lora_files(cfg.lora)
-    inputs = {"data": cfg.data, "base": cfg.base} | {str(file): file for file in loras}
+    inputs = {"data": cfg.data, "base": cfg.base, "lora": loras}
     run = Run(cfg, "experiments.distill", alone(), inputs)
     if run.done:
         return

@@ -144,7 +144,7 @@ def main(cfg: Config) -> None:
     if cfg.eta_min > cfg.eta_max:
         raise UserError(f"expected eta_min <= eta_max, got {cfg.eta_min} and {cfg.eta_max}")
     group, loras = start_group(implementation), lora_files(cfg.lora)
-    inputs = {"data": cfg.data, "base": cfg.base} | {str(file): file for file in loras}
+    inputs = {"data": cfg.data, "base": cfg.base, "lora": loras}
     run = Run(cfg, "experiments.pairs", group, inputs)
     if run.done:
         return
@@ -157,9 +157,9 @@ def main(cfg: Config) -> None:
     call = flow.guided(net, cfg.guidance, negative)
 
     # ---- sample
-    files = sample_shards(run, clips, count, cfg, functools.partial(sample_pairs, call, cfg=cfg))
+    files, kept = sample_shards(run, clips, count, cfg, functools.partial(sample_pairs, call, cfg=cfg))
     if group.main:
-        print(f"experiments.pairs: {count} pairs; experiments.labels says who won")
+        print(f"experiments.pairs: {kept} pairs; experiments.labels says who won")
     run.finish(files)
 
 

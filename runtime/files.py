@@ -2,6 +2,7 @@
 
 A file is written under a temporary name, synced and renamed. A folder counts as whole once its MANIFEST.json, written
 last, names every file with its size and sha256. So whatever kills a run, nothing half-written is taken for whole.
+What a run believes when it goes on (`write_sealed`) carries a sha256 of itself.
 
 Hashing takes minutes on large folders, so a folder remembers the sha256 of its files, with their sizes and times, in
 .checked.jsonl: a file is hashed when it is new in its folder, or changed, and not at every start.
@@ -16,7 +17,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.group import rank_and_size
-from runtime.options import UserError
+from runtime.options import Diverged, UserError
 
 MANIFEST = "MANIFEST.json"
 CHECKED = ".checked.jsonl"
@@ -34,28 +35,26 @@ CHECKED = ".checked.jsonl"
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path`, synced to disk, when the block ends well, and is removed when it does not.
 
-    A full disk is an OSError that names `path`, whoever reports it.
+    The folder must be there: if it is not, somebody deleted it under the run. A full disk is an OSError that names
+    `path`, whoever reports it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         mask = os.umask(0o077)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors leaves its files to the owner alone
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
+        with if_it_can():
+            os.chmod(temporary, 0o666 & ~mask)  # safetensors leaves its files to the owner alone
+        sync(temporary)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync(path.parent)
     except SafetensorError as error:  # its Rust side reports a full disk as a plain error
         if "os error 28" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     except OSError as error:
         with contextlib.suppress(AttributeError):  # PyAV's cannot be changed
-            error.filename = error.filename or str(path)  # errors of writing and syncing name no file
+            error.filename = str(path)  # errors of writing name no file, or the temporary one
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -79,6 +78,37 @@ def inside(root: Path, name: str, links_out: bool = False) -> Path:
         way = "through a link" if named.is_relative_to(root) else "by its path"
         raise ValueError(f"it leaves the folder {way}")
     return path
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a kill may have left it: a name of `whole_file`'s or of safetensors' own temporaries."""
+    return path.name.startswith(".tmp") or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
+@contextlib.contextmanager
+def if_it_can():
+    """Within it an operation is passed over that this file system does not know: the file is whole without it.
+
+    CIFS and sshfs do not sync folders, gcsfuse and mounts of S3 do not know modes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM):
+            raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        with if_it_can():
+            os.fsync(opened)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(opened)
 
 
 def read_text(path: Path) -> str:
@@ -119,19 +149,60 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def read_json(path: Path):
+    """The value in a JSON file. UserError if it cannot be read, or is nested too deeply."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON, got damaged text: {error}") from None
+
+
+def _seal(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: dict) -> None:
+    """Writes a JSON object with the sha256 of the rest as its last entry, `seal`."""
+    write_json(path, {**value, "seal": _seal(value)})
+
+
+def read_sealed(path: Path, old: bool = False) -> dict:
+    """What `write_sealed` wrote, without the seal. old: without a seal it is taken as it is, as up to 0.8.
+
+    UserError if it cannot be read, or is not what was written.
+    """
+    value = read_json(path)
+    if isinstance(value, dict):
+        seal = value.pop("seal", None)
+        if seal == _seal(value) or (old and seal is None):
+            return value
+    raise UserError(f"{path}: expected what a run wrote, got damaged text")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity, or None."""
+    return next((name for name, a in tensors.items() if a.is_floating_point() and not a.isfinite().all()), None)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Diverged rather than a file with NaN or infinity in it."""
+    if bad := not_finite(tensors):
+        raise Diverged(f"{path} is not written: its tensor {bad} is not finite")
     with whole_file(path) as temporary:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. UserError if it cannot be read."""
+    """The tensors of a safetensors file. UserError if it cannot be read, or holds NaN or infinity."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: expected a readable safetensors file, got: {error}; make or download it again"
         ) from None
+    if bad := not_finite(tensors):
+        raise UserError(f"{path}: expected finite numbers, got NaN or infinity in {bad}; make or download it again")
+    return tensors
 
 
 def fingerprint(path: Path) -> dict:
@@ -191,8 +262,29 @@ def checksum(path: Path) -> str:
     return dict(checksums(path.parent, [path.name]))[path.name]
 
 
+def unchanged(path: Path) -> bool:
+    """Whether a file of an unfinished run is what its `checksum` was taken of after it was written."""
+    remembered = _read_checked(path.parent / CHECKED).get(path.name)
+    return bool(remembered) and path.is_file() and fingerprint(path)["sha256"] == remembered["sha256"]
+
+
+READ = (".safetensors", ".pth", ".json", ".model")  # what is read of a folder of weights
+SAMPLE = 2**16  # bytes
+
+
+def _sampled(path: Path) -> str:
+    """sha256 of the beginning, the middle and the end of a file."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as f:
+        for start in (0, size // 2, size - SAMPLE):
+            f.seek(max(0, start))
+            digest.update(f.read(SAMPLE))
+    return digest.hexdigest()
+
+
 def identity(path: Path) -> str:
-    """What tells an input from another: a file's sha256; of a folder its manifest's, or its files' names and sizes.
+    """What tells an input from another: a file's sha256; of a folder its manifest's; of a folder of others, with tens
+    of GB that nobody hashed, the names, sizes and some bytes of its weights and configurations.
 
     UserError if there is nothing at path.
     """
@@ -203,18 +295,18 @@ def identity(path: Path) -> str:
         return fingerprint(path / MANIFEST)["sha256"]
     if not path.is_dir():
         raise UserError(f"{path}: expected a folder or a file, got neither")
-    files = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.suffix in READ and p.is_file())
+    facts = [(str(p.relative_to(path)), p.stat().st_size, _sampled(p)) for p in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, files: list[str], **facts) -> None:
     """Marks `folder` as whole: names `files` in it, on disk by then, with size and sha256, beside facts about them."""
     for name in files:
-        with open(folder / name, "rb") as f:
-            os.fsync(f.fileno())
+        sync(folder / name)
     hashes = checksums(folder, sorted(files))
     named = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in hashes}
-    write_json(folder / MANIFEST, {**facts, "files": named})
+    write_sealed(folder / MANIFEST, {**facts, "files": named})
 
 
 def read_manifest(folder: str | Path, made_by: str, together: bool = True) -> dict:
@@ -235,15 +327,18 @@ def open_manifest(folder: str | Path, made_by: str) -> dict:
         state = "has no MANIFEST.json: it is unfinished" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; run {made_by} first")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_sealed(folder / MANIFEST, old=True)
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / MANIFEST}: expected a manifest, got damaged text; make the folder again") from None
     stage = manifest.get("stage", "")
     if stage and not re.search(rf"\b{re.escape(stage)}\b", made_by):
         raise UserError(f"{folder}: expected a folder made by {made_by}, got one made by {stage}")
     for name, (size, _) in files.items():
-        path = folder / name
+        try:
+            path = inside(folder, name)
+        except ValueError as error:
+            raise UserError(f"{folder / MANIFEST}: {name!r}: {error}; make the folder again") from None
         if not path.is_file() or path.stat().st_size != size:
             got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise UserError(f"{path}: expected {size} bytes, got {got}; delete {folder} and run {made_by} again")
@@ -260,7 +355,8 @@ def verify(folder: str | Path, manifest: dict, names: Iterable[str], made_by: st
     files = manifest["files"]
     share = sorted(names, key=lambda name: (-files[name]["bytes"], name))[rank::size]  # of about equal sizes
     for name, sha256 in checksums(Path(folder), share):
-        if sha256 != files[name]["sha256"]:
+        wanted = files[name]["sha256"]
+        if sha256 != wanted and fingerprint(Path(folder) / name)["sha256"] != wanted:  # not the memory that is damaged
             got = f"{Path(folder) / name}: its sha256 is not the manifest's: damaged"
             raise UserError(f"{got}; delete {folder} and run {made_by} again")
 

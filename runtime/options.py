@@ -33,6 +33,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one line, without a traceback, with exit code 2."""
 
 
+class Diverged(RuntimeError):
+    """A run that cannot go on, though nothing is wrong with what the user gave: one line, exit code 3."""
+
+
 @contextlib.contextmanager
 def user_errors():
     """Within it a ValueError is the user's mistake: what reads the files that the user named raises it."""
@@ -124,6 +128,8 @@ def program(main: Callable, config: type, doc: str) -> None:
         main(parse(config, sys.argv[1:], doc))
     except UserError as error:
         sys.exit(_last_line(f"{where}error: {error}", 2))
+    except Diverged as error:
+        sys.exit(_last_line(f"{where}error: {error}", 3))
     except KeyboardInterrupt:
         again = "run the same command again to go on from the last checkpoint"
         sys.exit(_last_line(f"{where}interrupted: {again}", 130))

@@ -1,5 +1,6 @@
 """A stage's output folder: what makes it, what it logs, its checkpoints, its end."""
 
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -8,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,51 +20,52 @@ from runtime.files import (
     MANIFEST,
     commit,
     identity,
-    read_jsonl,
+    is_temporary,
     read_manifest,
+    read_sealed,
     read_tensors,
-    write_json,
-    write_jsonl,
+    whole_file,
     write_manifest,
+    write_sealed,
     write_tensors,
 )
 from runtime.group import Group
 from runtime.options import UserError, neutral
 
-DRAWS = 2  # changes when a stage's random draws or its checkpoints' names do: what is half made is not gone on with
+DRAWS = 3  # changes when a stage's random draws or its checkpoints' form do: what is half made is not gone on with
+LOCK, LOG = ".lock", "metrics.jsonl"
 
 
 class Run:
-    """The folder cfg.out: run.json (what makes it), metrics.jsonl, checkpoints/ or claims/ while it is made, results,
-    and MANIFEST.json last.
+    """The folder cfg.out: run.json (what makes it), metrics.jsonl, .lock, checkpoints/ or claims/ while it is made,
+    results, and MANIFEST.json last.
     """
 
-    def __init__(self, cfg, stage: str, group: Group, inputs: dict[str, str | Path] = {}, **digests: str):
-        """Opens or creates cfg.out. `inputs`: name -> finished folder, or file, that the result depends on; `digests`:
-        other things that it depends on.
+    def __init__(
+        self,
+        cfg,
+        stage: str,
+        group: Group,
+        inputs: Mapping[str, str | Path | Sequence[str | Path]] = {},
+        times: str = "",
+        **digests: str,
+    ):
+        """Opens cfg.out. `inputs`: option -> finished folder or file, or several, that the result depends on: by what
+        is in them, however they are spelled. times: a digest of input files' times, which must not change before the
+        folder is finished; `digests`: other things that the result depends on.
 
         UserError if the folder was made by another stage, configuration or input.
         """
         self.folder, self.stage, self.group = Path(cfg.out), stage, group
         self.started, self.spent = time.time(), 0.0
+        self.skipped: list[int] = []  # steps that changed nothing, as they were not finite
         left_out = neutral(type(cfg)) | inputs.keys()
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}
-        digests |= {name: identity(Path(path)) for name, path in inputs.items() if path}
-        self.facts = json.loads(json.dumps({"stage": stage, "config": config, "inputs": digests, "draws": DRAWS}))
+        digests |= {name: _identity(paths) for name, paths in inputs.items() if paths}
+        facts = {"stage": stage, "config": config, "inputs": digests, "times": times, "draws": DRAWS}
+        self.facts = json.loads(json.dumps(facts))
         self._lock = None
-        recipe = self.folder / "run.json"
-        if recipe.exists():
-            try:
-                before = json.loads(recipe.read_text(encoding="utf-8"))
-            except ValueError:
-                before = None
-            if not isinstance(before, dict):
-                raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}")
-            self._compare(before)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(
-                f"{self.folder}: expected an empty folder or an earlier {stage} run, got other files; use another --out"
-            )
+        self._compare()
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not there.is_dir() or not (os.access(there, os.W_OK) or (self.folder / MANIFEST).exists()):
             state = "cannot be written" if there.is_dir() else "is a file"
@@ -71,45 +73,68 @@ class Run:
         group.barrier()
 
     def claim(self) -> None:
-        """Writes run.json: from now on the folder is this run's. After all checks, so that a mistake claims nothing.
+        """Locks the folder until this process ends and writes run.json: from now on it is this run's.
 
-        Forgets what the processes of an earlier start had claimed in `share`. UserError if one of them is alive, or
-        another command writes the folder, where the file system has locks.
+        After all checks, so that a mistake claims nothing. Sweeps what a kill left half-written, and forgets what the
+        processes of an earlier start had claimed in `share`. UserError if one of them is alive, or another command
+        writes the folder, where the file system has locks.
         """
         if self._lock:
             return
-        recipe = self.folder / "run.json"
         if self.group.main:
-            if not recipe.exists():
-                write_json(recipe, self.facts)
-            self._hold(recipe, fcntl.LOCK_EX)  # nobody else is here
-            if (self.folder / "claims").exists():
-                shutil.rmtree(self.folder / "claims")
-            self._hold(recipe, fcntl.LOCK_SH)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold(fcntl.LOCK_EX)  # nobody else is here
+            self._compare()  # what another command wrote since
+            if (self.folder / MANIFEST).is_file():
+                raise UserError(f"{self.folder}: another command has finished it meanwhile; nothing is left to do")
+            shutil.rmtree(self.folder / "claims", ignore_errors=True)
+            self._sweep()
+            if not (self.folder / "run.json").exists():
+                write_sealed(self.folder / "run.json", self.facts)
+            self._hold(fcntl.LOCK_SH)
         self.group.barrier()
         for _ in range(60):  # a network's file system may show a new file late
-            if recipe.exists():
+            if (self.folder / LOCK).exists():
                 break
             time.sleep(1)
-        self._hold(recipe, fcntl.LOCK_SH)
+        self._hold(fcntl.LOCK_SH)
 
-    def _hold(self, recipe: Path, lock: int) -> None:
-        """Locks run.json until this process ends. A process does not keep itself out."""
+    def _hold(self, lock: int) -> None:
+        """Locks the folder for this process, whose end frees it, whatever ends it."""
+        path = self.folder / LOCK
         try:
-            self._lock = self._lock or open(recipe, "r+")
+            self._lock = self._lock or open(path, "a+" if self.group.main else "r+")
             fcntl.lockf(self._lock, lock | fcntl.LOCK_NB)
         except FileNotFoundError:
-            raise UserError(f"--out: expected a folder that all nodes share, but {recipe} is not there") from None
+            raise UserError(f"--out: expected a folder that all nodes share, but {path} is not there") from None
         except (BlockingIOError, PermissionError):
             got = "another command is writing it, or what is left of one"
             raise UserError(f"{self.folder}: {got}; wait for it to end, or end it") from None
         except OSError:  # this file system has no locks
             pass
 
-    def _compare(self, before: dict) -> None:
-        half_made = not (self.folder / MANIFEST).is_file()
-        for part in ("stage", "config", "inputs") + ("draws",) * half_made:
+    def check(self) -> None:
+        """UserError if the folder that this process locked is no longer there, or another one is in its place."""
+        path = self.folder / LOCK
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._lock.fileno())):
+            raise UserError(f"{self.folder} was deleted or replaced while {self.stage} wrote it; start it again")
+
+    def _compare(self) -> None:
+        """UserError unless the folder is empty, or one that this command began."""
+        recipe, half_made = self.folder / "run.json", not (self.folder / MANIFEST).is_file()
+        if not recipe.exists():
+            if self.folder.is_dir() and any(p.name != LOCK and not is_temporary(p) for p in self.folder.iterdir()):
+                got = f"expected an empty folder or an earlier {self.stage} run, got other files; use another --out"
+                raise UserError(f"{self.folder}: {got}")
+            return
+        try:
+            before = read_sealed(recipe, old=True)
+        except UserError:
+            raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}") from None
+        for part in ("stage", "config", "inputs") + ("draws", "times") * half_made:
             old, new = before.get(part), self.facts[part]
+            if part == "config" and isinstance(old, dict):
+                old = {key: value for key, value in old.items() if key in new}  # up to 0.8 it held more
             if old == new:
                 continue
             if isinstance(old, dict) and isinstance(new, dict):
@@ -124,7 +149,8 @@ class Run:
         """Whether the folder is finished; says so once."""
         finished = (self.folder / MANIFEST).is_file()
         if finished and self.group.main:
-            self._tidy()  # a kill may have come just before
+            with contextlib.suppress(OSError):  # a folder of others, to be read alone
+                self._tidy()  # a kill may have come just before
             print(f"{self.stage}: {self.folder} is finished already, nothing to do")
         return finished
 
@@ -166,6 +192,7 @@ class Run:
 
             def claimed() -> Iterator[int]:
                 for i in range(count):
+                    self.check()
                     try:
                         (claims / str(i)).touch(exist_ok=False)
                     except FileExistsError:
@@ -192,18 +219,32 @@ class Run:
     def log(self, step: int, **metrics: float) -> None:
         """Appends a line to metrics.jsonl."""
         if self.group.main:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.check()
+            line, path = json.dumps({"step": step, **metrics}) + "\n", self.folder / LOG
+            try:
+                with open(path, "a", encoding="utf-8") as f:
+                    f.write(line)
+            except OSError as error:
+                error.filename = str(path)  # an error of writing names no file
+                raise
 
     def save(self, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Writes parameters and AdamW's state to checkpoints/step-N, whole or not at all, and keeps the newest two."""
+        """Writes parameters, AdamW's state and what was logged to checkpoints/step-N, whole or not at all, and keeps
+        the newest two.
+        """
+        self.claim()
         if self.group.main:
+            self.check()
             root = self.folder / "checkpoints"
             fresh = root / f".step-{step:07d}.tmp"
             shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
             try:
                 write_tensors(fresh / "state.safetensors", _pack(trained, optimizer))
-                write_manifest(fresh, ["state.safetensors"], step=step, seconds=self.seconds)
+                (self.folder / LOG).touch()
+                shutil.copyfile(self.folder / LOG, fresh / LOG)
+                facts = dict(step=step, seconds=self.seconds, skipped=self.skipped)
+                write_manifest(fresh, ["state.safetensors", LOG], **facts)
                 shutil.rmtree(root / f"step-{step:07d}", ignore_errors=True)
                 os.replace(fresh, root / f"step-{step:07d}")
             except OSError:
@@ -214,26 +255,26 @@ class Run:
         self.group.barrier()
 
     def resume(self, trained: dict[str, Tensor] = {}, optimizer: torch.optim.Optimizer | None = None) -> int:
-        """The step of the newest whole checkpoint, which is put into `trained` and optimizer, or 0.
-
-        Drops logged lines past it.
-        """
+        """The step of the newest whole checkpoint, which is put into `trained`, optimizer and metrics.jsonl, or 0."""
         self.claim()
-        step = 0
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             try:
                 facts = read_manifest(folder, self.stage, together=False)  # all must come to the same verdict
+                state = read_tensors(folder / "state.safetensors")
             except UserError as error:
                 print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
                 continue
-            self.spent, step = facts["seconds"], facts["step"]
-            _unpack(read_tensors(folder / "state.safetensors"), trained, optimizer)
-            break
-        if self.group.main and (self.folder / "metrics.jsonl").exists():
-            rows = read_jsonl(self.folder / "metrics.jsonl")
-            write_jsonl(self.folder / "metrics.jsonl", [row for row in rows if row["step"] <= step])
+            self.spent, self.skipped = facts["seconds"], facts["skipped"]
+            _unpack(state, trained, optimizer)
+            if self.group.main:
+                with whole_file(self.folder / LOG) as temporary:
+                    shutil.copyfile(folder / LOG, temporary)
+            self.group.barrier()
+            return facts["step"]
+        if self.group.main:
+            (self.folder / LOG).unlink(missing_ok=True)
         self.group.barrier()
-        return step
+        return 0
 
     @property
     def seconds(self) -> float:
@@ -248,7 +289,8 @@ class Run:
         rendezvous of all nodes if this node holds it.
         """
         if self.group.main:
-            logged = ["metrics.jsonl"] if (self.folder / "metrics.jsonl").exists() else []
+            self.check()
+            logged = [LOG] if (self.folder / LOG).exists() else []
             facts = {**self.facts, "commit": commit(), "seconds": round(self.seconds, 2), **facts}
             write_manifest(self.folder, files + logged, **facts)
             self._tidy()
@@ -258,9 +300,20 @@ class Run:
         """Drops what is of use only while the run is made, and what a kill left half-written."""
         for name in ("checkpoints", "claims"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for pattern in (".*.tmp", ".tmp*"):  # temporary names of `whole_file` and of safetensors
-            for path in self.folder.rglob(pattern):
-                path.unlink(missing_ok=True)
+        self._sweep()
+        (self.folder / LOCK).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Drops what a kill left half-written."""
+        for path in [p for p in self.folder.rglob("*") if is_temporary(p)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _identity(paths: str | Path | Sequence[str | Path]) -> str | list[str]:
+    """What tells an input, or several, from another."""
+    several = [paths] if isinstance(paths, str | Path) else paths
+    found = [identity(Path(path)) for path in several]
+    return found[0] if len(found) == 1 else found
 
 
 def _pack(trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -277,5 +330,5 @@ def _unpack(state: dict[str, Tensor], trained: dict[str, Tensor], optimizer: tor
     for name, p in trained.items():
         p.copy_(state[f"param/{name}"])
         # AdamW's fused kernels want its step on the device, too
-        keys = ("step", "exp_avg", "exp_avg_sq")
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer/{key}/{name}" in state]
         optimizer.state[p] = {key: state[f"optimizer/{key}/{name}"].to(p.device) for key in keys}

@@ -13,7 +13,7 @@ Shard k holds what was kept of items k·size … (k+1)·size − 1, so it does n
 """
 
 import functools
-import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +22,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from runtime.files import checksum, open_manifest, read_tensors, verify, write_json, write_jsonl, write_tensors
+from runtime.files import (
+    checksum,
+    not_finite,
+    open_manifest,
+    read_json,
+    read_sealed,
+    read_tensors,
+    verify,
+    write_jsonl,
+    write_sealed,
+    write_tensors,
+)
 from runtime.group import local_batch
 from runtime.options import UserError
 from runtime.run import Run
@@ -42,7 +53,15 @@ def pixel_frames(first: int, end: int) -> slice:
 def write_shard(
     folder: Path, k: int, rows: list[dict], fields: dict[str, Sequence[Tensor]], text: list[Tensor], rejects: list[dict]
 ) -> None:
-    """Writes shard k: rows[i] describes sample i, fields[name][i] and text[i] (S, text_dim) are its tensors."""
+    """Writes shard k: rows[i] describes sample i, fields[name][i] and text[i] (S, text_dim) are its tensors.
+
+    A sample that holds NaN or infinity is rejected.
+    """
+    bad = [not_finite({**{name: a[i] for name, a in fields.items()}, "text": text[i]}) for i in range(len(rows))]
+    good = [i for i, name in enumerate(bad) if not name]
+    why = [{"id": row["id"], "reason": f"its {name} is not finite"} for row, name in zip(rows, bad) if name]
+    rows, text, rejects = [rows[i] for i in good], [text[i] for i in good], rejects + why
+    fields = {name: [a[i] for i in good] for name, a in fields.items()}
     path = folder / f"{shard_name(k)}.safetensors"
     tensors = {name: torch.stack(tuple(values)) for name, values in fields.items() if len(values)}
     if text:
@@ -50,19 +69,20 @@ def write_shard(
         tensors["text_start"] = torch.tensor([0] + [len(t) for t in text]).cumsum(0)
     write_tensors(path, tensors)
     facts = {"bytes": path.stat().st_size, "sha256": checksum(path)}
-    write_json(path.with_suffix(".json"), {**facts, "rows": rows, "rejects": rejects})
+    write_sealed(path.with_suffix(".json"), {**facts, "rows": rows, "rejects": rejects})
 
 
 def shard_is_whole(folder: Path, k: int) -> bool:
-    """Whether shard k was finished before, by its size and sha256."""
+    """Whether shard k was finished before: its rows and its tensors are what was written."""
     path = folder / f"{shard_name(k)}.safetensors"
     if not path.is_file() or not path.with_suffix(".json").is_file():
         return False
     try:
-        facts = json.loads(path.with_suffix(".json").read_text())
-        return path.stat().st_size == facts["bytes"] and checksum(path) == facts["sha256"]
-    except (ValueError, KeyError, TypeError):
+        facts = read_sealed(path.with_suffix(".json"))
+    except UserError as error:
+        print(f"made again: {error}", file=sys.stderr)
         return False
+    return path.stat().st_size == facts["bytes"] and checksum(path) == facts["sha256"]
 
 
 def unfinished(run: Run, items: int, size: int, unit: str, lockstep: bool = False) -> Iterator[tuple[int, range, bool]]:
@@ -83,7 +103,7 @@ def collect(folder: Path, shards: int, more: list[dict]) -> tuple[list[str], int
     """
     files, metrics, rejects = ["rejects.jsonl", "metrics.jsonl"], [], list(more)
     for k in range(shards):
-        facts = json.loads((folder / f"{shard_name(k)}.json").read_text())
+        facts = read_sealed(folder / f"{shard_name(k)}.json")
         files += [f"{shard_name(k)}.safetensors", f"{shard_name(k)}.json"]
         rows = facts["rows"]
         numeric = [key for key in (rows[0] if rows else ()) if isinstance(rows[0][key], int | float)]
@@ -115,7 +135,7 @@ class Shards:
             verify(folder, self.manifest, shards, made_by, together=False)  # as every process reads them now
         for name in shards:
             path = (self.folder / name).with_suffix(".safetensors")
-            for i, row in enumerate(json.loads((self.folder / name).read_text())["rows"]):
+            for i, row in enumerate(read_json(self.folder / name)["rows"]):
                 splits.add(str(row.get("split")))
                 if split in (None, row.get("split")):
                     self.rows.append(row)
@@ -135,6 +155,9 @@ class Shards:
     def _sample(self, i: int):
         """The open file that holds sample i, its place there, and where the text states of the file's samples start."""
         path, place = self._path[i], self._place[i]
+        size = self.manifest["files"][path.name]["bytes"]
+        if not path.is_file() or path.stat().st_size != size:  # to read on in a file cut short would kill the process
+            raise UserError(f"{path}: expected {size} bytes as before, got others: it was changed under this run")
         if path not in self._open:
             if len(self._open) == OPEN:
                 del self._open[next(iter(self._open))]  # the one that was opened first
@@ -143,15 +166,24 @@ class Shards:
         file, start = self._open[path]
         return file, place, start
 
+    def _finite(self, tensor: Tensor, field: str, i: int) -> Tensor:
+        if not_finite({field: tensor}):
+            got = f"got NaN or infinity in {field} of {self.rows[i]['id']!r}"
+            raise UserError(f"{self._path[i]}: expected finite numbers, {got}; make {self.folder} again")
+        return tensor
+
     def get(self, field: str, index: Sequence[int]) -> Tensor:
-        """A field of the samples index, stacked: (B, *shape)."""
-        samples = (self._sample(i) for i in index)
-        return torch.stack([file.get_slice(field)[place] for file, place, _ in samples])
+        """A field of the samples index, stacked: (B, *shape). UserError if one is not finite."""
+        samples = ((i, *self._sample(i)) for i in index)
+        return torch.stack([self._finite(file.get_slice(field)[place], field, i) for i, file, place, _ in samples])
 
     def states(self, index: Sequence[int]) -> list[Tensor]:
-        """Text states of the samples index, each (S, text_dim) at its true length."""
-        samples = (self._sample(i) for i in index)
-        return [file.get_slice("text")[start[place] : start[place + 1]] for file, place, start in samples]
+        """Text states of the samples index, each (S, text_dim) at its true length. UserError as `get`."""
+        samples = ((i, *self._sample(i)) for i in index)
+        return [
+            self._finite(file.get_slice("text")[start[place] : start[place + 1]], "text", i)
+            for i, file, place, start in samples
+        ]
 
     def text(self, index: Sequence[int]) -> Tensor:
         """Text states (B, S, text_dim) of the samples index, padded with zeros to the longest."""

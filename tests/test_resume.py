@@ -219,7 +219,7 @@ def test_what_was_remembered_is_read_once(tmp_path, monkeypatch):
         write_shard(tmp_path, k, [{}], {"x0": torch.zeros(1, 1)}, [torch.zeros(2, 4)], [])
     assert 0 < len(lines) <= 9
     (tmp_path / CHECKED).unlink()
-    assert shard_is_whole(tmp_path, 8) and shard_is_whole(tmp_path, 8) and len(lines) <= 10
+    assert shard_is_whole(tmp_path, 8) and shard_is_whole(tmp_path, 8) and len(lines) <= 11
 
 
 def test_few_files_stay_open(chain, monkeypatch):
@@ -348,7 +348,7 @@ def test_one_command_at_a_time(chain, tmp_path, monkeypatch):
     code = "import sys, fcntl; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_SH); print(flush=True); input()"
     with stop_at(monkeypatch, make_pairs, "write_shard", 1), pytest.raises(KeyboardInterrupt):
         run_stage(chain, "pairs", out=out)
-    other = [sys.executable, "-c", code, str(out / "run.json")]
+    other = [sys.executable, "-c", code, str(out / ".lock")]
     with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         refused("another command is writing it", run_stage, chain, "pairs", out=out)
@@ -360,10 +360,10 @@ def test_what_other_draws_began_is_not_gone_on_with(chain, tmp_path):
     """A half-made folder of a version with other random draws is refused; a finished one is finished."""
     out = run_stage(chain, "pairs", out=tmp_path / "run")
     facts = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key != "draws"}))
+    (out / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key not in ("draws", "seal")}))
     run_stage(chain, "pairs", out=out)
     (out / "MANIFEST.json").unlink()
-    refused("was made with draws = None, now 2", run_stage, chain, "pairs", out=out)
+    refused("was made with draws = None, now 3", run_stage, chain, "pairs", out=out)
 
 
 def test_a_folder_that_cannot_be_written(chain, tmp_path, monkeypatch):
