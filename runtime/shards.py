@@ -59,7 +59,11 @@ def write_shard(
     """
     bad = [not_finite({**{name: a[i] for name, a in fields.items()}, "text": text[i]}) for i in range(len(rows))]
     good = [i for i, name in enumerate(bad) if not name]
-    why = [{"id": row["id"], "reason": f"its {name} is not finite"} for row, name in zip(rows, bad) if name]
+    why = [
+        {**{key: row[key] for key in ("id", "video") if key in row}, "reason": f"its {name} is not finite"}
+        for row, name in zip(rows, bad)
+        if name
+    ]
     rows, text, rejects = [rows[i] for i in good], [text[i] for i in good], rejects + why
     fields = {name: [a[i] for i in good] for name, a in fields.items()}
     path = folder / f"{shard_name(k)}.safetensors"

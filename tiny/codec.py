@@ -51,7 +51,8 @@ class LinearVAE:
             basis = (basis * sign)[:, :components]
             # of fewer pictures than components the rest is empty: their channels are 0
             tensors[f"{name}.basis"] = F.pad(basis, (0, components - basis.shape[1])).contiguous()
-            tensors[f"{name}.scale"] = s[:components].square().mean().sqrt() / (len(flat) - 1) ** 0.5
+            scale = s[:components].square().mean().sqrt() / (len(flat) - 1) ** 0.5
+            tensors[f"{name}.scale"] = scale.clamp(min=1e-6)  # pictures that are all alike vary by nothing
         return codec
 
     def encode(self, video: Tensor) -> Tensor:

@@ -144,6 +144,7 @@ def main(cfg: Config) -> None:
 
     folder = "" if wan else "transformer/"
     config = model.wan_config(net.config) if wan else diffusers_config(net.config)
+    (run.folder / folder).mkdir(exist_ok=True)
     write_json(run.folder / folder / "config.json", config)
     written = write_checkpoint(run.folder / folder, shapes, fused, dtype)
     bar.close()
