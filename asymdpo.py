@@ -45,6 +45,7 @@ from runtime.group import Group, local_batch, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
+from runtime.train import Training
 from wan.lora import load_adapted
 
 WAN = dict(
@@ -91,6 +92,7 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
+    step_timeout: float = option(600.0, above=0, neutral=True)  # seconds that a step waits for a process that is stuck
     seed: int = 0  # of initialisation, order, noise and times
 
 
@@ -211,7 +213,7 @@ def summarise(parts, loss, t, n1, n2, start, beta: float) -> dict[str, Tensor]:
 
 def averages(sums: dict[str, float]) -> dict[str, float]:
     """Means of what `summarise` summed, without those that have no value in them."""
-    return {name: sums[name] / sums[f"{name}#"] for name in sums if not name.endswith("#") and sums[f"{name}#"]}
+    return {name: value / sums[f"{name}#"] for name, value in sums.items() if sums.get(f"{name}#")}
 
 
 def explain(cfg, step: int, row: dict[str, float]) -> str | None:
@@ -244,7 +246,7 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
-    group = start_group(implementation)
+    group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
     starts = names(cfg.sft)
     run = Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, "sft": starts})
@@ -266,11 +268,10 @@ def main(cfg: Config) -> None:
     # ---- what is trained, and how far it came before
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
-    first = run.resume(trained, optimizer)
+    training = Training(run, cfg, trained, optimizer)
 
     # ---- train
-    bar = run.progress(cfg.steps, first, plan=plan)
-    for step in range(first, cfg.steps):
+    for step in training.steps(plan):
         sums: dict[str, Tensor] = {}
         for places in micro_batches(len(usable), step, cfg, run, flow.generator):
             index = [usable[i] for i in places]
@@ -281,26 +282,16 @@ def main(cfg: Config) -> None:
             n1, n2 = (torch.tensor([pairs.rows[i][n] for i in index], device=group.device) for n in ("n1", "n2"))
             prediction = predict(net, *(a.to(group.device) for a in (chosen, rejected, text, noise, t)))
             losses, parts = asymdpo_loss(cfg, prediction, n1, n2)
-            (losses.sum() / cfg.batch_size).backward()
+            training.backward(losses, [pairs.rows[i]["id"] for i in index])
             start = first_frame(cfg.region, n1, n2)
             for name, value in summarise(parts, losses, t.to(group.device), n1, n2, start, cfg.beta).items():
                 sums[name] = sums.get(name, 0) + value
-        group.sum_gradients(trained.values())
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # ---- log, save
-        row = averages(group.sum(sums)) | {"lora_B": size_of_B(net), "grad_norm": norm.item()}
-        run.log(step + 1, **row, lr=learning_rate(step, cfg))
-        if group.main and (sentence := explain(cfg, step, row)):
-            bar.write(sentence, file=sys.stderr)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
-        bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save(step + 1, trained, optimizer)
-    bar.close()
+        lr = learning_rate(step, cfg)
+        if row := training.update(lr, sums):
+            row = averages(row) | {"lora_B": size_of_B(net), "grad_norm": row["grad_norm"], "lr": lr}
+            training.log(row, loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}")
+            if sentence := explain(cfg, step, row):
+                training.say(sentence)
 
     # ---- result
     if group.main:

@@ -28,6 +28,7 @@ from runtime.group import Group, local_batch, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
+from runtime.train import Training
 
 WAN = dict(
     rank=128, batch_size=32, lr=1e-5, steps=375,  # the paper's, as one reader reports: 0.6 epochs of 20,000 clips
@@ -64,6 +65,7 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
+    step_timeout: float = option(600.0, above=0, neutral=True)  # seconds that a step waits for a process that is stuck
     seed: int = 0  # of initialisation, order, noise and times
 
 
@@ -104,7 +106,7 @@ def main(cfg: Config) -> None:
     cfg = resolve(cfg, FROM_SCRATCH if scratch else PRESETS)
     if not cfg.base and (cfg.rank or not scratch):
         raise UserError("expected --base for a LoRA: only the tiny model is trained from scratch, with all its weights")
-    group = start_group(implementation)
+    group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
     run = Run(cfg, "sft", group, {"data": cfg.data, "base": cfg.base})
     if run.done:
@@ -118,12 +120,10 @@ def main(cfg: Config) -> None:
     # ---- what is trained, and how far it came before
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    first = run.resume(trained, optimizer)
+    training = Training(run, cfg, trained, optimizer)
 
     # ---- train
-    bar = run.progress(cfg.steps, first, plan=plan)
-    for step in range(first, cfg.steps):
-        total = 0
+    for step in training.steps(plan):
         for index in micro_batches(len(clips), step, cfg, run, flow.generator):
             keys = [(run.stage, cfg.seed, step, clips.rows[i]["id"]) for i in index]
             x0 = clips.get("x0", index)
@@ -131,22 +131,10 @@ def main(cfg: Config) -> None:
             noise = flow.draw_noise(x0.shape[1:], keys)
             t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
             losses = flow_loss(net, *(a.to(group.device) for a in (x0, text, noise, t)))
-            (losses.sum() / cfg.batch_size).backward()
-            total += losses.detach().sum()
-        group.sum_gradients(trained.values())
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # ---- log, save
-        loss = group.sum({"loss": total})["loss"] / cfg.batch_size
-        run.log(step + 1, loss=loss, grad_norm=norm.item(), lr=learning_rate(step, cfg))
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save(step + 1, trained, optimizer)
-    bar.close()
+            training.backward(losses, [clips.rows[i]["id"] for i in index])
+        lr = learning_rate(step, cfg)
+        if row := training.update(lr):
+            training.log(row | {"lr": lr}, loss=f"{row['loss']:.4f}")
 
     # ---- result
     files = ["lora.safetensors"] if cfg.rank else ["config.json", model.WEIGHTS_NAME]

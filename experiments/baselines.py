@@ -29,7 +29,6 @@ Cost  two forwards and backwards of the policy and two forwards of the reference
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import torch
@@ -47,6 +46,7 @@ from runtime.group import local_batch, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
+from runtime.train import Training
 from sft import flow_loss
 
 LABELLED = 0.2  # a clip is kept if more than this share of its frames has a label
@@ -79,6 +79,7 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
+    step_timeout: float = option(600.0, above=0, neutral=True)  # seconds that a step waits for a process that is stuck
     seed: int = 0  # of initialisation, order, noise and times
 
     form, reference_free = "inside", False  # not options: asymdpo.explain asks for them
@@ -164,7 +165,7 @@ def summarise(parts, loss, t, labelled) -> dict[str, Tensor]:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
-    group = start_group(implementation)
+    group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
     starts = names(cfg.sft)
     inputs = {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, "sft": starts}
@@ -188,12 +189,11 @@ def main(cfg: Config) -> None:
     # ---- what is trained, and how far it came before
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
-    first = run.resume(trained, optimizer)
+    training = Training(run, cfg, trained, optimizer)
     said = dataclasses.replace(cfg, beta=temperature(cfg))  # what asymdpo.explain takes for its β
 
     # ---- train
-    bar = run.progress(cfg.steps, first, plan=plan)
-    for step in range(first, cfg.steps):
+    for step in training.steps(plan):
         sums: dict[str, Tensor] = {}
         for places in micro_batches(len(usable), step, cfg, run, flow.generator):
             index = [usable[i] for i in places]
@@ -210,25 +210,15 @@ def main(cfg: Config) -> None:
                 error = clip_loss(net, prediction, x0, text, noise, t)
                 losses = losses + cfg.sft_weight * temperature(cfg) / 2 * error
                 parts["err/x0"] = error.detach()
-            (losses.sum() / cfg.batch_size).backward()
+            training.backward(losses, [pairs.rows[i]["id"] for i in index])
             for name, value in summarise(parts, losses, t, label != 0).items():
                 sums[name] = sums.get(name, 0) + value
-        group.sum_gradients(trained.values())
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        # ---- log, save
-        row = averages(group.sum(sums)) | {"lora_B": size_of_B(net), "grad_norm": norm.item()}
-        run.log(step + 1, **row, lr=learning_rate(step, cfg))
-        if group.main and (sentence := explain(said, step, row)):
-            bar.write(sentence, file=sys.stderr)
-        bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}", refresh=False)
-        bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            run.save(step + 1, trained, optimizer)
-    bar.close()
+        lr = learning_rate(step, cfg)
+        if row := training.update(lr, sums):
+            row = averages(row) | {"lora_B": size_of_B(net), "grad_norm": row["grad_norm"], "lr": lr}
+            training.log(row, loss=f"{row['loss']:.4f}", acc=f"{row['rewards/accuracies']:.2f}")
+            if sentence := explain(said, step, row):
+                training.say(sentence)
 
     # ---- result
     if group.main:

@@ -48,10 +48,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except SafetensorError as error:  # its Rust side reports a full disk as a plain error
-        if "os error 28" not in str(error):
+    except SafetensorError as error:  # its Rust side reports a full disk, for one, as a plain error
+        if not (code := re.search(r"os error (\d+)", str(error))):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
     except OSError as error:
         with contextlib.suppress(AttributeError):  # PyAV's cannot be changed
             error.filename = str(path)  # errors of writing name no file, or the temporary one

@@ -292,6 +292,9 @@ class Run:
             self.check()
             logged = [LOG] if (self.folder / LOG).exists() else []
             facts = {**self.facts, "commit": commit(), "seconds": round(self.seconds, 2), **facts}
+            if self.skipped:
+                facts["skipped"] = len(self.skipped)
+                print(f"{self.stage}: {len(self.skipped)} steps changed nothing, as they were not finite")
             write_manifest(self.folder, files + logged, **facts)
             self._tidy()
         self.group.wait()

@@ -1,8 +1,10 @@
 """Interrupted runs: what was stopped, killed or damaged ends, when started again, in the bytes of a straight run."""
 
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,9 @@ import prepare
 import runtime.files
 import runtime.run
 import runtime.shards
-from runtime.files import CHECKED, read_manifest
+from runtime.files import CHECKED, read_manifest, read_sealed, write_json
+from runtime.group import Group
+from runtime.options import UserError
 from runtime.run import Run
 from runtime.shards import Shards, shard_is_whole, write_shard
 
@@ -369,3 +373,104 @@ def test_what_other_draws_began_is_not_gone_on_with(chain, tmp_path):
 def test_a_folder_that_cannot_be_written(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     refused("--out: expected a folder to write, .* cannot be written", run_stage, chain, "pairs", out=tmp_path / "run")
+
+
+def test_one_of_two_that_start_together(chain, tmp_path, monkeypatch):
+    """The second finds no run.json yet when it looks, but the first's when it has the lock: what it wants is compared
+    again; and a folder that was finished meanwhile is left alone.
+    """
+    second = Run(helpers.stage(chain, "sft", out=tmp_path / "run", seed=1)[1], "sft", Group())
+    third = Run(helpers.stage(chain, "sft", out=tmp_path / "run")[1], "sft", Group())
+    Run(helpers.stage(chain, "sft", out=tmp_path / "run")[1], "sft", Group()).claim()
+    refused("was made with config seed = 0, now 1", second.claim)
+    (tmp_path / "run" / "MANIFEST.json").touch()
+    refused("another command has finished it", third.claim)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "replaced"])
+@pytest.mark.parametrize("name, owner, call", [("sft", Run, "log"), ("pairs", make_pairs, "write_shard")])
+def test_a_folder_that_is_deleted_under_its_run(name, owner, call, again, chain, tmp_path, monkeypatch):
+    """The run ends at its next step or shard, and does not make the folder anew."""
+    out, original, calls = tmp_path / "out", getattr(owner, call), iter(range(9))
+
+    def deleting(*args, **kwargs):
+        if next(calls) == 1:
+            shutil.rmtree(out)
+            if again:
+                out.mkdir()
+                (out / ".lock").touch()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, call, deleting)
+    options = dict(steps=6) if name == "sft" else dict(shard_size=1)
+    with pytest.raises((UserError, FileNotFoundError)) as caught:
+        run_stage(chain, name, out=out, **options)
+    assert "deleted or replaced" in str(caught.value) or str(out) in caught.value.filename
+    assert out.exists() == again and next(calls) == 2
+
+
+def test_what_a_kill_leaves_is_swept(chain, straight, tmp_path):
+    """A folder with nothing but temporaries is empty; they are gone when a run goes on, not when it ends."""
+    for name in (".run.json.17.tmp", ".tmpMHNqGM", ".lock"):
+        (tmp_path / name).write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(chain, "sft", tmp_path, patch, logged=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "run.json"]
+    run_stage(chain, "sft", out=tmp_path, **SIX)
+    (tmp_path / "checkpoints").mkdir()
+    run_stage(chain, "sft", out=tmp_path, **SIX)
+    assert contents(tmp_path) == contents(straight / "sft") and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("file", ["run.json", "checkpoints/step-0000004/MANIFEST.json", "shard-00000.json"])
+def test_a_flipped_bit_in_what_is_believed_is_seen(file, chain, stopped, tmp_path):
+    """Each of 40 places, keys and digits among them."""
+    folder = copy(stopped, tmp_path, "sft") / "sft" if "shard" not in file else copy(chain, tmp_path, "pairs") / "pairs"
+    path = folder / file
+    raw = path.read_bytes()
+    for at in range(0, len(raw) - 1, len(raw) // 40):
+        changed = raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :]
+        if changed.split() != raw.split():  # not white space for white space
+            path.write_bytes(changed)
+            refused("damaged", read_sealed, path)
+
+
+def test_inputs_are_spelled_as_one_likes(chain, tmp_path, monkeypatch, capsys):
+    """A folder with a slash, from another directory, absolute, or moved, is the same folder."""
+    copy(chain, tmp_path, "base", "shards")
+    monkeypatch.chdir(tmp_path)
+    for base in ("base", "base/", "./base", str(tmp_path / "base"), "moved"):
+        if base == "moved":
+            (tmp_path / "base").rename(base)
+        run_stage(tmp_path, "sft", base=base, out=tmp_path / "sft")
+    assert capsys.readouterr().out.count("finished already") == 4
+
+
+def test_a_shard_that_is_cut_under_a_run(chain, tmp_path):
+    """One line with its name: to read on in a mapped file that was cut would end the process without a word."""
+    clips = Shards(copy(chain, tmp_path, "shards") / "shards", "prepare.py")
+    clips.get("x0", [0])
+    cut(tmp_path / "shards" / "shard-00000.safetensors")
+    refused("shard-00000.safetensors: expected .* bytes as before.*changed under this run", clips.get, "x0", [0])
+
+
+@pytest.mark.parametrize("name", ["../canary", "/etc/hostname", "link.txt"])
+def test_a_manifest_names_files_of_its_folder_alone(name, chain, tmp_path):
+    folder = copy(chain, tmp_path, "base") / "base"
+    (tmp_path / "canary").touch()
+    (folder / "link.txt").symlink_to(tmp_path / "canary")
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"][name] = {"bytes": 0, "sha256": ""}
+    (folder / "MANIFEST.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "seal"}))
+    refused("leaves the folder", read_manifest, folder, "sft.py")
+
+
+def test_file_systems_that_know_less(tmp_path, monkeypatch):
+    """No sync of folders, no modes: what is written is whole all the same. Other errors are errors."""
+    for name, code in (("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP), ("chmod", errno.EPERM)):
+        with stop_at(monkeypatch, os, name, 0, OSError(code, os.strerror(code))):
+            write_json(tmp_path / "a.json", {})
+        assert (tmp_path / "a.json").read_text() == "{}\n"
+    with stop_at(monkeypatch, os, "fsync", 0, OSError(errno.EIO, "")), pytest.raises(OSError):
+        write_json(tmp_path / "b.json", {})
+    assert not (tmp_path / "b.json").exists()
