@@ -68,7 +68,7 @@ class Run:
         if not there.is_dir() or not (os.access(there, os.W_OK) or (self.folder / MANIFEST).exists()):
             state = "cannot be written" if there.is_dir() else "is a file"
             raise UserError(f"--out: expected a folder to write, got {self.folder}, and {there} {state}")
-        group.barrier()
+        group.wait()
 
     def claim(self) -> None:
         """Writes run.json: from now on the folder is this run's. After all checks, so that a mistake claims nothing.
@@ -86,7 +86,7 @@ class Run:
             if (self.folder / "claims").exists():
                 shutil.rmtree(self.folder / "claims")
             self._hold(recipe, fcntl.LOCK_SH)
-        self.group.barrier()
+        self.group.wait()
         for _ in range(60):  # a network's file system may show a new file late
             if recipe.exists():
                 break
@@ -211,7 +211,7 @@ class Run:
                 raise
             for old in sorted(root.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
-        self.group.barrier()
+        self.group.wait()
 
     def resume(self, trained: dict[str, Tensor] = {}, optimizer: torch.optim.Optimizer | None = None) -> int:
         """The step of the newest whole checkpoint, which is put into `trained` and optimizer, or 0.
@@ -232,7 +232,7 @@ class Run:
         if self.group.main and (self.folder / "metrics.jsonl").exists():
             rows = read_jsonl(self.folder / "metrics.jsonl")
             write_jsonl(self.folder / "metrics.jsonl", [row for row in rows if row["step"] <= step])
-        self.group.barrier()
+        self.group.wait()
         return step
 
     @property
