@@ -363,7 +363,7 @@ def main(cfg: Config) -> None:
             run.claim()
             if group.main and not (run.folder / "codec.safetensors").exists():
                 fit_codec(cfg, items, run.folder / "codec.safetensors", each)
-            group.barrier()
+            group.wait()
         codec, encoder, device = load_encoders(cfg, run.folder, group.device)
         for k, index, _ in unfinished(run, len(items), cfg.shard_size, unit="video"):
             encode_shard(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)

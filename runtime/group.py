@@ -1,11 +1,9 @@
 """The processes that torchrun started: who this one is, its device, and the sums over all of them."""
 
 import dataclasses
-import datetime
 import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,7 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from runtime import roll
 from runtime.options import UserError
+
+STEP_TIMEOUT = 600.0  # seconds that one step's collectives may take: longer, and a process is stopped or hangs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Group:
     @property
     def node_size(self) -> int:
         """Processes of each node."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        return _number("LOCAL_WORLD_SIZE", self.size)
 
     @property
     def place_in_node(self) -> int:
@@ -45,6 +46,7 @@ class Group:
 
         UserError unless each node has as many processes.
         """
+        self.wait(where="splitting the weights")
         sizes = [None] * self.size
         dist.all_gather_object(sizes, self.node_size)
         if len(set(sizes)) > 1 or self.node_size < 1 or self.size % self.node_size:
@@ -53,20 +55,24 @@ class Group:
         shape = (self.size // self.node_size, self.node_size)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("nodes", "node"))
 
+    @functools.cached_property
+    def _node(self) -> dist.ProcessGroup:
+        """This node's processes, to wait for each other's work. All processes must ask for it, after `mesh`."""
+        own, _ = dist.new_subgroups(self.node_size, backend="gloo", timeout=roll.PATIENCE)
+        return own
+
     def from_node_main(self, value):
-        """What the first process of this node calls it with."""
+        """What the first process of this node calls it with. Waits for all of the node's, for days if need be."""
+        first = self.rank - self.place_in_node
+        roll.gather("sharing out work", group=self._node, ranks=range(first, first + self.node_size))
         box = [value]
-        dist.broadcast_object_list(box, group=self.mesh.get_group("node"), group_src=0)
+        dist.broadcast_object_list(box, group=self._node, group_src=0)
         return box[0]
 
     def __str__(self) -> str:
         """What a run's first line says."""
         kernels = {"triton": ", kernels: Triton", "torch": ", kernels: PyTorch definitions"}.get(self.kernels, "")
         return f"{self.size} process{'es' * (self.size > 1)} on {self.device.type}{kernels}"
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sums the gradients over all processes: each process has scaled its loss by the global batch already."""
@@ -84,27 +90,25 @@ class Group:
             dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
-    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def meet(self, seconds: float, where: str) -> None:
+        """Waits until all processes are here. Lost names those that do not come within `seconds`.
+
+        Broken if one of them ended; `program` finds out which.
+
+        where: what the processes meet for, in words. By gloo on CUDA, too: a process that waits for others in NCCL can
+        neither be interrupted nor tell whom it waits for, so let all be here first.
+        """
+        if self.size > 1:
+            roll.gather(where, seconds)
+
+    def wait(self, meanwhile: Callable[[], None] = lambda: None, where: str = "the work of all") -> None:
         """Waits until all processes are here, for days if need be, and calls `meanwhile` twice a second.
 
-        UserError if one of them ended before, which is noticed at once, on any node: its connections close.
+        Says after 1, 2, 4… minutes who is missing. Broken if one of them ended before, which is noticed at once, on
+        any node: its connections close. `program` finds out which.
         """
-        if self.size == 1:
-            return
-        work = dist.barrier(group=_patient(), async_op=True)
-        while not work.is_completed():
-            time.sleep(0.5)
-            meanwhile()
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise UserError(f"another process ended: {error}; see what it said, and start all again") from None
-
-
-@functools.cache
-def _patient() -> dist.ProcessGroup:
-    """All processes, to wait for each other's work: by gloo, as NCCL's waiting occupies the GPU."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        if self.size > 1:
+            roll.gather(where, meanwhile=meanwhile)
 
 
 def alone() -> Group:
@@ -116,18 +120,36 @@ def alone() -> Group:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number among those that torchrun started, and how many they are."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number among those that torchrun started, and how many they are. UserError for nonsense."""
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if not rank < size:
+        raise UserError(f"RANK={rank}: expected less than WORLD_SIZE={size}; {_BY_TORCHRUN}")
+    return rank, size
 
 
-def start_group(implementation: Callable[[torch.device], str] | None = None) -> Group:
+_BY_TORCHRUN = "let torchrun set it, or unset it for a process alone"
+
+
+def _number(variable: str, default: int) -> int:
+    """What torchrun set, an integer ≥ 0."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{variable}={text}: expected a whole number; {_BY_TORCHRUN}")
+    return int(text)
+
+
+def start_group(
+    implementation: Callable[[torch.device], str] | None = None, step_timeout: float = STEP_TIMEOUT
+) -> Group:
     """Joins the process group that torchrun describes: NCCL with CUDA, gloo on the CPU. One process needs no group.
 
     implementation: names the kernels of a device, or raises what is missing there, which becomes a UserError.
+    step_timeout: seconds after which a collective fails. `Group.wait` is for what differs by more from one process to
+    another: loading, hashing, writing a checkpoint.
     """
     rank, size = rank_and_size()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _number("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if cuda:
         if device.index >= (count := torch.cuda.device_count()):
             raise UserError(f"expected a GPU for each process, got {count}: start torchrun --nproc_per_node {count}")
@@ -136,9 +158,12 @@ def start_group(implementation: Callable[[torch.device], str] | None = None) -> 
         # (docs.pytorch.org/docs/stable/notes/cuda.html, "Reduced Precision Reduction in BF16 GEMMs")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if (size > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
-        # for what differs by minutes: loading, hashing, writing a checkpoint. `Group.wait` waits for longer work
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=30))
-        _patient()
+        try:
+            roll.start("nccl" if cuda else "gloo", rank, size, step_timeout)
+        except ValueError as error:
+            raise UserError(f"expected torchrun to start {size} processes, got: {error}") from None
+        except RuntimeError as error:
+            raise roll.Lost(f"the {size} processes did not come together: {str(error).splitlines()[0]}") from None
     try:
         return Group(rank, size, device, implementation(device) if implementation else "")
     except (RuntimeError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""The command line of every script: a frozen dataclass becomes options, their help, their checks, one-line errors.
+"""The command line of every script: a frozen dataclass becomes options, their help, their checks, one-line errors. And
+how a script ends when it is told to.
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -14,12 +15,16 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import faulthandler
 import inspect
 import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
 import types
 import typing
 from collections.abc import Callable
@@ -28,13 +33,15 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from runtime import roll
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: shown as one line, without a traceback, with exit code 2."""
 
 
 class Diverged(RuntimeError):
-    """A run that cannot go on, though nothing is wrong with what the user gave: one line, exit code 3."""
+    """A run that cannot go on though nothing is wrong with what the user gave: one line, exit code 3."""
 
 
 @contextlib.contextmanager
@@ -42,7 +49,7 @@ def user_errors():
     """Within it a ValueError is the user's mistake: what reads the files that the user named raises it."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(str(error)) from None
 
 
@@ -121,41 +128,168 @@ def parse(config: type, argv: list[str], doc: str):
     return config(**vars(parser.parse_args(spelled)))
 
 
-def program(main: Callable, config: type, doc: str) -> None:
-    """Runs main(config from the command line) as a program: a user's mistake is one line and exit code 2."""
-    where = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+# ---- how a script ends ----------------------------------------------------------------------------------------------
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # a scheduler's, torchrun's and kill's; Ctrl-C
+SAME = 5.0  # seconds in which torchrun and who told it, a scheduler for one, may both send what is one signal
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal told this process to end. args: its number. One line, exit code 128 + number."""
+
+
+class _Told:
+    """What signals told this process so far."""
+
+    signal = 0  # the first one, or none
+    patient = False  # whether somebody asks for it, and ends in good order
+    ending = False  # whether the process is ending for another reason
+
+
+def asked_to_stop() -> int:
+    """The number of the signal that told this process to end, or 0."""
+    return _Told.signal
+
+
+@contextlib.contextmanager
+def patient():
+    """Within it the first SIGTERM or Ctrl-C interrupts nothing: who is in it reads `asked_to_stop`, saves, and raises
+    Interrupted. The second one ends the process at once. Who leaves it without having asked goes on to the end.
+    """
+    _Told.patient = True
     try:
-        main(parse(config, sys.argv[1:], doc))
-    except UserError as error:
-        sys.exit(_last_line(f"{where}error: {error}", 2))
-    except Diverged as error:
-        sys.exit(_last_line(f"{where}error: {error}", 3))
-    except KeyboardInterrupt:
-        again = "run the same command again to go on from the last checkpoint"
-        sys.exit(_last_line(f"{where}interrupted: {again}", 130))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(_last_line(f"{where}error: {_disk_full(error)}", 2))
+        yield
     finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        _Told.patient = False
 
 
-def _disk_full(error: OSError) -> str:
-    again = "free some space and run the same command again, what was finished is kept"
-    if not error.filename:  # a write to a file that was open: it may be on any disk
-        return f"disk full; {again}"
-    folder = Path(error.filename).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / 2**20
-    return f"disk full writing {error.filename}: {free:.1f} MiB free; {again}"
+def _answer(number: int, _) -> None:
+    """The handler. Python calls it in the main thread, once that is back from C++: from a collective, for one."""
+    first, _Told.signal = not _Told.signal, _Told.signal or number
+    if first and not _Told.patient and not _Told.ending:
+        raise Interrupted(number)
 
 
-def _last_line(line: str, code: int) -> int:
+def _watch(pipe: int) -> None:
+    """Reads the signals as they come, whatever the main thread is in, and ends the process at the second one.
+
+    A call that holds Python's lock and never returns holds up this thread, too: against that only SIGKILL helps.
+    """
+    first = 0.0
+    while number := os.read(pipe, 1):
+        number, now = number[0], time.monotonic()
+        if not first:
+            first = now
+            if _Told.patient and _main_process():
+                name, again = signal.Signals(number).name, "once more to leave at once"
+                os.write(2, f"\n{name}: saving at the end of this step, then leaving; {again}\n".encode())
+        elif now - first > SAME * dist.is_torchelastic_launched():
+            os._exit(128 + number)
+    os.close(pipe)
+
+
+@contextlib.contextmanager
+def _signals():
+    """Within it SIGTERM and Ctrl-C are answered as `Interrupted` and `patient` say, but for what nohup or a shell's &
+    has switched off.
+    """
+    _Told.signal, _Told.ending = 0, False
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = {n: signal.signal(n, _answer) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
+    wakeup = signal.set_wakeup_fd(write)
+    threading.Thread(target=_watch, args=(read,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(write)  # ends the thread
+
+
+def _main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def program(main: Callable, config: type, doc: str) -> None:
+    """Runs main(config from the command line) as a program, which ends in one line where something is wrong.
+
+    Exit codes: 2 a user's mistake or a disk's, 3 a run that diverged, 4 another process that ended or hangs, 128 + the
+    signal's number. Of these torchrun --max-restarts retries 4 alone, and crashes.
+    """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a mapped file that was cut short ends a process by SIGBUS, without a word
+    with _signals():
+        try:
+            main(parse(config, sys.argv[1:], doc))
+        except BaseException as error:
+            _Told.ending = True
+            line, code = _ending(error)
+            if not code:
+                raise
+            _leave(line, code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    """The last line and the exit code; 0 for an error that deserves its traceback."""
+    if isinstance(error, RuntimeError):
+        error = roll.explained(error) or error
+    for kind, code in ((UserError, 2), (Diverged, 3), (roll.Lost, 4)):
+        if isinstance(error, kind):
+            return f"error: {error}", code
+    if isinstance(error, KeyboardInterrupt):
+        again = "interrupted: run the same command again to go on from where it was"
+        number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
+        return again if _main_process() else "", 128 + number
+    if isinstance(error, OSError) and (text := _disk_error(error)):
+        return f"error: {text}", 2
+    return "", 0
+
+
+def _leave(line: str, code: int) -> None:
+    """Ends the process."""
     for bar in list(getattr(tqdm, "_instances", ())):  # so that the line stands alone, and last
         with contextlib.suppress(Exception):
             bar.close()
-    print(line, file=sys.stderr, flush=True)
-    return code
+    if line:
+        where = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{where}{line}", file=sys.stderr, flush=True)
+    if code != 4:
+        _no_restart()
+    if dist.is_initialized():  # Python's own end would wait for collectives that the others never join
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _no_restart() -> None:
+    """Ends torchrun if it would start all again, as --max-restarts tells it to: it has no exit code for that."""
+    count, most = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if dist.is_torchelastic_launched() and count < most and os.getppid() == _PARENT:
+        os.kill(_PARENT, signal.SIGTERM)
+
+
+_PARENT = os.getppid()  # torchrun, if that started this process
+
+
+def _disk_error(error: OSError) -> str:
+    """What is wrong with the file that the error names, or with the disk. Empty if it is neither."""
+    name = error.filename2 or error.filename
+    again = "run the same command again, what was finished is kept"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        named = f" writing {name}{_free(name)}" if name else ""  # without: a file that was open, on any disk
+        return f"disk full{named}; free some space and {again}"
+    if not isinstance(name, (str, os.PathLike)):
+        return ""
+    reason = f"{error.strerror or error}".lower()
+    return f"{name}: {reason}; see that its folder is there and can be read and written, then {again}"
+
+
+def _free(name: str) -> str:
+    """The space that is left where a file is written, in words."""
+    with contextlib.suppress(OSError):
+        return f": {shutil.disk_usage(Path(name).absolute().parent).free / 2**20:.1f} MiB free"
+    return ""

@@ -70,7 +70,7 @@ class Run:
         if not there.is_dir() or not (os.access(there, os.W_OK) or (self.folder / MANIFEST).exists()):
             state = "cannot be written" if there.is_dir() else "is a file"
             raise UserError(f"--out: expected a folder to write, got {self.folder}, and {there} {state}")
-        group.barrier()
+        group.wait()
 
     def claim(self) -> None:
         """Locks the folder until this process ends and writes run.json: from now on it is this run's.
@@ -92,7 +92,7 @@ class Run:
             if not (self.folder / "run.json").exists():
                 write_sealed(self.folder / "run.json", self.facts)
             self._hold(fcntl.LOCK_SH)
-        self.group.barrier()
+        self.group.wait()
         for _ in range(60):  # a network's file system may show a new file late
             if (self.folder / LOCK).exists():
                 break
@@ -252,7 +252,7 @@ class Run:
                 raise
             for old in sorted(root.glob("step-*"))[:-2]:
                 shutil.rmtree(old)
-        self.group.barrier()
+        self.group.wait()
 
     def resume(self, trained: dict[str, Tensor] = {}, optimizer: torch.optim.Optimizer | None = None) -> int:
         """The step of the newest whole checkpoint, which is put into `trained`, optimizer and metrics.jsonl, or 0."""
@@ -269,11 +269,11 @@ class Run:
             if self.group.main:
                 with whole_file(self.folder / LOG) as temporary:
                     shutil.copyfile(folder / LOG, temporary)
-            self.group.barrier()
+            self.group.wait()
             return facts["step"]
         if self.group.main:
             (self.folder / LOG).unlink(missing_ok=True)
-        self.group.barrier()
+        self.group.wait()
         return 0
 
     @property

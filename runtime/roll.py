@@ -1,0 +1,175 @@
+"""How the processes that torchrun started wait for each other, and name the one that is missing.
+
+Each counts its meetings in the store that torchrun gives them, so who is stopped or hangs is told by its count. Who
+ended is told by its connections, which close. The first to find it out writes it in the store, and all say the same.
+"""
+
+import collections
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+GRACE = 5.0  # seconds for an answer of the store, and between the processes' sights of one failure
+PATIENCE = datetime.timedelta(days=30)
+_WATCH = 1  # tag of a message that nobody sends: to wait for it fails when its sender has ended
+
+
+class Lost(RuntimeError):
+    """A process of the group ended, was stopped or hangs: shown as one line, with exit code 4."""
+
+
+class Broken(RuntimeError):
+    """Waiting for the others failed. args: what for, and how; `explained` makes it a Lost that names them."""
+
+
+_store: dist.Store | None = None
+_everybody: dist.ProcessGroup | None = None
+_watches: dict[int, dist.Work] = {}
+_met: collections.Counter = collections.Counter()  # meeting -> how often this process came
+
+
+def start(backend: str, rank: int, size: int, seconds: float) -> None:
+    """Joins the process group. Its collectives fail after `seconds`; those of this module's own group, gloo, never."""
+    global _store, _everybody
+    limit = datetime.timedelta(seconds=seconds)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # --max-restarts: torchrun's store still holds the addresses of those who died. On one node all know the count
+        # of restarts; on several it may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    _store = dist.PrefixStore("roll", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    _everybody = dist.new_group(backend="gloo", timeout=PATIENCE)
+    for other in set(range(size)) - {rank}:
+        _watches[other] = dist.irecv(torch.zeros(1), group=_everybody, group_src=other, tag=_WATCH)
+
+
+def gather(
+    where: str, seconds: float = float("inf"), meanwhile: Callable[[], None] = lambda: None,
+    group: dist.ProcessGroup | None = None, ranks: Sequence[int] | None = None,
+) -> None:  # fmt: skip
+    """Waits until all processes, or the `ranks` of `group`, are here, and calls `meanwhile` twice a second.
+
+    where: what they meet for, in words. Says after 1, 2, 4… minutes who is missing. Lost after `seconds`; Broken at
+    once if one of them has ended.
+    """
+    ranks, meeting = (ranks, "node") if group else (range(dist.get_world_size()), "all")
+    began, told, waited = time.monotonic(), 60.0, 0.0
+    try:
+        _answer(meeting)
+        work = dist.barrier(group=group or _everybody, async_op=True)
+        while not _completed(work, min(0.5, seconds)) and waited < seconds:
+            meanwhile()
+            waited = time.monotonic() - began
+            if waited > told:
+                _tell(f"{where}: {waited / 60:.0f} min of waiting", missing(meeting, ranks), ranks)
+                told *= 2
+        if work.is_completed():
+            work.wait()  # raises what went wrong
+            return
+    except (RuntimeError, TimeoutError) as error:
+        raise Broken(where, str(error)) from None
+    late = _named(missing(meeting, ranks), "another process")
+    hint = "stopped, stuck or slow; see what it does, or give --step_timeout more seconds"
+    raise _verdict(f"{where}: waited {seconds:g} s for {late}, {hint}")
+
+
+def _completed(work: dist.Work, seconds: float) -> bool:
+    """Whether it is done, or has failed, within `seconds`."""
+    with contextlib.suppress(RuntimeError):  # they are over
+        work.wait(datetime.timedelta(seconds=seconds))
+    return work.is_completed()
+
+
+def explained(error: RuntimeError) -> Lost | None:
+    """What a collective's failure says of the other processes; None for another error: gloo's are RuntimeErrors, too.
+
+    It takes up to 20 s. All is lost: it closes the connections to the others.
+    """
+    if not isinstance(error, (Broken, dist.DistError)) and "/gloo/" not in str(error) or not dist.is_initialized():
+        return None
+    where, reason = error.args if isinstance(error, Broken) else ("a step", str(error))
+    again = "see what it said, then run the same command again to go on"
+    if ended := _ended():
+        return _verdict(f"{where}: {_named(ended)} ended; {again}")
+    with contextlib.suppress(RuntimeError, TimeoutError):  # those who still run meet the same failure
+        _answer("failure")
+        end = time.monotonic() + GRACE
+        while missing("failure") and time.monotonic() < end:
+            time.sleep(0.1)
+    how = reason.splitlines()[0] if reason else "no answer from the store of torchrun, or of rank 0"
+    return _verdict(f"{where}: {_named(missing('failure'), 'another process')} ended or hangs ({how}); {again}")
+
+
+def missing(meeting: str, ranks: Sequence[int] | None = None) -> list[int]:
+    """The processes, of `ranks`, that came to fewer of these meetings than this one. Empty if the store is gone."""
+    ranks, found = range(dist.get_world_size()) if ranks is None else ranks, []
+
+    def look() -> None:
+        found.extend(rank for rank in ranks if _store.add(f"{meeting}/{rank}", 0) < _met[meeting])
+
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        _soon(look)
+    return found
+
+
+def _answer(meeting: str) -> None:
+    _met[meeting] += 1
+    _soon(lambda: _store.add(f"{meeting}/{dist.get_rank()}", 1))
+
+
+def _ended() -> list[int]:
+    """The processes whose connections are closed. To be called once all is lost: gloo closes the others by it."""
+    found = []
+    for rank, work in _watches.items():
+        try:
+            work.wait(datetime.timedelta(seconds=0.2))
+        except RuntimeError as error:
+            if "timed out" not in str(error).lower() and "timeout" not in str(error).lower():
+                found.append(rank)
+    return found
+
+
+def _verdict(text: str) -> Lost:
+    """Lost, with the text of the first process that found a fault: what others see may be the end of that one."""
+    first = [text]
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        _soon(lambda: first.append(_store.compare_set("verdict", "", text).decode()))
+    return Lost(first[-1])
+
+
+def _named(ranks: Sequence[int], unknown: str = "") -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else unknown
+
+
+def _tell(what: str, late: Sequence[int], ranks: Sequence[int]) -> None:
+    """One line, by the first of those who wait."""
+    if late and dist.get_rank() == min(set(ranks) - set(late)):
+        tqdm.write(f"{what} for {_named(late)}", file=sys.stderr)
+
+
+def _soon(call: Callable[[], object]) -> None:
+    """Calls it. TimeoutError if that takes longer than GRACE: the store waits for ever where its holder is stopped."""
+    failed = []
+
+    def attempt() -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(GRACE)
+    if thread.is_alive():
+        raise TimeoutError
+    if failed:
+        raise failed[0]
