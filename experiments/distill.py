@@ -29,6 +29,7 @@ from runtime.group import alone
 from runtime.options import option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, batch_order, epochs
+from runtime.train import Training
 from sft import learning_rate
 from wan.lora import load_adapted, lora_files
 
@@ -56,6 +57,7 @@ class Config:
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # peak learning rate of AdamW
     warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
+    save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     seed: int = 0  # of initialisation, order and noise
 
 
@@ -95,27 +97,23 @@ def main(cfg: Config) -> None:
     with user_errors():
         model.check_fits(net, cfg.preset, cfg.base, cfg.data, clips.shape("x0"))
     seed = int(flow.generator("distill", "lora", cfg.seed).integers(2**32))  # another A in each stage
-    trained = model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
+    model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     teacher = flow.guided(net, cfg.guidance, negative)
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
-    # ---- train: short enough to do without checkpoints
-    bar = run.progress(cfg.steps, run.resume(), plan=plan)
-    for step in range(cfg.steps):
+    # ---- train
+    training = Training(run, cfg, trained, optimizer)
+    for step in training.steps(plan):
         k, index = step % cfg.nfe, batch_order(len(clips), cfg.batch_size, step, (run.stage, cfg.seed), flow.generator)
         keys = [(run.stage, cfg.seed, step, clips.rows[i]["id"]) for i in index]
         x0, text = clips.get("x0", index), clips.text(index)
         noise = flow.draw_noise(x0.shape[1:], keys)
-        loss = window_loss(net, teacher, x0, text, noise, window(cfg, k), cfg.solver).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(step + 1, window=k, loss=loss.item(), grad_norm=norm.item(), lr=learning_rate(step, cfg))
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-        bar.update()
-    bar.close()
+        losses = window_loss(net, teacher, x0, text, noise, window(cfg, k), cfg.solver)
+        training.backward(losses, [clips.rows[i]["id"] for i in index])
+        lr = learning_rate(step, cfg)
+        if row := training.update(lr):
+            training.log({"window": k, **row, "lr": lr}, loss=f"{row['loss']:.4f}")
 
     # ---- result
     with whole_file(run.folder / "lora.safetensors") as file:

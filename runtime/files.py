@@ -133,7 +133,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Diverged rather than a file with NaN or infinity in it, which is no JSON."""
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise Diverged(f"{path} is not written: a figure in it is not finite") from None
+    write_text(path, text + "\n")
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -188,8 +193,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Diverged rather than a file with NaN or infinity in it."""
     if bad := not_finite(tensors):
         raise Diverged(f"{path} is not written: its tensor {bad} is not finite")
-    with whole_file(path) as temporary:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+    try:
+        with whole_file(path) as temporary:
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+    except OSError as error:
+        error.needed = sum(a.nbytes for a in tensors.values())  # for who tells of a full disk
+        raise
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

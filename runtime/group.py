@@ -26,6 +26,7 @@ class Group:
     size: int = 1
     device: torch.device = torch.device("cpu")
     kernels: str = ""  # who computes: "triton", "torch", or nothing to tell
+    step_timeout: float = STEP_TIMEOUT
 
     @property
     def main(self) -> bool:
@@ -90,8 +91,8 @@ class Group:
             dist.all_reduce(total)
         return dict(zip(values, total.tolist()))
 
-    def meet(self, seconds: float, where: str) -> None:
-        """Waits until all processes are here. Lost names those that do not come within `seconds`.
+    def meet(self, where: str) -> None:
+        """Waits until all processes are here. Lost names those that do not come within `step_timeout`.
 
         Broken if one of them ended; `program` finds out which.
 
@@ -99,7 +100,7 @@ class Group:
         neither be interrupted nor tell whom it waits for, so let all be here first.
         """
         if self.size > 1:
-            roll.gather(where, seconds)
+            roll.gather(where, self.step_timeout)
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None, where: str = "the work of all") -> None:
         """Waits until all processes are here, for days if need be, and calls `meanwhile` twice a second.
@@ -165,7 +166,7 @@ def start_group(
         except RuntimeError as error:
             raise roll.Lost(f"the {size} processes did not come together: {str(error).splitlines()[0]}") from None
     try:
-        return Group(rank, size, device, implementation(device) if implementation else "")
+        return Group(rank, size, device, implementation(device) if implementation else "", step_timeout)
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from None
 

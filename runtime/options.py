@@ -280,7 +280,7 @@ def _disk_error(error: OSError) -> str:
     name = error.filename2 or error.filename
     again = "run the same command again, what was finished is kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        named = f" writing {name}{_free(name)}" if name else ""  # without: a file that was open, on any disk
+        named = f" writing {name}: {_space(error, name)}" if name else ""  # without: a file that was open, on any disk
         return f"disk full{named}; free some space and {again}"
     if not isinstance(name, (str, os.PathLike)):
         return ""
@@ -288,8 +288,9 @@ def _disk_error(error: OSError) -> str:
     return f"{name}: {reason}; see that its folder is there and can be read and written, then {again}"
 
 
-def _free(name: str) -> str:
-    """The space that is left where a file is written, in words."""
+def _space(error: OSError, name: str) -> str:
+    """The space that a file needs, if that is known, and what is left there, in words."""
+    needed = f"{error.needed / 2**20:.1f} MiB needed, " if hasattr(error, "needed") else ""
     with contextlib.suppress(OSError):
-        return f": {shutil.disk_usage(Path(name).absolute().parent).free / 2**20:.1f} MiB free"
-    return ""
+        return f"{needed}{shutil.disk_usage(Path(name).absolute().parent).free / 2**20:.1f} MiB free"
+    return f"{needed}and what is free is not known"

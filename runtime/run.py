@@ -103,7 +103,7 @@ class Run:
         """Locks the folder for this process, whose end frees it, whatever ends it."""
         path = self.folder / LOCK
         try:
-            self._lock = self._lock or open(path, "a+" if self.group.main else "r+")
+            self._lock = self._lock or open(path, "a+b" if self.group.main else "r+b")
             fcntl.lockf(self._lock, lock | fcntl.LOCK_NB)
         except FileNotFoundError:
             raise UserError(f"--out: expected a folder that all nodes share, but {path} is not there") from None
@@ -200,7 +200,7 @@ class Run:
                     else:
                         if not done(i):
                             yield i
-                        (claims / str(i)).write_text("done")
+                        (claims / str(i)).write_bytes(b"done")
                     if self.group.main:
                         advance(i + 1)
 

@@ -28,7 +28,7 @@ NAMED = 8  # samples that a message names
 
 
 class Training:
-    """One run of an optimiser over `cfg.steps` steps. cfg: steps, batch_size, save_every, step_timeout."""
+    """One run of an optimiser over `cfg.steps` steps. cfg: steps, batch_size, save_every."""
 
     def __init__(self, run: Run, cfg, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer):
         """trained: the parameters by name; they and optimizer get what the newest whole checkpoint holds."""
@@ -67,7 +67,7 @@ class Training:
         None, and changes nothing, if loss or norm are not finite.
         """
         group, parameters = self.run.group, list(self.trained.values())
-        group.meet(self.cfg.step_timeout, f"step {self._step + 1}")
+        group.meet(f"step {self._step + 1}")
         group.sum_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         local = {"loss": torch.cat([losses for _, losses in self._seen]).sum(), "stop": bool(asked_to_stop())}

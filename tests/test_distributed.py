@@ -234,6 +234,7 @@ def test_the_claims_of_the_dead_are_taken_over(chain, single, tmp_path):
 def test_a_live_claim_is_left_alone(tmp_path):
     """What another process has claimed since the start is not done again; it counts as done when that one says so."""
     (tmp_path / "run.json").write_text(json.dumps(Run(sample.Config(out=str(tmp_path)), "sample", Group()).facts))
+    (tmp_path / ".lock").touch()
     run = Run(sample.Config(out=str(tmp_path)), "sample", Group(rank=1))
     pieces = run.share(6, unit="piece", done=lambda i: i == 5)
     assert next(pieces) == (0, True)
