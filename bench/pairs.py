@@ -120,7 +120,7 @@ def once(path: Path, measure) -> dict:
     """What measure() found, kept in a file."""
     if not path.exists():
         write_json(path, measure())
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measure_row(made: Seed, name: str) -> dict[str, float]:

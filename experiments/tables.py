@@ -278,7 +278,7 @@ class Seed:
         loras = self.train(name, row)
         folder = loras[-1].parent if loras else Path(self.base)
         path, by_dpo = folder / f"measured-{name}.json", row.stage in (asymdpo, baselines)
-        found = json.loads(path.read_text()) if path.exists() else {"values": {}}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"values": {}}
         kinds = [
             kind for kind in CONTROLS if kind in (PLAIN, LESS) or method(name) in MAIN and (by_dpo or kind != HALF)
         ]
@@ -288,7 +288,7 @@ class Seed:
                 found["steps"], found["operations"] = plan(row, self.paired)
             if by_dpo:
                 found |= {"accuracy": self.accuracy(row), "training": training(folder)}
-            found["commit"] = json.loads((folder / MANIFEST).read_text())["commit"]
+            found["commit"] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["commit"]
             write_json(path, found)
         return found
 
@@ -328,7 +328,7 @@ class Seed:
             cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), sweep_clips=SWEEP, seed=self.seed)
             rows, _ = evaluate.sweep(load_continuation(self.base, self.phi()), self.codec, self.clips, cfg)
             write_json(path, {"sweep": rows, "real": evaluate.means(self.judged_on[-1])})
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def training(folder: Path) -> dict[str, float]:
@@ -350,7 +350,7 @@ def run_seed(job: tuple[Callable[[Seed, list[str]], dict], Path, int, list[str]]
     """Makes one seed's folder, and measures with it; what the stages print goes to its log."""
     measure, folder, seed, names = job
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", buffering=1) as log:
+    with open(folder / "log.txt", "a", buffering=1, encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             torch.set_num_threads(1)
             return measure(Seed(folder, seed), names)

@@ -293,7 +293,7 @@ def main(cfg: Config) -> None:
         for row in each(functools.partial(write_clip, cfg), range(cfg.clips)):
             rows.append(row)
             bar.update()
-    with whole_file(run.folder / "metadata.csv") as temporary, open(temporary, "w", newline="") as f:
+    with whole_file(run.folder / "metadata.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
