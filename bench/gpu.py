@@ -14,6 +14,7 @@ installed. `--toy` runs all of it at toy sizes, on the CPU where there is no GPU
 import argparse
 import collections
 import contextlib
+import html
 import importlib
 import json
 import os
@@ -172,7 +173,9 @@ def table(known: dict) -> str:
     lines = [["`python bench/gpu.py`", "what it said"], ["---", "---"]]
     for suite in SECTIONS:
         lines += summary(suite, known.get(suite))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    # what a process said may hold markup, or a cell's end
+    cells = ([html.escape(cell, quote=False).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def with_table(page: str, known: dict) -> str:
