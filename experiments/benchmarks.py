@@ -21,6 +21,7 @@ Cost  nfe forwards a sample, twice that with guidance
 
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def read_column(path: Path) -> list[str]:
     UserError for another file, for one without rows, and for a row without a prompt.
     """
     try:
-        rows = json.loads(read_text(path)) if path.suffix == ".json" else read_csv(path)
+        rows = json.loads(read_text(path)) if path.suffix.lower() == ".json" else read_csv(path)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: expected a json list, got: {error}") from None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -80,7 +81,7 @@ def read_column(path: Path) -> list[str]:
     # caption: OpenGVLab/PhyGenBench, PhyGenBench/prompts.json; prompt: KwaiVGI/VideoAlign, datasets/video_eval_prompts
     prompts = [row.get("prompt", row.get("caption")) for row in rows]
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not prompt.strip() or re.search("[\ud800-\udfff]", prompt):  # half a letter
             raise UserError(f"{path} row {number}: expected a text in its column prompt or caption, got {prompt!r}")
     return prompts
 

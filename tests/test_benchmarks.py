@@ -83,8 +83,8 @@ def test_phygenbench_and_videogen_eval(chain, tmp_path):
     """Numbers from 1 in the order of the table: a json list's captions; a csv's prompts, of several lines too. The
     command for VideoReward runs, and joins its scores to the rows.
     """
-    (tmp_path / "prompts.json").write_text(json.dumps([dict(caption=p, physical_laws="x") for p in (A, B)]))
-    benchmarks.main(config(chain, tmp_path / "p", phygenbench=str(tmp_path / "prompts.json")))
+    (tmp_path / "p.JSON").write_text(json.dumps([dict(caption=p, physical_laws="x") for p in (A, B)]))
+    benchmarks.main(config(chain, tmp_path / "p", phygenbench=str(tmp_path / "p.JSON")))
     assert [row["video"] for row in read_jsonl(tmp_path / "p/prompts.jsonl")] == [
         f"videos/sample-{sample}/output_video_{number}.mp4" for number in (1, 2) for sample in (0, 1)
     ]
@@ -129,6 +129,7 @@ def test_two_processes(chain, tmp_path):
         ("videogen_eval", "v.csv", "id,prompt\n1,a cat\n2\n", "row 2: expected a text in its column prompt or"),
         ("phygenbench", "p.json", "[{", "p.json: expected a json list, got"),
         ("phygenbench", "p.json", '{"caption": "a cat"}', "expected a table with a prompt in each row"),
+        ("phygenbench", "p.json", r'[{"caption": "a \ud800 cat"}]', "row 1: expected a text in its column prompt or"),
         ("phygenbench", "nowhere.csv", None, "nowhere.csv.*No such file"),
     ],
 )
