@@ -303,9 +303,9 @@ class Seed:
     def judge(self, loras: list[Path], count: int, factor: float, solver: str, strength: float) -> dict[str, float]:
         """Mean metrics of samples for the seed's first `count` prompts, as in experiments.evaluate's table."""
         noise, text, captions, real = self.judged_on
-        cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), solver=solver)
+        cfg, folder = resolve(evaluate.Config(solver=solver), evaluate.PRESETS), loras[-1] if loras else self.base
         net = evaluate.adapted(self.base, loras, strength)
-        made = evaluate.sample_all(net, factor * noise[:count], text[:count], cfg)
+        made = evaluate.sample_all(net, factor * noise[:count], text[:count], cfg, of=folder)
         scores = balls.score(self.codec, made, captions[:count])
         return evaluate.judged(scores, {m: of_clips[:count] for m, of_clips in real.items()})
 
@@ -325,7 +325,8 @@ class Seed:
         """Φ's scores by given frames, as experiments.evaluate measures them, and the real clips'."""
         path = Path(self.phi()) / "sweep.json"
         if not path.exists():
-            cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), sweep_clips=SWEEP, seed=self.seed)
+            cfg = evaluate.Config(continuation=self.phi(), sweep_clips=SWEEP, seed=self.seed)
+            cfg = resolve(cfg, evaluate.PRESETS)
             rows, _ = evaluate.sweep(load_continuation(self.base, self.phi()), self.codec, self.clips, cfg)
             write_json(path, {"sweep": rows, "real": evaluate.means(self.judged_on[-1])})
         return json.loads(path.read_text(encoding="utf-8"))

@@ -324,6 +324,7 @@ def test_wasserstein_by_hand():
     assert balls.wasserstein(one, one + 0.3) == pytest.approx(0.3) == balls.wasserstein(one + 0.3, one)
     assert balls.wasserstein(np.array([0.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(0.5)  # quantiles 0 and q
     assert balls.wasserstein(np.zeros(5), np.full(7, 1.5)) == 1.5
+    assert balls.wasserstein(np.full(5, np.nan), np.full(7, 1.5)) == 1.5  # no ball was seen: it does not move
 
 
 def test_only_the_judged_frames_count():

@@ -261,9 +261,13 @@ def score(codec, x0, captions: list[str], frames: slice = slice(None)) -> dict[s
 
 
 def wasserstein(one: np.ndarray, other: np.ndarray) -> float:
-    """Distance between two distributions of speed, px/frame: the mean difference of their quantiles. NaN: left out."""
+    """Distance between two distributions of speed, px/frame: the mean difference of their quantiles.
+
+    NaN, where no ball is seen, is left out; if there is nothing else, all speeds are 0, as in `dyn`.
+    """
     at = np.linspace(0, 1, 1001)
-    return float(np.abs(np.nanquantile(one, at) - np.nanquantile(other, at)).mean())
+    quantiles = (np.nanquantile(a, at) if np.isfinite(a).any() else np.zeros(len(at)) for a in (one, other))
+    return float(np.abs(np.subtract(*quantiles)).mean())
 
 
 # ---- the data set ----------------------------------------------------------------------------------------------------
