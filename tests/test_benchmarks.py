@@ -63,6 +63,7 @@ def test_vbench(chain, tmp_path, monkeypatch):
     own = lists(tmp_path / "lists", mine=C)
     benchmarks.main(config(chain, tmp_path / "one", vbench=own, samples=1))
     assert contents(tmp_path / "one/videos") == {f"{C}-0.mp4": same[0][f"videos/{C}-0.mp4"]}
+    assert os.listdir(tmp_path / "one/videos") == [f"{C}-0.mp4"]  # nothing hidden: VBench takes the first file's suffix
     command = (tmp_path / "one/COMMAND.txt").read_text()
     assert "--mode custom_input" in command and all(d in command for part in benchmarks.VBENCH.values() for d in part)
 
@@ -127,7 +128,7 @@ def test_two_processes(chain, tmp_path):
         ("videogen_eval", "v.csv", "id,text\n1,a cat\n", "row 1: expected a text in its column prompt or"),
         ("videogen_eval", "v.csv", "prompt\n", "expected a table with a prompt in each row, got none"),
         ("videogen_eval", "v.csv", "id,prompt\n1,a cat\n2\n", "row 2: expected a text in its column prompt or"),
-        ("phygenbench", "p.json", "[{", "p.json: expected a json list, got"),
+        ("phygenbench", "p.json", "[{", "p.json: expected JSON, got damaged text"),
         ("phygenbench", "p.json", '{"caption": "a cat"}', "expected a table with a prompt in each row"),
         ("phygenbench", "p.json", r'[{"caption": "a \ud800 cat"}]', "row 1: expected a text in its column prompt or"),
         ("phygenbench", "nowhere.csv", None, "nowhere.csv.*No such file"),
