@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime import video
-from runtime.files import whole_file
+from runtime.files import checksum, unchanged, whole_file
 from runtime.group import alone
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
@@ -274,11 +274,13 @@ def wasserstein(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def write_clip(cfg: Config, index: int) -> dict:
-    """Renders clip `index` into the folder, unless it is there. Returns its row of metadata.csv."""
+    """Renders clip `index` into the folder, unless it is there as it was written. Returns its row of metadata.csv."""
     split, name = split_of(index, cfg.clips), f"ball-{index:05d}.mp4"
     frames, text, track = make_clip(cfg.seed, index, cfg.faults * (split == "train"))
-    if not (Path(cfg.out) / name).exists():
-        video.write_mp4(Path(cfg.out) / name, frames, FPS)
+    path = Path(cfg.out) / name
+    if not unchanged(path):
+        video.write_mp4(path, frames, FPS)
+        checksum(path)  # remembered, for the next start
     motion = np.hypot(*np.diff(track)).mean()
     values = (name, text, "", f"{motion:.3f}", "", "static", FRAMES, FPS, f"{FRAMES / FPS:.3f}", split)
     return dict(zip(COLUMNS.split(","), values))
