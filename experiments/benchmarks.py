@@ -20,14 +20,13 @@ Cost  nfe forwards a sample, twice that with guidance
 """
 
 import dataclasses
-import json
 import re
 import shlex
 from pathlib import Path
 
 import sample
 from kernels.modulate import implementation
-from runtime.files import read_csv, read_text, write_text
+from runtime.files import read_csv, read_json, read_text, write_text
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 
@@ -72,10 +71,7 @@ def read_column(path: Path) -> list[str]:
 
     UserError for another file, for one without rows, and for a row without a prompt.
     """
-    try:
-        rows = json.loads(read_text(path)) if path.suffix.lower() == ".json" else read_csv(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected a json list, got: {error}") from None
+    rows = read_json(path) if path.suffix.lower() == ".json" else read_csv(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a table with a prompt in each row, got none")
     # caption: OpenGVLab/PhyGenBench, PhyGenBench/prompts.json; prompt: KwaiVGI/VideoAlign, datasets/video_eval_prompts

@@ -16,7 +16,6 @@ import base64
 import dataclasses
 import html
 import io
-import json
 import math
 import os
 import platform
@@ -31,7 +30,7 @@ from matplotlib.figure import Figure
 
 from experiments.trails import Watched, pictures, watch
 from runtime import video
-from runtime.files import read_jsonl, read_manifest, read_tensors, read_text, write_json, write_text
+from runtime.files import read_json, read_jsonl, read_manifest, read_tensors, read_text, write_json, write_text
 from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
 from tiny import balls
@@ -346,6 +345,7 @@ def page(demo: Path, manifests: dict[str, dict], summary: dict, codec, samples: 
     """The whole file: page.html with its parts filled in. rows: what is shown of each model, a clip a caption."""
     here, pairs = Path(__file__).parent, Shards(demo / "pairs", "make_pairs.py")
     metrics = read_jsonl(demo / "asymdpo" / "metrics.jsonl")
+    check_figures(metrics, demo / "asymdpo" / "metrics.jsonl")
     frames, labels = pairs.shape("chosen")[1], summary["labels"]
     stages = (f"<code>{name}</code>&nbsp;{seconds:.1f}" for name, seconds in summary["seconds"].items())
     return string.Template(read_text(here / "page.html")).substitute(
@@ -391,7 +391,7 @@ def main(cfg: Config) -> None:
     balls.check_clips(clips, "x0", codec)
 
     # ---- the figures, and the first prompts
-    summary = json.loads(read_text(demo / "eval" / "summary.json"))
+    summary = read_json(demo / "eval" / "summary.json")
     seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
     check_figures({key: found for key, found in summary.items() if key != "commit"}, demo / "eval" / "summary.json")
     check_figures(seconds, demo, "seconds of")

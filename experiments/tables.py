@@ -38,7 +38,7 @@ import prepare
 import sft
 from experiments import baselines, cost, distill, evaluate, labels, pairs, tables_page
 from experiments.tables_page import COMPARED, HALF, LESS, MAIN, PLAIN
-from runtime.files import MANIFEST, read_jsonl, write_json
+from runtime.files import MANIFEST, read_json, read_jsonl, write_json
 from runtime.options import UserError, option, program, resolve
 from runtime.shards import Shards
 from tiny import balls
@@ -278,7 +278,7 @@ class Seed:
         loras = self.train(name, row)
         folder = loras[-1].parent if loras else Path(self.base)
         path, by_dpo = folder / f"measured-{name}.json", row.stage in (asymdpo, baselines)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"values": {}}
+        found = read_json(path) if path.exists() else {"values": {}}
         kinds = [
             kind for kind in CONTROLS if kind in (PLAIN, LESS) or method(name) in MAIN and (by_dpo or kind != HALF)
         ]
@@ -288,7 +288,7 @@ class Seed:
                 found["steps"], found["operations"] = plan(row, self.paired)
             if by_dpo:
                 found |= {"accuracy": self.accuracy(row), "training": training(folder)}
-            found["commit"] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["commit"]
+            found["commit"] = read_json(folder / MANIFEST)["commit"]
             write_json(path, found)
         return found
 
@@ -329,7 +329,7 @@ class Seed:
             cfg = resolve(cfg, evaluate.PRESETS)
             rows, _ = evaluate.sweep(load_continuation(self.base, self.phi()), self.codec, self.clips, cfg)
             write_json(path, {"sweep": rows, "real": evaluate.means(self.judged_on[-1])})
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
 
 
 def training(folder: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from experiments import page, trails
-from runtime.files import MANIFEST, write_manifest
+from runtime.files import MANIFEST, open_manifest, write_manifest
 from runtime.options import UserError
 from runtime.shards import Shards
 from tiny import balls
@@ -157,7 +157,7 @@ def test_names_of_figures_are_escaped():
 def test_a_figure_that_is_no_number_is_refused(chain, tmp_path, place, value):
     """By its place, in a file whose manifest fits."""
     root = helpers.copy(chain, tmp_path, *helpers.STAGES)
-    facts = json.loads((root / "eval" / MANIFEST).read_text(encoding="utf-8"))
+    facts = open_manifest(root / "eval", "experiments.evaluate")
     summary = json.loads((root / "eval" / "summary.json").read_text(encoding="utf-8"))
     inside = facts if place == ("seconds",) else summary
     for key in place[:-1]:
