@@ -42,9 +42,9 @@ LONGEST = 240  # bytes of a file name: file systems take 255, its temporary name
 class Config(sample.Options):
     """Samples the videos of a benchmark's prompts."""
 
-    vbench: str = ""  # folder of VBench's prompts_per_dimension, or text files of prompts, separated by commas
-    phygenbench: str = ""  # PhyGenBench's prompts.json, or a csv
-    videogen_eval: str = ""  # VideoAlign's videogen_eval.csv
+    vbench: str = option("", neutral=True)  # VBench's prompts_per_dimension, or text files, separated by commas
+    phygenbench: str = option("", neutral=True)  # PhyGenBench's prompts.json, or a csv
+    videogen_eval: str = option("", neutral=True)  # VideoAlign's videogen_eval.csv
     samples: int = option(5, least=1)  # samples a prompt
     out: str = option("out/benchmark", neutral=True)  # folder to write
 
@@ -140,7 +140,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"expected one of --{', --'.join(BENCHMARKS)}, got {', '.join(asked) or 'none'}")
     prompts, pattern, command = BENCHMARKS[asked[0]](cfg, Path(cfg.out).absolute())
     group = start_group(implementation)
-    run = sample.start(cfg, "experiments.benchmarks", group, prompts)
+    run = sample.start(cfg, "experiments.benchmarks", group, [pattern, *prompts])  # in whatever file they stand
 
     # ---- sample. In videos/ there is nothing else: VBench takes the first file's suffix for all (vbench/__init__.py)
     rows = [

@@ -47,10 +47,12 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is written
     cfg = resolve(cfg)
     group = start_group()
-    run = Run(cfg, "experiments.decode", group, {name: getattr(cfg, name) for name in ("shards", "base", "vae")})
+    own = (Path(cfg.shards) / "codec.safetensors").is_file()
+    inputs = {name: getattr(cfg, name) for name in ("shards", "base", "vae")}
+    inputs["data"] = "" if own or cfg.preset != "tiny" else cfg.data
+    run = Run(cfg, "experiments.decode", group, inputs)
     if run.done:
         return
-    own = (Path(cfg.shards) / "codec.safetensors").is_file()
     codec, device = sample.load_codec(dataclasses.replace(cfg, data=cfg.shards) if own else cfg, group.device)
     shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs")
     fields = [name for name in shards.fields() if name != "x0"] or ["x0"]  # of a pair its sides

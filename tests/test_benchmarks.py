@@ -1,6 +1,7 @@
 """experiments.benchmarks: folders that the benchmarks can read."""
 
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -55,15 +56,14 @@ def test_vbench(chain, tmp_path, monkeypatch):
     with stop_at(monkeypatch, video, "write_mp4", 3), pytest.raises(KeyboardInterrupt):
         benchmarks.main(again)
     (tmp_path / "cut/videos/.left by a kill.mp4.1.tmp").write_bytes(b"half")
-    with stop_at(monkeypatch, video, "write_mp4", 3):  # just three are left to do
-        benchmarks.main(again)
+    with stop_at(monkeypatch, video, "write_mp4", 3):  # just three are left to do, however the lists are spelled
+        benchmarks.main(dataclasses.replace(again, vbench=given.replace("/lists/", "/./lists/")))
     same = [{k: v for k, v in contents(tmp_path / name).items() if k != "COMMAND.txt"} for name in ("out", "cut")]
     assert same[0] == same[1] and len(set(same[0].values())) == 7
 
     own = lists(tmp_path / "lists", mine=C)
     benchmarks.main(config(chain, tmp_path / "one", vbench=own, samples=1))
     assert contents(tmp_path / "one/videos") == {f"{C}-0.mp4": same[0][f"videos/{C}-0.mp4"]}
-    assert os.listdir(tmp_path / "one/videos") == [f"{C}-0.mp4"]  # nothing hidden: VBench takes the first file's suffix
     command = (tmp_path / "one/COMMAND.txt").read_text()
     assert "--mode custom_input" in command and all(d in command for part in benchmarks.VBENCH.values() for d in part)
 

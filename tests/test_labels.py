@@ -1,6 +1,7 @@
 """experiments.labels: scores of exact physics, of appearance and of a file; what does not fit is refused, by name."""
 
 import csv
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -106,7 +107,7 @@ def test_the_videos_to_score(chain, made, tmp_path, monkeypatch):
     damaged = tmp_path / "out" / names(made)[0]
     whole = damaged.read_bytes()
     flip_bit(damaged)
-    decode.main(cfg)
+    decode.main(dataclasses.replace(cfg, data=f"{chain}/./shards"))
     assert damaged.read_bytes() == whole
     videos = sorted((tmp_path / "out").glob("*.mp4"))
     counts = [sum(1 for _ in av.open(str(path)).decode(video=0)) for path in videos[:12]]
