@@ -696,7 +696,7 @@ def open_model(path: str | Path) -> tuple[DiT, Callable[[str], Tensor]]:
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     for index in path.glob("*.safetensors.index.json"):  # it names the shards; other files may lie beside them
         try:
-            files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted({path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{index}: expected a weight_map of shards, got something else") from None
     source = {}  # Wan's name -> the open file, and the name in it

@@ -171,6 +171,7 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
         noise = flow.draw_noise(size, [key]).to(device)
         x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
         if own:
+            (run.folder / name).parent.mkdir(parents=True, exist_ok=True)  # a benchmark's names have folders
             video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
 
 

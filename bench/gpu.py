@@ -14,6 +14,7 @@ installed. `--toy` runs all of it at toy sizes, on the CPU where there is no GPU
 import argparse
 import collections
 import contextlib
+import html
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 
 import torch
 
-from runtime.files import commit, write_json
+from runtime.files import commit, read_json, write_json
 from runtime.group import start_group
 from runtime.options import UserError
 
@@ -124,10 +125,7 @@ def failed(row: dict) -> bool:
 
 def read(file: Path) -> dict:
     """What is known: suite -> commit, toy, sections. UserError for a damaged file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}: expected what an earlier run wrote, got damaged text ({error}); delete it") from None
+    return read_json(file) if file.is_file() else {}
 
 
 def run_suite(suite: str, file: Path, toy: bool) -> bool:
@@ -172,7 +170,9 @@ def table(known: dict) -> str:
     lines = [["`python bench/gpu.py`", "what it said"], ["---", "---"]]
     for suite in SECTIONS:
         lines += summary(suite, known.get(suite))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    # what a process said may hold markup, or a cell's end
+    cells = ([html.escape(cell, quote=False).replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def with_table(page: str, known: dict) -> str:
@@ -196,6 +196,7 @@ def main() -> None:
     if not given.toy and not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, got none that PyTorch can use; --toy runs on the CPU")
     file = given.out or (ROOT / "out/gpu.json" if given.toy else figures)
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         good = [run_suite(suite, file, given.toy) for suite in given.suites or SECTIONS]
     except UserError as error:

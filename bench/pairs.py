@@ -30,7 +30,7 @@ import make_pairs
 from experiments import cost, evaluate
 from experiments.tables import CONTROLS, SHAPE, SWEEP, Row, Seed, run_seeds
 from experiments.tables_page import PLAIN, Interval, interval, shown, table
-from runtime.files import commit, whole_file, write_json, write_text
+from runtime.files import commit, read_json, whole_file, write_json, write_text
 from runtime.options import option, program, resolve
 from runtime.shards import Shards
 from wan.lora import load_adapted, load_continuation
@@ -120,7 +120,7 @@ def once(path: Path, measure) -> dict:
     """What measure() found, kept in a file."""
     if not path.exists():
         write_json(path, measure())
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def measure_row(made: Seed, name: str) -> dict[str, float]:

@@ -188,7 +188,7 @@ def resident(name: str, dtype: str) -> int:
     side = SIDES[name](dataclasses.replace(CPU, dtype=getattr(torch, dtype)), torch.device("cpu"))
 
     def status(field: str) -> int:
-        return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
     before = status("VmRSS")
     side.step(), side.step()

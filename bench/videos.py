@@ -195,7 +195,7 @@ process; plain decord does not send its pictures anywhere.
 
 
 def head() -> str:
-    names = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     cpu = (re.findall(r"model name\s*: (.*)", names) or [platform.processor()])[0]
     packages = ", ".join(f"{name} {version(name)}" for name in ("decord", "av", "numpy"))
     return f"""# Videos of every kind

@@ -20,13 +20,13 @@ Cost  nfe forwards a sample, twice that with guidance
 """
 
 import dataclasses
-import json
+import re
 import shlex
 from pathlib import Path
 
 import sample
 from kernels.modulate import implementation
-from runtime.files import read_csv, read_text, write_text
+from runtime.files import read_csv, read_json, read_text, write_text
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 
@@ -42,9 +42,9 @@ LONGEST = 240  # bytes of a file name: file systems take 255, its temporary name
 class Config(sample.Options):
     """Samples the videos of a benchmark's prompts."""
 
-    vbench: str = ""  # folder of VBench's prompts_per_dimension, or text files of prompts, separated by commas
-    phygenbench: str = ""  # PhyGenBench's prompts.json, or a csv
-    videogen_eval: str = ""  # VideoAlign's videogen_eval.csv
+    vbench: str = option("", neutral=True)  # VBench's prompts_per_dimension, or text files, separated by commas
+    phygenbench: str = option("", neutral=True)  # PhyGenBench's prompts.json, or a csv
+    videogen_eval: str = option("", neutral=True)  # VideoAlign's videogen_eval.csv
     samples: int = option(5, least=1)  # samples a prompt
     out: str = option("out/benchmark", neutral=True)  # folder to write
 
@@ -71,16 +71,13 @@ def read_column(path: Path) -> list[str]:
 
     UserError for another file, for one without rows, and for a row without a prompt.
     """
-    try:
-        rows = json.loads(read_text(path)) if path.suffix == ".json" else read_csv(path)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected a json list, got: {error}") from None
+    rows = read_json(path) if path.suffix.lower() == ".json" else read_csv(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a table with a prompt in each row, got none")
     # caption: OpenGVLab/PhyGenBench, PhyGenBench/prompts.json; prompt: KwaiVGI/VideoAlign, datasets/video_eval_prompts
     prompts = [row.get("prompt", row.get("caption")) for row in rows]
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) or not prompt.strip():
+        if not isinstance(prompt, str) or not prompt.strip() or re.search("[\ud800-\udfff]", prompt):  # half a letter
             raise UserError(f"{path} row {number}: expected a text in its column prompt or caption, got {prompt!r}")
     return prompts
 
@@ -143,7 +140,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"expected one of --{', --'.join(BENCHMARKS)}, got {', '.join(asked) or 'none'}")
     prompts, pattern, command = BENCHMARKS[asked[0]](cfg, Path(cfg.out).absolute())
     group = start_group(implementation)
-    run = sample.start(cfg, "experiments.benchmarks", group, prompts)
+    run = sample.start(cfg, "experiments.benchmarks", group, [pattern, *prompts])  # in whatever file they stand
 
     # ---- sample. In videos/ there is nothing else: VBench takes the first file's suffix for all (vbench/__init__.py)
     rows = [

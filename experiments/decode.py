@@ -20,6 +20,7 @@ import torch
 import sample
 from experiments.labels import segment_cuts, video_name
 from runtime import video
+from runtime.files import checksum, unchanged
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
@@ -46,10 +47,12 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is written
     cfg = resolve(cfg)
     group = start_group()
-    run = Run(cfg, "experiments.decode", group, {name: getattr(cfg, name) for name in ("shards", "base", "vae")})
+    own = (Path(cfg.shards) / "codec.safetensors").is_file()
+    inputs = {name: getattr(cfg, name) for name in ("shards", "base", "vae")}
+    inputs["data"] = "" if own or cfg.preset != "tiny" else cfg.data
+    run = Run(cfg, "experiments.decode", group, inputs)
     if run.done:
         return
-    own = (Path(cfg.shards) / "codec.safetensors").is_file()
     codec, device = sample.load_codec(dataclasses.replace(cfg, data=cfg.shards) if own else cfg, group.device)
     shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs")
     fields = [name for name in shards.fields() if name != "x0"] or ["x0"]  # of a pair its sides
@@ -66,11 +69,12 @@ def main(cfg: Config) -> None:
     rate, count = max(1, round(shards.manifest.get("fps", 16))), min(cfg.clips or len(shards), len(shards))
     chosen = [round(place * (len(shards) - 1) / max(1, count - 1)) for place in range(count)]
     jobs = [(i, field, [video_name(i, shards.rows[i], field, s) for s in parts]) for i in chosen for field in fields]
-    for job, _ in run.share(len(jobs), "video", lambda job: all((run.folder / name).exists() for name in jobs[job][2])):
+    for job, _ in run.share(len(jobs), "video", lambda job: all(unchanged(run.folder / name) for name in jobs[job][2])):
         i, field, names = jobs[job]
         pictures = video.to_frames(codec.decode(shards.get(field, [i]).float().to(device))[0])
         for name, part in zip(names, parts.values()):
             video.write_mp4(run.folder / name, pictures[part], rate)
+            checksum(run.folder / name)  # remembered, for the next start
     sample.finish(run, [{**shards.rows[i], "video": name} for i, _, names in jobs for name in names])
 
 

@@ -19,6 +19,7 @@ Cost  about 13 continuations of `--sweep_clips` clips and eleven samples of each
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ import flow
 import model
 from runtime.files import commit, read_manifest, write_json, write_tensors
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve
+from runtime.options import Diverged, UserError, option, program, resolve
 from runtime.run import Run
 from runtime.shards import Shards
 from tiny import balls
@@ -101,13 +102,18 @@ def centre_errors(made: np.ndarray, true: np.ndarray, held: np.ndarray) -> np.nd
 # ---- sweep, labels, table --------------------------------------------------------------------------------------------
 
 
-def sample_all(net, noise, text, cfg, *given: torch.Tensor, bar=None) -> torch.Tensor:
-    """Samples (B, C, F, H, W), 64 at a time; given x0 and cond_mask, continuations."""
+def sample_all(net, noise, text, cfg, *given: torch.Tensor, of: str | Path, bar=None) -> torch.Tensor:
+    """Samples (B, C, F, H, W), 64 at a time; given x0 and cond_mask, continuations.
+
+    of: the model's folder. Diverged, which names it, if the samples are not finite.
+    """
     made, levels, solve = [], flow.time_grid(cfg.nfe, cfg.t_shift), flow.SOLVERS[cfg.solver]
     for part_noise, part_text, *part_given in zip(*(a.split(64) for a in (noise, text, *given))):
         made.append(solve(net, part_noise, part_text, levels, *part_given))
         if bar:
             bar.update(len(part_noise))
+        if not made[-1].isfinite().all():
+            raise Diverged(f"{of}: its model samples NaN or infinity: it diverged; make it anew with a lower --lr")
     return torch.cat(made)
 
 
@@ -123,7 +129,7 @@ def sweep(net, codec, clips, cfg, bar=None) -> tuple[list[dict], dict]:
     true, frames, rows, shown = balls.pixels(codec, x0), x0.shape[2], [], {}
     for n in range(frames + 1):
         cond_mask = (torch.arange(frames) < n).expand(len(index), frames)
-        made = sample_all(net, noise, text, cfg, x0, cond_mask, bar=bar) if n < frames else x0
+        made = sample_all(net, noise, text, cfg, x0, cond_mask, of=cfg.continuation, bar=bar) if n < frames else x0
         row = {"n_cond": n, "score": means(balls.score(codec, made, captions))["score"]}
         if n < frames:
             first = max(4 * n - 3, 0)
@@ -185,11 +191,8 @@ def table(cfg, codec, clips, bar) -> tuple[dict, dict]:
 
     def measure(name: str, strength=1.0, noise=noise, solver=cfg.solver) -> dict[str, np.ndarray]:
         net = adapted(cfg.base, lora_files(loras[name]), strength)
-        made = sample_all(net, noise, text, dataclasses.replace(cfg, solver=solver), bar=bar)
-        if not made.isfinite().all():
-            folder = loras[name].rpartition(",")[2] or cfg.base
-            got = "got NaN or infinity; its training diverged: make it anew with a lower --lr"
-            raise UserError(f"{folder}: expected a model whose samples are numbers, {got}")
+        folder = loras[name].rpartition(",")[2] or cfg.base
+        made = sample_all(net, noise, text, dataclasses.replace(cfg, solver=solver), of=folder, bar=bar)
         shown.setdefault(f"table_{name}", made[:SHOWN])
         return balls.score(codec, made, captions)
 

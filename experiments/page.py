@@ -16,7 +16,7 @@ import base64
 import dataclasses
 import html
 import io
-import json
+import math
 import os
 import platform
 import string
@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from experiments.trails import Watched, pictures, watch
 from runtime import video
-from runtime.files import read_jsonl, read_manifest, read_tensors, write_json, write_text
+from runtime.files import read_json, read_jsonl, read_manifest, read_tensors, read_text, write_json, write_text
 from runtime.options import UserError, program, resolve
 from runtime.shards import Shards
 from tiny import balls
@@ -243,10 +243,11 @@ def diagram(n1: int, n2: int, frames: int) -> str:
 
 
 def figures(head: list[str], rows: list[tuple[str, list[str], str]]) -> str:
-    """A table: of each row its name, its cells (with their tags) and, below them, what it means."""
-    parts = [f"<tr><th></th>{''.join(f'<th scope=col>{name}</th>' for name in head)}</tr>"]
+    """A table: of each row its name, its cells (with their tags) and, below them, what it means. Names are escaped."""
+    columns = (html.escape(name.replace("sB", "s\N{SOFT HYPHEN}B")) for name in head)
+    parts = [f"<tr><th></th>{''.join(f'<th scope=col>{name}</th>' for name in columns)}</tr>"]
     for name, cells, meaning in rows:
-        parts.append(f"<tr><th scope=row>{name}</th>{''.join(cells)}</tr>")
+        parts.append(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(cells)}</tr>")
         parts.append(f"<tr class=meaning><td colspan={len(head) + 1}>{meaning}</td></tr>")
     return f"<table class=figures>{''.join(parts)}</table>"
 
@@ -261,7 +262,7 @@ def results_table(table: dict) -> str:
         bold = {model for model in models if shown[model] == shown[best]}
         cells = [f"<td{' class=best' if model in bold else ''}>{value}</td>" for model, value in shown.items()]
         rows.append((f"{name} {arrow}", cells, meaning))
-    return figures([name.replace("sB", "s&shy;B") for name in table], rows)
+    return figures(list(table), rows)
 
 
 def controls_table(summary: dict) -> str:
@@ -276,9 +277,10 @@ def controls_table(summary: dict) -> str:
     for kind, sft, ours, d in found:
         cells = [f"<td>{num(100 * m['valid'], 1)} %<small>{num(m['score'], 3)}</small></td>" for m in (sft, ours)]
         name = {True: "good", False: "bad", None: "open"}[resolved(d["valid"])]
+        asks = ASKS.get(kind.partition(" ")[0], "")
         words = f"{interval(d['valid'], 100, 1)}<small>{interval(d['score'])}</small>"
-        rows.append((kind, [*cells, f"<td class={name}><b>{words}</b></td>"], ASKS[kind.split()[0]]))
-    return figures(["SFT", "Dynamics&shy;Boost", "difference"], rows)
+        rows.append((kind, [*cells, f"<td class={name}><b>{words}</b></td>"], asks))
+    return figures(["SFT", OURS, "difference"], rows)
 
 
 def sweep_plots(rows: list[dict]) -> str:
@@ -343,11 +345,12 @@ def page(demo: Path, manifests: dict[str, dict], summary: dict, codec, samples: 
     """The whole file: page.html with its parts filled in. rows: what is shown of each model, a clip a caption."""
     here, pairs = Path(__file__).parent, Shards(demo / "pairs", "make_pairs.py")
     metrics = read_jsonl(demo / "asymdpo" / "metrics.jsonl")
+    check_figures(metrics, demo / "asymdpo" / "metrics.jsonl")
     frames, labels = pairs.shape("chosen")[1], summary["labels"]
     stages = (f"<code>{name}</code>&nbsp;{seconds:.1f}" for name, seconds in summary["seconds"].items())
-    return string.Template((here / "page.html").read_text(encoding="utf-8")).substitute(
+    return string.Template(read_text(here / "page.html")).substitute(
         seed=summary["seed"], clips=summary["clips"], sweep_clips=summary["sweep_clips"], shown=len(captions),
-        style=(here / "page.css").read_text(), script=(here / "page.js").read_text(),
+        style=read_text(here / "page.css"), script=read_text(here / "page.js"),
         pictures=balls.FRAMES, fps=balls.FPS, size=balls.SIZE, off=f"{balls.VALID:g}",
         frozen=f"{100 * balls.FAULTS['freeze']:.0f}", cut=f"{100 * balls.FAULTS['cut']:.0f}",
         verdict=html.escape(verdict(summary)), gap_closed=gap_closed(summary["table"]),
@@ -362,9 +365,18 @@ def page(demo: Path, manifests: dict[str, dict], summary: dict, codec, samples: 
         training_plots=training_plots(metrics),
         training_said=training_said(metrics[-max(1, len(metrics) // 4) :]),
         stages=", ".join(stages),
-        commit=", ".join(dict.fromkeys(made["commit"] for made in manifests.values())),
+        commit=html.escape(", ".join(dict.fromkeys(str(made["commit"]) for made in manifests.values()))),
         machine=f"{platform.system()} with {os.cpu_count()} cores, PyTorch {torch.__version__}",
     )  # fmt: skip
+
+
+def check_figures(found, path: Path, *place: str) -> None:
+    """UserError if something in a JSON value is no finite number: by its place, and not shown as markup."""
+    if isinstance(found, dict | list):
+        for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+            check_figures(value, path, *place, str(key))
+    elif not isinstance(found, int | float) or not math.isfinite(found):
+        raise UserError(f"{path}: expected a finite number for {' '.join(place)}, got {found!r:.80}; make it again")
 
 
 def main(cfg: Config) -> None:
@@ -379,8 +391,10 @@ def main(cfg: Config) -> None:
     balls.check_clips(clips, "x0", codec)
 
     # ---- the figures, and the first prompts
-    summary = json.loads((demo / "eval" / "summary.json").read_text())
+    summary = read_json(demo / "eval" / "summary.json")
     seconds = {name: manifest["seconds"] for name, manifest in manifests.items()}
+    check_figures({key: found for key, found in summary.items() if key != "commit"}, demo / "eval" / "summary.json")
+    check_figures(seconds, demo, "seconds of")
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     samples = read_tensors(demo / "eval" / "samples.safetensors")
     count = min(PLAYERS, len(clips), len(samples["table_SFT"]))

@@ -38,7 +38,7 @@ import prepare
 import sft
 from experiments import baselines, cost, distill, evaluate, labels, pairs, tables_page
 from experiments.tables_page import COMPARED, HALF, LESS, MAIN, PLAIN
-from runtime.files import MANIFEST, read_jsonl, write_json
+from runtime.files import MANIFEST, read_json, read_jsonl, write_json
 from runtime.options import UserError, option, program, resolve
 from runtime.shards import Shards
 from tiny import balls
@@ -278,7 +278,7 @@ class Seed:
         loras = self.train(name, row)
         folder = loras[-1].parent if loras else Path(self.base)
         path, by_dpo = folder / f"measured-{name}.json", row.stage in (asymdpo, baselines)
-        found = json.loads(path.read_text()) if path.exists() else {"values": {}}
+        found = read_json(path) if path.exists() else {"values": {}}
         kinds = [
             kind for kind in CONTROLS if kind in (PLAIN, LESS) or method(name) in MAIN and (by_dpo or kind != HALF)
         ]
@@ -288,7 +288,7 @@ class Seed:
                 found["steps"], found["operations"] = plan(row, self.paired)
             if by_dpo:
                 found |= {"accuracy": self.accuracy(row), "training": training(folder)}
-            found["commit"] = json.loads((folder / MANIFEST).read_text())["commit"]
+            found["commit"] = read_json(folder / MANIFEST)["commit"]
             write_json(path, found)
         return found
 
@@ -303,9 +303,9 @@ class Seed:
     def judge(self, loras: list[Path], count: int, factor: float, solver: str, strength: float) -> dict[str, float]:
         """Mean metrics of samples for the seed's first `count` prompts, as in experiments.evaluate's table."""
         noise, text, captions, real = self.judged_on
-        cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), solver=solver)
+        cfg, folder = resolve(evaluate.Config(solver=solver), evaluate.PRESETS), loras[-1] if loras else self.base
         net = evaluate.adapted(self.base, loras, strength)
-        made = evaluate.sample_all(net, factor * noise[:count], text[:count], cfg)
+        made = evaluate.sample_all(net, factor * noise[:count], text[:count], cfg, of=folder)
         scores = balls.score(self.codec, made, captions[:count])
         return evaluate.judged(scores, {m: of_clips[:count] for m, of_clips in real.items()})
 
@@ -325,10 +325,11 @@ class Seed:
         """Φ's scores by given frames, as experiments.evaluate measures them, and the real clips'."""
         path = Path(self.phi()) / "sweep.json"
         if not path.exists():
-            cfg = dataclasses.replace(resolve(evaluate.Config(), evaluate.PRESETS), sweep_clips=SWEEP, seed=self.seed)
+            cfg = evaluate.Config(continuation=self.phi(), sweep_clips=SWEEP, seed=self.seed)
+            cfg = resolve(cfg, evaluate.PRESETS)
             rows, _ = evaluate.sweep(load_continuation(self.base, self.phi()), self.codec, self.clips, cfg)
             write_json(path, {"sweep": rows, "real": evaluate.means(self.judged_on[-1])})
-        return json.loads(path.read_text())
+        return read_json(path)
 
 
 def training(folder: Path) -> dict[str, float]:
@@ -350,7 +351,7 @@ def run_seed(job: tuple[Callable[[Seed, list[str]], dict], Path, int, list[str]]
     """Makes one seed's folder, and measures with it; what the stages print goes to its log."""
     measure, folder, seed, names = job
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", buffering=1) as log:
+    with open(folder / "log.txt", "a", buffering=1, encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             torch.set_num_threads(1)
             return measure(Seed(folder, seed), names)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import contents, stop_at
+from helpers import contents, flip_bit, stop_at
 
 import model
 from runtime import video
@@ -109,7 +109,7 @@ def test_captions_read_back():
         balls.falls("a red ball")
 
 
-def test_faults_are_in_train_alone(monkeypatch):
+def test_faults_are_in_train_alone(monkeypatch, tmp_path):
     """In the stated shares, or half of them; a fault begins in mid-clip, and the clip is the good one until then."""
     monkeypatch.setattr(balls, "spots", lambda centres: np.zeros((1, 64, 64)))  # it takes most of the time
     kinds, half = {"freeze": 0, "cut": 0}, 0
@@ -125,10 +125,10 @@ def test_faults_are_in_train_alone(monkeypatch):
 
     splits = [balls.split_of(index, 700) for index in range(700)]
     assert [splits.count(split) for split in ("train", "align", "eval")] == [400, 200, 100]
-    given = []
-    monkeypatch.setattr(balls.video, "write_mp4", lambda *_: None)
+    given, cfg = [], balls.Config(out=str(tmp_path), clips=7, faults=0.5)
+    monkeypatch.setattr(balls.video, "write_mp4", lambda path, *_: path.touch())
     monkeypatch.setattr(balls, "make_clip", lambda seed, index, faults: given.append(faults) or ((), "", np.eye(2)))
-    rows = [balls.write_clip(balls.Config(clips=7, faults=0.5), index) for index in range(7)]
+    rows = [balls.write_clip(cfg, index) for index in range(7)]
     assert given == [0.5] * 4 + [0] * 3 and [row["split"] for row in rows] == splits[::100]
 
 
@@ -165,7 +165,7 @@ def test_detect_finds_the_ball():
 
 def test_clips_of_a_folder(chain, tmp_path, monkeypatch):
     """metadata.csv has OpenVid-1M's columns, the captions and the splits, and the files hold what make_clip draws. A
-    rendering that was cut keeps what it has and makes the rest.
+    rendering that was cut keeps what it has and makes the rest, and what was damaged since.
     """
     rows = list(csv.DictReader((chain / "clips" / "metadata.csv").open(encoding="utf-8")))
     assert len(rows) == 80 and {"video", "caption", "motion score", "frame", "fps", "seconds", "split"} <= set(rows[0])
@@ -179,7 +179,8 @@ def test_clips_of_a_folder(chain, tmp_path, monkeypatch):
     with stop_at(monkeypatch, balls, "make_clip", 3), pytest.raises(KeyboardInterrupt):
         for index in range(6):
             balls.write_clip(cfg, index)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(made := sorted(tmp_path.glob("*.mp4"))) == 3
+    flip_bit(made[1])
     again = [balls.write_clip(cfg, index) for index in range(12)]
     assert [{k: str(v) for k, v in row.items()} for row in again] == rows[:12]
     made, before = contents(tmp_path), contents(chain / "clips")
@@ -324,6 +325,7 @@ def test_wasserstein_by_hand():
     assert balls.wasserstein(one, one + 0.3) == pytest.approx(0.3) == balls.wasserstein(one + 0.3, one)
     assert balls.wasserstein(np.array([0.0, 0.0]), np.array([0.0, 1.0])) == pytest.approx(0.5)  # quantiles 0 and q
     assert balls.wasserstein(np.zeros(5), np.full(7, 1.5)) == 1.5
+    assert balls.wasserstein(np.full(5, np.nan), np.full(7, 1.5)) == 1.5  # no ball was seen: it does not move
 
 
 def test_only_the_judged_frames_count():

@@ -231,14 +231,14 @@ def wrong(device, sizes):
 
 def crash(device, sizes):
     yield {"name": "third", "ms": 3.0}
-    print("about to fail", flush=True)
+    print("about to <fail> | now", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
 
 def hang(device, sizes):
     yield {"name": "fourth", "ms": 4.0}
     time.sleep(600)
 """
-ENDS = {"good": "done", "wrong": "done", "crash": "exit code -11: about to fail", "hang": "cut after 9 s"}
+ENDS = {"good": "done", "wrong": "done", "crash": "exit code -11: about to <fail> | now", "hang": "cut after 9 s"}
 
 
 def test_a_section_runs_as_a_stage_does(monkeypatch, capfd):
@@ -280,7 +280,7 @@ def test_one_bad_section_does_not_end_the_others(fake, capfd):
     table = gpu.table(known | {"kernels": None})
     assert table.splitlines()[2:] == [
         f"| `fake` | commit {known['fake']['commit']}: 1 of 2 checks hold |", "|  | first: 7 size, right: yes |",
-        "|  | hang: cut after 9 s |", "|  | crash: exit code -11: about to fail |",
+        "|  | hang: cut after 9 s |", "|  | crash: exit code -11: about to &lt;fail&gt; \\| now |",
     ]  # fmt: skip
 
 

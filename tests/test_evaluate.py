@@ -11,6 +11,7 @@ from helpers import labelled, refused, run_stage
 
 import flow
 from experiments import evaluate, page
+from runtime.options import Diverged
 from runtime.shards import Shards
 from tiny import balls
 from tiny import codec as codecs
@@ -158,14 +159,21 @@ def test_clips_of_another_world_are_named(chain, made, tmp_path, monkeypatch):
 
 def test_a_model_that_diverged_is_named(chain, tmp_path, monkeypatch):
     """By its folder: samples that are no numbers have no score."""
-    whole = evaluate.adapted
-
-    def diverged(base, loras, strength=1.0):
-        net = whole(base, loras, strength)
-        net.head.head.bias.data.fill_(math.nan if loras[1:] else 0)
-        return net
-
-    monkeypatch.setattr(evaluate, "adapted", diverged)
     small = dict(out=tmp_path / "out", clips=2, sweep_clips=2, nfe=1)
-    refused("/asymdpo: expected a model whose samples are numbers, got NaN", run_stage, chain, "eval", **small)
+
+    def diverges(loader: str, folder: str, is_ours) -> None:
+        whole = getattr(evaluate, loader)
+
+        def diverged(*args):
+            net = whole(*args)
+            net.head.head.bias.data.fill_(math.nan if is_ours(*args) else 0)
+            return net
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, loader, diverged)
+            words = f"/{folder}: its model samples NaN or infinity"
+            refused(words, run_stage, chain, "eval", kind=Diverged, **small)
+
+    diverges("adapted", "asymdpo", lambda base, loras, strength=1.0: loras[1:])
+    diverges("load_continuation", "continuation", lambda base, folder: True)
     assert not (tmp_path / "out" / "summary.json").exists()

@@ -1,16 +1,18 @@
 """experiments.labels: scores of exact physics, of appearance and of a file; what does not fit is refused, by name."""
 
 import csv
+import dataclasses
 import functools
 from types import SimpleNamespace
 
 import av
 import pytest
 import torch
-from helpers import labelled, run_stage, stop_at
+from helpers import flip_bit, labelled, run_stage, stop_at
 
 from experiments import baselines, decode, labels, pairs
 from experiments.pairs import SIDES
+from runtime import video
 from runtime.files import read_jsonl, read_manifest
 from runtime.options import UserError
 from runtime.shards import Shards
@@ -94,13 +96,22 @@ def test_scores_of_a_file(chain, made, tmp_path):
     assert [row["label"] for row in give(tmp_path / "c", column="reward_MQ")] == [[1]] * 8
 
 
-def test_the_videos_to_score(chain, made, tmp_path):
-    """What experiments.decode writes has the names that are looked up; the pieces' pictures add up to the clip's."""
+def test_the_videos_to_score(chain, made, tmp_path, monkeypatch):
+    """What experiments.decode writes has the names that are looked up; the pieces' pictures add up to the clip's. What
+    was damaged while it was cut is made again.
+    """
     folders = dict(shards=made["structural"], data=chain / "shards", out=tmp_path / "out")
-    decode.main(decode.Config(segments=5, **{name: str(folder) for name, folder in folders.items()}))
+    cfg = decode.Config(segments=5, **{name: str(folder) for name, folder in folders.items()})
+    with stop_at(monkeypatch, video, "write_mp4", 8), pytest.raises(KeyboardInterrupt):
+        decode.main(cfg)
+    damaged = tmp_path / "out" / names(made)[0]
+    whole = damaged.read_bytes()
+    flip_bit(damaged)
+    decode.main(dataclasses.replace(cfg, data=f"{chain}/./shards"))
+    assert damaged.read_bytes() == whole
     videos = sorted((tmp_path / "out").glob("*.mp4"))
-    counts = [sum(1 for _ in av.open(str(video)).decode(video=0)) for video in videos[:12]]
-    assert [video.name for video in videos] == names(made) and counts == [9, 12, 12, 8, 8, 49] * 2
+    counts = [sum(1 for _ in av.open(str(path)).decode(video=0)) for path in videos[:12]]
+    assert [path.name for path in videos] == names(made) and counts == [9, 12, 12, 8, 8, 49] * 2
 
 
 def score(value):

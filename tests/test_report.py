@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import string
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from experiments import page, trails
-from runtime.files import MANIFEST
+from runtime.files import MANIFEST, open_manifest, write_manifest
 from runtime.options import UserError
 from runtime.shards import Shards
 from tiny import balls
@@ -136,6 +137,37 @@ def test_captions_are_escaped():
     caption = "<script>alert('a')</script> & a ball falls"
     shown = page.videos([watched(path(20, 20))], ["SFT"], caption)
     assert f"“{html.escape(caption)}”" in shown and "<script>" not in shown
+
+
+IMAGE = "<img src=x onerror=alert(1)></script>"
+
+
+def test_names_of_figures_are_escaped():
+    """Of models and of controls: they are keys of summary.json."""
+    found = summary_of()
+    found["controls"] = {IMAGE: found["controls"]["noise × 0.85"]}
+    for shown in (page.controls_table(found), page.results_table({IMAGE: row(0.5), **found["table"]})):
+        assert html.escape(IMAGE) in shown and "<img" not in shown
+
+
+@pytest.mark.parametrize("value", [IMAGE, None, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "place", [("table", "SFT", "valid"), ("clips",), ("labels", "pairs"), ("sweep_rows", 3, "score"), ("seconds",)]
+)
+def test_a_figure_that_is_no_number_is_refused(chain, tmp_path, place, value):
+    """By its place, in a file whose manifest fits."""
+    root = helpers.copy(chain, tmp_path, *helpers.STAGES)
+    facts = open_manifest(root / "eval", "experiments.evaluate")
+    summary = json.loads((root / "eval" / "summary.json").read_text(encoding="utf-8"))
+    inside = facts if place == ("seconds",) else summary
+    for key in place[:-1]:
+        inside = inside[key]
+    inside[place[-1]] = value
+    (root / "eval" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    write_manifest(root / "eval", list(facts.pop("files")), **facts)
+    words = "seconds of eval" if inside is facts else " ".join(map(str, place))
+    helpers.refused(f"expected a finite number for {words}, got", page.main, page.Config(demo=str(root)))
+    assert not (root / "report.html").exists()
 
 
 # ---- what the figures are taken to say -------------------------------------------------------------------------------

@@ -155,6 +155,41 @@ def test_docstrings():
             assert name.startswith("_") or ast.get_docstring(functions[name]) or ast.get_docstring(twin), (path, name)
 
 
+def in_the_locales_encoding(code: str) -> list[int]:
+    """Lines of the calls that read or write text and do not say in what encoding."""
+    nodes, found = list(ast.walk(ast.parse(code))), []
+    named = [alias for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    modules = {alias.asname or alias.name for alias in named} - {"io"}  # os.open, av.open, Image.open are no text
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        method, name = isinstance(call.func, ast.Attribute), ast.unparse(call.func).rpartition(".")[2]
+        words = [arg.value for arg in (*call.args, *(k.value for k in call.keywords)) if isinstance(arg, ast.Constant)]
+        modes = [word for word in words if isinstance(word, str) and re.fullmatch("[rwxa][bt+]*", word)]
+        opens = name == "fdopen" or name == "open" and not (method and ast.unparse(call.func.value) in modules)
+        text = opens and not any("b" in mode for mode in modes)
+        text |= name.endswith("TemporaryFile") and any("b" not in mode for mode in modes)
+        text |= method and name in ("read_text", "write_text")
+        if text and all(k.arg != "encoding" for k in call.keywords):
+            found.append(call.lineno)
+    return found
+
+
+def test_text_has_an_encoding():
+    """All text is UTF-8, whatever the locale: who opens it says so."""
+    wrong = ["open(a)", "open(a, 'w')", "io.open(a, mode='r')", "path.open()", "(a / b).open('a')", "os.fdopen(3)",
+             "path.read_text()", "path.write_text(a)", "tempfile.NamedTemporaryFile('w')"]  # fmt: skip
+    right = ["open(a, 'rb')", "open(a, encoding='utf-8')", "av.open(a)", "os.open(a, 0)", "path.open('wb')",
+             "path.read_text(encoding='utf-8')", "read_text(path)", "path.write_text(a, encoding=b)",
+             "tempfile.NamedTemporaryFile()", "os.fdopen(3, 'wb')"]  # fmt: skip
+    code = "import av, io, os, tempfile\n" + "\n".join(wrong + right)
+    assert in_the_locales_encoding(code) == list(range(2, 2 + len(wrong)))
+    found = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (*ROOT.glob("*.py"), *(p for room in ROOMS - {"tests"} for p in ROOT.glob(f"{room}/*.py")))
+        for line in in_the_locales_encoding(path.read_text(encoding="utf-8"))
+    }
+    assert not found
+
+
 def test_the_chain_runs_in_makefiles_order():
     """Every stage's folder is a target of the Makefile: `make -n demo` names every script, in the method's order."""
     done = subprocess.run(["make", "-n", "demo", "OUT=/nowhere/demo"], cwd=ROOT, capture_output=True, text=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime import video
-from runtime.files import whole_file
+from runtime.files import checksum, unchanged, whole_file
 from runtime.group import alone
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
@@ -261,20 +261,26 @@ def score(codec, x0, captions: list[str], frames: slice = slice(None)) -> dict[s
 
 
 def wasserstein(one: np.ndarray, other: np.ndarray) -> float:
-    """Distance between two distributions of speed, px/frame: the mean difference of their quantiles. NaN: left out."""
+    """Distance between two distributions of speed, px/frame: the mean difference of their quantiles.
+
+    NaN, where no ball is seen, is left out; if there is nothing else, all speeds are 0, as in `dyn`.
+    """
     at = np.linspace(0, 1, 1001)
-    return float(np.abs(np.nanquantile(one, at) - np.nanquantile(other, at)).mean())
+    quantiles = (np.nanquantile(a, at) if np.isfinite(a).any() else np.zeros(len(at)) for a in (one, other))
+    return float(np.abs(np.subtract(*quantiles)).mean())
 
 
 # ---- the data set ----------------------------------------------------------------------------------------------------
 
 
 def write_clip(cfg: Config, index: int) -> dict:
-    """Renders clip `index` into the folder, unless it is there. Returns its row of metadata.csv."""
+    """Renders clip `index` into the folder, unless it is there as it was written. Returns its row of metadata.csv."""
     split, name = split_of(index, cfg.clips), f"ball-{index:05d}.mp4"
     frames, text, track = make_clip(cfg.seed, index, cfg.faults * (split == "train"))
-    if not (Path(cfg.out) / name).exists():
-        video.write_mp4(Path(cfg.out) / name, frames, FPS)
+    path = Path(cfg.out) / name
+    if not unchanged(path):
+        video.write_mp4(path, frames, FPS)
+        checksum(path)  # remembered, for the next start
     motion = np.hypot(*np.diff(track)).mean()
     values = (name, text, "", f"{motion:.3f}", "", "static", FRAMES, FPS, f"{FRAMES / FPS:.3f}", split)
     return dict(zip(COLUMNS.split(","), values))
@@ -293,7 +299,7 @@ def main(cfg: Config) -> None:
         for row in each(functools.partial(write_clip, cfg), range(cfg.clips)):
             rows.append(row)
             bar.update()
-    with whole_file(run.folder / "metadata.csv") as temporary, open(temporary, "w", newline="") as f:
+    with whole_file(run.folder / "metadata.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
