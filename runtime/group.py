@@ -41,12 +41,17 @@ class Group:
     def place_in_node(self) -> int:
         return self.rank % self.node_size
 
-    @functools.cached_property
+    @property
     def mesh(self) -> DeviceMesh:
         """All processes by "nodes" and by their place in the "node". The first time, all processes must ask for it.
 
         UserError unless each node has as many processes.
         """
+        return self._nodes[0]
+
+    @functools.cached_property
+    def _nodes(self) -> tuple[DeviceMesh, dist.ProcessGroup]:
+        """The mesh, and this node's processes as a group of gloo to wait for each other's work."""
         self.wait(where="splitting the weights")
         sizes = [None] * self.size
         dist.all_gather_object(sizes, self.node_size)
@@ -54,20 +59,15 @@ class Group:
             got = ", ".join(map(str, sorted(set(sizes))))
             raise UserError(f"--shard: expected as many processes on every node, got {got} of {self.size} in all")
         shape = (self.size // self.node_size, self.node_size)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("nodes", "node"))
-
-    @functools.cached_property
-    def _node(self) -> dist.ProcessGroup:
-        """This node's processes, to wait for each other's work. All processes must ask for it, after `mesh`."""
         own, _ = dist.new_subgroups(self.node_size, backend="gloo", timeout=roll.PATIENCE)
-        return own
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("nodes", "node")), own
 
     def from_node_main(self, value):
         """What the first process of this node calls it with. Waits for all of the node's, for days if need be."""
-        first = self.rank - self.place_in_node
-        roll.gather("sharing out work", group=self._node, ranks=range(first, first + self.node_size))
+        (_, node), first = self._nodes, self.rank - self.place_in_node
+        roll.gather("sharing out work", group=node, ranks=range(first, first + self.node_size))
         box = [value]
-        dist.broadcast_object_list(box, group=self._node, group_src=0)
+        dist.broadcast_object_list(box, group=node, group_src=0)
         return box[0]
 
     def __str__(self) -> str:

@@ -143,6 +143,7 @@ class _Told:
 
     signal = 0  # the first one, or none
     patient = False  # whether somebody asks for it, and ends in good order
+    cut = False  # whether it was interrupted at once
     ending = False  # whether the process is ending for another reason
 
 
@@ -167,6 +168,7 @@ def _answer(number: int, _) -> None:
     """The handler. Python calls it in the main thread, once that is back from C++: from a collective, for one."""
     first, _Told.signal = not _Told.signal, _Told.signal or number
     if first and not _Told.patient and not _Told.ending:
+        _Told.cut = True
         raise Interrupted(number)
 
 
@@ -193,7 +195,7 @@ def _signals():
     """Within it SIGTERM and Ctrl-C are answered as `Interrupted` and `patient` say, but for what nohup or a shell's &
     has switched off.
     """
-    _Told.signal, _Told.ending = 0, False
+    _Told.signal, _Told.ending, _Told.cut = 0, False, False
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = {n: signal.signal(n, _answer) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
@@ -237,6 +239,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
     """The last line and the exit code; 0 for an error that deserves its traceback."""
     if isinstance(error, RuntimeError):
         error = roll.explained(error) or error
+    if _Told.cut and isinstance(error, Interrupted) and dist.is_initialized():
+        error = roll.told() or error
     for kind, code in ((UserError, 2), (Diverged, 3), (roll.Lost, 4)):
         if isinstance(error, kind):
             return f"error: {error}", code
@@ -244,6 +248,8 @@ def _ending(error: BaseException) -> tuple[str, int]:
         again = "interrupted: run the same command again to go on from where it was"
         number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
         return again if _main_process() else "", 128 + number
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # argparse has said what is wrong
+        return "", error.code
     if isinstance(error, OSError) and (text := _disk_error(error)):
         return f"error: {text}", 2
     return "", 0

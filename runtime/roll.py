@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 GRACE = 5.0  # seconds for an answer of the store, and between the processes' sights of one failure
+FIRST_WORD = 60.0  # seconds of waiting after which it is said for whom, and again after twice as long each time
 PATIENCE = datetime.timedelta(days=30)
 _WATCH = 1  # tag of a message that nobody sends: to wait for it fails when its sender has ended
 
@@ -30,6 +31,7 @@ class Broken(RuntimeError):
     """Waiting for the others failed. args: what for, and how; `explained` makes it a Lost that names them."""
 
 
+_AGAIN = "see what it said, then run the same command again to go on"
 _store: dist.Store | None = None
 _everybody: dist.ProcessGroup | None = None
 _watches: dict[int, dist.Work] = {}
@@ -62,16 +64,16 @@ def gather(
     once if one of them has ended.
     """
     ranks, meeting = (ranks, "node") if group else (range(dist.get_world_size()), "all")
-    began, told, waited = time.monotonic(), 60.0, 0.0
+    began, tell, waited = time.monotonic(), FIRST_WORD, 0.0
     try:
         _answer(meeting)
         work = dist.barrier(group=group or _everybody, async_op=True)
         while not _completed(work, min(0.5, seconds)) and waited < seconds:
             meanwhile()
             waited = time.monotonic() - began
-            if waited > told:
-                _tell(f"{where}: {waited / 60:.0f} min of waiting", missing(meeting, ranks), ranks)
-                told *= 2
+            if waited > tell:
+                _tell(f"{where}: waiting since {waited:.0f} s", missing(meeting, ranks), ranks)
+                tell *= 2
         if work.is_completed():
             work.wait()  # raises what went wrong
             return
@@ -97,16 +99,26 @@ def explained(error: RuntimeError) -> Lost | None:
     if not isinstance(error, (Broken, dist.DistError)) and "/gloo/" not in str(error) or not dist.is_initialized():
         return None
     where, reason = error.args if isinstance(error, Broken) else ("a step", str(error))
-    again = "see what it said, then run the same command again to go on"
     if ended := _ended():
-        return _verdict(f"{where}: {_named(ended)} ended; {again}")
+        return _verdict(f"{where}: {_named(ended)} ended; {_AGAIN}")
     with contextlib.suppress(RuntimeError, TimeoutError):  # those who still run meet the same failure
         _answer("failure")
         end = time.monotonic() + GRACE
         while missing("failure") and time.monotonic() < end:
             time.sleep(0.1)
     how = reason.splitlines()[0] if reason else "no answer from the store of torchrun, or of rank 0"
-    return _verdict(f"{where}: {_named(missing('failure'), 'another process')} ended or hangs ({how}); {again}")
+    return _verdict(f"{where}: {_named(missing('failure'), 'another process')} ended or hangs ({how}); {_AGAIN}")
+
+
+def told() -> Lost | None:
+    """What a signal to end means: torchrun sends it, too, once another process ended. Then it is that one's fault.
+
+    All is lost: it closes the connections to the others.
+    """
+    with contextlib.suppress(RuntimeError, TimeoutError):
+        _answer("told")  # first, so that nobody who was told the same takes this process for the one at fault
+    gone = sorted(set(_ended()) & set(missing("told")))
+    return _verdict(f"{_named(gone)} ended; {_AGAIN}") if gone else None
 
 
 def missing(meeting: str, ranks: Sequence[int] | None = None) -> list[int]:
