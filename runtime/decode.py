@@ -45,6 +45,9 @@ except ImportError:  # it has no wheel for ARM
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf"  # FFmpeg's names; mov is mp4, too, and matroska is webm
 NO_SIGNATURE = ("mpegts", "mpeg")  # a playlist may begin a file that FFmpeg 8 takes for one of these, but not decord's
 HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+TO_SDR = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
 UNSPECIFIED = 2  # colour matrix, ITU-T H.273 table 4
 MATRICES = (0, 1, UNSPECIFIED, 4, 5, 6, 7, 9)  # that FFmpeg turns into RGB
 IN_DECODING_ORDER = ("avi", "asf")  # formats whose timestamps may count frames as they are decoded
@@ -127,7 +130,9 @@ def check_size(width: int, height: int, frames: int = 1) -> None:
 def look(path: str, seconds: float, log) -> Source:
     """Reads the packets of at least the first `seconds` of a file, and decodes its first picture."""
     file, stream = open_video(path, log)
-    colours, times, keys, first = stream.codec_context.colorspace or UNSPECIFIED, [], [], None
+    context = stream.codec_context
+    colours, transfer = context.colorspace or UNSPECIFIED, context.color_trc  # decoding may overwrite them
+    times, keys, first = [], [], None
     try:
         for packet in file.demux(stream):
             time = packet.pts if packet.pts is not None else packet.dts
@@ -144,7 +149,7 @@ def look(path: str, seconds: float, log) -> Source:
     if first is None or not times:
         raise Refused("no picture in it can be decoded")
     check_size(first.width, first.height)
-    check_colours(stream, first)
+    check_colours(first, transfer)
     if first.rotation % 90:
         raise Refused(f"it is turned by {first.rotation} degrees")
     matrix = first.side_data.get("DISPLAYMATRIX")
@@ -152,23 +157,22 @@ def look(path: str, seconds: float, log) -> Source:
         raise Refused("it is meant to be shown mirrored")
     if len(set(times)) < len(times):
         raise Refused("two of its frames have the same timestamp")
-    reordered = file.format.name in IN_DECODING_ORDER and stream.codec_context.has_b_frames and evenly_rising(times)
+    reordered = file.format.name in IN_DECODING_ORDER and context.has_b_frames and evenly_rising(times)
     begin = min(times) if first.time is None or reordered else float(first.time)
     times, lost = np.sort(times), int((np.array(times) <= begin - SLACK).sum())
     return Source(file, stream, first, times[lost:], np.sort(keys), lost, colours, reordered)
 
 
 def evenly_rising(times: list[float]) -> bool:
+    """Whether they rise by equal steps."""
     steps = np.diff(times)
     return len(steps) > 0 and bool(steps.min() > 0 and np.ptp(steps) < SLACK)
 
 
-def check_colours(stream, picture: av.VideoFrame) -> None:
-    """Refuses colours that would come out wrong."""
-    for transfer in (stream.codec_context.color_trc, picture.color_trc):
-        if transfer in HDR:
-            how = "ffmpeg -vf zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p"
-            raise Refused(f"its colours are HDR ({HDR[transfer]}): convert it to SDR first, e.g. with {how}")
+def check_colours(picture: av.VideoFrame, transfer: int) -> None:
+    """Refuses colours that would come out wrong. transfer: the container's transfer function."""
+    if name := HDR.get(transfer) or HDR.get(picture.color_trc):
+        raise Refused(f"its colours are HDR ({name}): convert it to SDR first, e.g. ffmpeg -i IN -vf {TO_SDR} OUT")
     if picture.colorspace not in MATRICES:
         raise Refused(f"its colour matrix is number {picture.colorspace} of H.273: convert it to BT.709 first")
 
@@ -213,7 +217,7 @@ def by_decord(path: str, source: Source, last: int, size: tuple[int, int]):
             for i in known.keys() & set(range(start, start + len(pictures))):
                 compare(to_rgb(known[i], size, source.colours), pictures, i - start)
             yield from pictures
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
+    except (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError) as error:  # it takes names in UTF-8
         raise Refused(f"decord cannot read it: {said(error)}") from None
 
 
