@@ -13,13 +13,19 @@ and its pictures are accepted only if
 
 PyAV reads the files that fail these checks, and the time of each of its frames is checked. Of either reader a clip is
 refused if its picture stands still for more than 4 frames, or if a frame is missing from an otherwise steady rate.
+
+FFmpeg also reads playlists, which name other files and servers. So PyAV opens containers alone, and decord, which has
+no such option, gets only those that no playlist can pass for.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -29,12 +35,24 @@ from fractions import Fraction
 import av
 import av.logging
 import numpy as np
+from av.video.reformatter import ColorTrc  # PyAV 17's: older ones turn BT.709 into RGB by another matrix
 
 try:
     import decord
 except ImportError:  # it has no wheel for ARM
     decord = None
 
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,flv,asf"  # FFmpeg's names; mov is mp4, too, and matroska is webm
+NO_SIGNATURE = ("mpegts", "mpeg")  # a playlist may begin a file that FFmpeg 8 takes for one of these, but not decord's
+HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+TO_SDR = (
+    "zscale=t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,tonemap=hable,zscale=t=bt709:m=bt709:r=tv,format=yuv420p"
+)
+UNSPECIFIED = 2  # colour matrix, ITU-T H.273 table 4
+MATRICES = (0, 1, UNSPECIFIED, 4, 5, 6, 7, 9)  # that FFmpeg turns into RGB
+IN_DECODING_ORDER = ("avi", "asf")  # formats whose timestamps may count frames as they are decoded
+DELAY = 16  # frames that H.264 may decode before it shows one
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 MAX_PICTURE = 2**25  # pixels of a picture: 8192 x 4096
 MAX_PIXELS = 2**36  # pixels decoded of a video: 20 minutes of 1080p at 27 frames a second
 MAX_MEMORY = 2**33  # bytes of address space
@@ -60,6 +78,8 @@ class Source:
     times: np.ndarray  # of the frames that are shown, rising, from the first that can be decoded
     keys: np.ndarray  # of the key frames
     lost: int  # frames before the first that can be decoded
+    colours: int  # the container's colour matrix, for pictures that name none
+    reordered: bool  # the file's timestamps count frames as they are decoded, not as they are shown
 
     @property
     def turns(self) -> int:
@@ -80,12 +100,17 @@ class Source:
 # ---- the file and its frames' times ----------------------------------------------------------------------------------
 
 
-def open_video(path: str):
-    """PyAV's container and its one video stream; a cover picture does not count."""
+def open_video(path: str, log):
+    """PyAV's container and its one video stream; a cover picture does not count. path: absolute."""
+    complaints(log)
     try:
-        file = av.open(path)
+        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+        file = av.open(f"file:{path}", options=options, metadata_errors="replace")  # old files' tags are not UTF-8
     except (av.FFmpegError, ValueError) as error:
-        raise Refused(f"FFmpeg cannot open it: {said(error)}") from None
+        reasons = complaints(log)
+        if other := re.search(r"\[(\S+)\] Format not on whitelist", "\n".join(reasons)):
+            raise Refused(f"its format is {other[1]}: expected one of {CONTAINERS}") from None
+        raise Refused(f"FFmpeg cannot open it: {(reasons or [said(error)])[0]}") from None
     streams = [s for s in file.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if len(streams) != 1:
         raise Refused(f"it holds {len(streams) or 'no'} video streams")
@@ -102,9 +127,11 @@ def check_size(width: int, height: int, frames: int = 1) -> None:
         raise Refused(f"too large: {frames} frames of {width} x {height}")
 
 
-def look(path: str, seconds: float) -> Source:
+def look(path: str, seconds: float, log) -> Source:
     """Reads the packets of at least the first `seconds` of a file, and decodes its first picture."""
-    file, stream = open_video(path)
+    file, stream = open_video(path, log)
+    context = stream.codec_context
+    colours, transfer = context.colorspace or UNSPECIFIED, context.color_trc  # decoding may overwrite them
     times, keys, first = [], [], None
     try:
         for packet in file.demux(stream):
@@ -122,6 +149,7 @@ def look(path: str, seconds: float) -> Source:
     if first is None or not times:
         raise Refused("no picture in it can be decoded")
     check_size(first.width, first.height)
+    check_colours(first, transfer)
     if first.rotation % 90:
         raise Refused(f"it is turned by {first.rotation} degrees")
     matrix = first.side_data.get("DISPLAYMATRIX")
@@ -129,9 +157,24 @@ def look(path: str, seconds: float) -> Source:
         raise Refused("it is meant to be shown mirrored")
     if len(set(times)) < len(times):
         raise Refused("two of its frames have the same timestamp")
-    begin = min(times) if first.time is None else float(first.time)
+    reordered = file.format.name in IN_DECODING_ORDER and context.has_b_frames and evenly_rising(times)
+    begin = min(times) if first.time is None or reordered else float(first.time)
     times, lost = np.sort(times), int((np.array(times) <= begin - SLACK).sum())
-    return Source(file, stream, first, times[lost:], np.sort(keys), lost)
+    return Source(file, stream, first, times[lost:], np.sort(keys), lost, colours, reordered)
+
+
+def evenly_rising(times: list[float]) -> bool:
+    """Whether they rise by equal steps."""
+    steps = np.diff(times)
+    return len(steps) > 0 and bool(steps.min() > 0 and np.ptp(steps) < SLACK)
+
+
+def check_colours(picture: av.VideoFrame, transfer: int) -> None:
+    """Refuses colours that would come out wrong. transfer: the container's transfer function."""
+    if name := HDR.get(transfer) or HDR.get(picture.color_trc):
+        raise Refused(f"its colours are HDR ({name}): convert it to SDR first, e.g. ffmpeg -i IN -vf {TO_SDR} OUT")
+    if picture.colorspace not in MATRICES:
+        raise Refused(f"its colour matrix is number {picture.colorspace} of H.273: convert it to BT.709 first")
 
 
 def plan(times: np.ndarray, frames: int | None, fps: float | None, clips: int) -> np.ndarray:
@@ -159,7 +202,9 @@ def by_decord(path: str, source: Source, last: int, size: tuple[int, int]):
     """Frames 0 … last at size (h, w), in order, by decord, checked against PyAV."""
     if decord is None:
         raise Refused("decord is not installed")
-    if source.turns or source.lost or source.stream.codec_context.name == "vp9":
+    if source.file.format.name in NO_SIGNATURE:
+        raise Refused("decord might take such a file for a playlist")
+    if source.turns or source.lost or source.reordered or source.stream.codec_context.name == "vp9":
         raise Refused("decord does not read such a file reliably")
     try:
         reader = decord.VideoReader(path, width=size[1], height=size[0], num_threads=1)
@@ -170,9 +215,9 @@ def by_decord(path: str, source: Source, last: int, size: tuple[int, int]):
         for start in range(0, last + 1, BATCH):
             pictures = reader.get_batch(range(start, min(start + BATCH, last + 1))).asnumpy()
             for i in known.keys() & set(range(start, start + len(pictures))):
-                compare(to_rgb(known[i], size), pictures, i - start)
+                compare(to_rgb(known[i], size, source.colours), pictures, i - start)
             yield from pictures
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
+    except (decord.DECORDError, RuntimeError, IndexError, UnicodeEncodeError) as error:  # it takes names in UTF-8
         raise Refused(f"decord cannot read it: {said(error)}") from None
 
 
@@ -198,23 +243,35 @@ def compare(picture: np.ndarray, pictures: np.ndarray, i: int) -> None:
         raise Refused("decord and PyAV see different pictures")
 
 
-def by_pyav(path: str, source: Source, last: int, size: tuple[int, int]):
-    """Frames 0 … last at size (h, w), in order, by PyAV, each checked by its timestamp."""
-    file, stream = open_video(path)
-    size = size[::-1] if source.turns % 2 else size
+def by_pyav(path: str, source: Source, last: int, size: tuple[int, int], log):
+    """Frames 0 … last at size (h, w), in order, by PyAV, each checked by its timestamp.
+
+    Where timestamps are in the order of decoding, no frame may be missing: only then the n-th that is shown has the
+    n-th time.
+    """
+    file, stream = open_video(path, log)
+    size, seen = size[::-1] if source.turns % 2 else size, []
+    if source.reordered:
+        stream.codec_context.options = {"strict": "1"}  # or H.264 may guess how many frames it has to hold back
     with file:
         try:
-            for i, frame in zip(range(last + 1), decoded(file, stream)):
+            frames = itertools.islice(decoded(file, stream), last + 1 + DELAY * source.reordered)
+            for i, frame in enumerate(frames):
+                seen.append(frame.time)
+                if i > last:
+                    continue
                 at = f"at {source.times[i]:.2f} s"
-                if frame.time is None or abs(frame.time - source.times[i]) > SLACK:
+                if frame.time is None or not source.reordered and abs(frame.time - source.times[i]) > SLACK:
                     raise Refused(f"the frame {at} cannot be decoded")
                 if frame.is_corrupt:
                     raise Refused(f"the picture {at} is damaged")
                 if (frame.width, frame.height) != (source.first.width, source.first.height):
                     raise Refused(f"the picture's size changes {at}")
-                yield np.rot90(to_rgb(frame, size), source.turns)
+                yield np.rot90(to_rgb(frame, size, source.colours), source.turns)
         except UNREADABLE as error:
             raise Refused(f"PyAV cannot read it: {said(error)}") from None
+    if source.reordered and np.abs(np.sort(seen)[: last + 1] - source.times[: len(seen)][: last + 1]).max() > SLACK:
+        raise Refused("a frame in it cannot be decoded, and its timestamps do not tell which")
 
 
 def decoded(file, stream):
@@ -227,8 +284,10 @@ def decoded(file, stream):
         yield from decoder.decode(packet)
 
 
-def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """A frame resized to (h, w): (h, w, 3) uint8."""
+def to_rgb(frame: av.VideoFrame, size: tuple[int, int], colours: int) -> np.ndarray:
+    """A frame resized to (h, w): (h, w, 3) uint8. colours: its matrix, if it names none."""
+    if frame.colorspace == UNSPECIFIED:
+        frame.colorspace = colours
     return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
 
 
@@ -238,18 +297,24 @@ def gather(frames, chosen: np.ndarray, size: tuple[int, int], log) -> np.ndarray
     Refuses the file if its decoder complained in the log or if the frames end too early.
     """
     pictures, count = np.empty((*chosen.shape, *size, 3), np.uint8), 0
-    log.seek(0)
-    log.truncate()
+    complaints(log)
     for count, frame in enumerate(frames, 1):
         top, left = (frame.shape[0] - size[0]) // 2, (frame.shape[1] - size[1]) // 2
         pictures[chosen == count - 1] = frame[top : top + size[0], left : left + size[1]]
-    log.seek(0)
-    complaints = [line for line in log.read().splitlines() if line.strip() and not any(h in line for h in HARMLESS)]
-    if complaints:
-        raise Refused(f"its decoder complains: {complaints[0].strip()[:160]}")
+    if lines := complaints(log):
+        raise Refused(f"its decoder complains: {lines[0]}")
     if count <= chosen.max():
         raise Refused(f"its pictures end after {count} frames")
     return pictures
+
+
+def complaints(log) -> list[str]:
+    """What the libraries have printed since the last call, but for what they print for healthy files, too."""
+    log.seek(0)
+    lines = [re.sub(" @ 0x[0-9a-f]+", "", line.strip())[:160] for line in log.read().splitlines()]
+    log.seek(0)
+    log.truncate()
+    return [line for line in lines if line and not any(h in line for h in HARMLESS)]
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -282,7 +347,7 @@ def missing(source: Source, clip: np.ndarray) -> float | None:
 def read(request: dict, log) -> tuple[list[dict], list[np.ndarray]]:
     """The facts of each clip that is asked for, or why it is refused, and the pictures of each that is accepted."""
     path, frames, fps, clips = (request[key] for key in ("path", "frames", "fps", "clips"))
-    source = look(path, frames / (fps or 1e-3) if frames and clips == 1 else math.inf)
+    source = look(path, frames / (fps or 1e-3) if frames and clips == 1 else math.inf, log)
     with source.file:
         chosen = plan(source.times, frames, fps, clips)
         last = int(chosen.max())
@@ -292,7 +357,7 @@ def read(request: dict, log) -> tuple[list[dict], list[np.ndarray]]:
         with contextlib.suppress(Refused):
             pictures = gather(by_decord(path, source, last, cover), chosen, size, log)
         if pictures is None:  # outside the exception's handler, which would keep decord's threads alive and complaining
-            reader, pictures = "PyAV", gather(by_pyav(path, source, last, cover), chosen, size, log)
+            reader, pictures = "PyAV", gather(by_pyav(path, source, last, cover, log), chosen, size, log)
     facts, kept = [], []
     for index, clip in zip(chosen, pictures):
         if frames and frames > STILL and (still := longest_still(clip)) > STILL:
@@ -307,12 +372,20 @@ def read(request: dict, log) -> tuple[list[dict], list[np.ndarray]]:
 
 
 def said(error: Exception) -> str:
-    """The last line of an error's text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The last line of an error's text, without the path that an OSError's has."""
+    text = getattr(error, "strerror", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:160] if lines else type(error).__name__
 
 
+def end_with_parent() -> None:
+    """Linux kills this process when the thread that started it ends, even while a decoder spins."""
+    with contextlib.suppress(AttributeError, OSError):  # other systems wait for the end of the input, or for the alarm
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_parent()  # a parent that is gone already has sent no request: the input ends
     answers = os.fdopen(os.dup(1), "wb")
     log = tempfile.TemporaryFile("w+", errors="replace")
     for printed in (1, 2):  # whatever the libraries print goes to the log

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import queue
+import stat
 import subprocess
 import sys
 import textwrap
@@ -55,6 +56,19 @@ class Clip:
     reader: str  # decord or PyAV
 
 
+def regular_file(path: str | Path) -> str:
+    """The path without links, absolute: no decoder takes it for a protocol. BadVideo if it leads to anything else."""
+    try:
+        real = os.path.realpath(path, strict=True)
+        if stat.S_ISREG(os.stat(real).st_mode):
+            return real
+    except FileNotFoundError:
+        raise BadVideo("no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: NUL, or half of a surrogate pair
+        raise BadVideo(f"it cannot be opened: {getattr(error, 'strerror', error)}") from None
+    raise BadVideo("it is no regular file")
+
+
 class Decoder(contextlib.AbstractContextManager):
     """A process that reads videos. It is killed when a video takes too long, and started again for the next one."""
 
@@ -84,9 +98,7 @@ class Decoder(contextlib.AbstractContextManager):
 
         A BadVideo stands in the place of a clip that cannot be trusted. Raises BadVideo if there is no good clip.
         """
-        if not Path(path).is_file():
-            raise BadVideo("no such file")
-        answer, arrays = self._ask(path=str(path), frames=frames, size=size, fps=fps, clips=clips)
+        answer, arrays = self._ask(path=regular_file(path), frames=frames, size=size, fps=fps, clips=clips)
         found = [BadVideo(f["error"]) if "error" in f else Clip(arrays.pop(0), **f) for f in answer["clips"]]
         if not any(isinstance(clip, Clip) for clip in found):
             raise found[0]
@@ -134,7 +146,7 @@ class Decoder(contextlib.AbstractContextManager):
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
         if process.stdout.readline() != b"ready\n":
             self.close()
-            raise UserError(f"{self.program[-1]} did not start: check that av and numpy can be imported")
+            raise UserError(f"{self.program[-1]} did not start: check that numpy and av (17.1 or newer) can be imported")
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
