@@ -129,7 +129,7 @@ def csv_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[dict[s
             reader = csv.reader(f, strict=True)  # or a quote that is not closed takes the rest of the table
             header = next(reader, [])
             if not {*columns} <= {*header}:
-                got = repr(", ".join(header)[:100]) if header else "none"
+                got = repr(", ".join(header)[:60]) if header else "none"
                 raise UserError(f"{path}: expected the columns {','.join(columns)}, got {got}")
             twice = [name for name, count in collections.Counter(filter(None, header)).items() if count > 1]
             if twice:

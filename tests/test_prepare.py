@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def folder(chain, tmp_path) -> Path:
 
 def run(folder: Path, out: str = "out", **changes) -> Shards:
     to = folder.parent / out
-    prepare.main(Config(videos=str(folder), out=str(to), shard_size=4, workers=1, **changes))
+    prepare.main(Config(**{"videos": str(folder), "out": str(to), "shard_size": 4, "workers": 1, **changes}))
     return Shards(to, "prepare.py")
 
 
@@ -215,9 +216,8 @@ def test_a_dataset_table_beside_part_folders(chain, folder, tmp_path, capsys):
     (folder / "OpenVid_part2" / "---_0to241.mp4").touch()
     with pytest.raises(UserError, match=r"row 1 .*there are 2 videos of that name"):
         run(folder, "twice", metadata=str(tmp_path / "OpenVid-1M.csv"))
-    for bad in ("nowhere.csv", "ball-00005.mp4"):
-        with pytest.raises(UserError, match=f"{bad}: expected a UTF-8 csv table"):
-            run(folder, "bad", metadata=str(folder / bad))
+    for bad, wanted in {"nowhere.csv": "a UTF-8 csv table", "ball-00005.mp4": "the columns video,caption"}.items():
+        refused(f"{bad}: expected {wanted}, got", run, folder, "bad", metadata=str(folder / bad))
 
 
 def test_several_clips_of_a_video(folder):
@@ -435,12 +435,27 @@ def test_interrupted_readers_leave_nothing(chain, monkeypatch):
         assert threading.active_count() <= before
 
 
-def test_a_changed_input_is_not_resumed(folder):
-    """Shards made from other videos are never mixed with new ones."""
+def test_what_makes_another_dataset(folder, monkeypatch, capsys):
+    """Its clips do, however the folder is spelled and wherever it lies; half made, a file changed in place does, too.
+
+    Shards made from other videos are never mixed with new ones.
+    """
     run(folder)
-    (folder / "ball-00002.mp4").write_bytes((folder / "ball-00003.mp4").read_bytes())
-    with pytest.raises(UserError, match="was made with inputs items"):
-        run(folder)
+    moved = folder.rename(folder.with_name("moved"))
+    table = shutil.copy(moved / "metadata.csv", folder.with_name("table.csv"))
+    monkeypatch.chdir(folder.parent)
+    for spelled in ("moved", "moved/", "./moved", str(moved), "moved/../moved"):
+        run(folder, videos=spelled)
+        run(folder, videos=spelled, metadata=table)
+        assert capsys.readouterr().out.count("finished already") == 2
+    video, stat = moved / "ball-00002.mp4", (moved / "ball-00002.mp4").stat()
+    os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    run(folder, videos="moved")
+    manifest = (folder.parent / "out/MANIFEST.json").rename("finished")
+    refused("times", run, folder, videos="moved")
+    manifest.rename("out/MANIFEST.json")
+    video.write_bytes((moved / "ball-00003.mp4").read_bytes())
+    refused("was made with inputs items", run, folder, videos="moved")
 
 
 # ---- motion and splits -----------------------------------------------------------------------------------------------
