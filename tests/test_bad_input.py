@@ -208,6 +208,28 @@ def test_scripts_end_in_one_line_and_code_2(chain, tmp_path):
         assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
 
 
+SPEAKING = """
+import dataclasses, pathlib
+from runtime.options import program
+@dataclasses.dataclass
+class Config:
+    word: str = ""  # a word
+def main(cfg):
+    pathlib.Path(cfg.word).write_text(cfg.word)
+    print(cfg.word, chr(0xdce9))
+program(main, Config, "")
+"""
+
+
+def test_programs_speak_utf8_in_any_locale(tmp_path):
+    """What a locale of ASCII cannot say is a file's name, its text and a line on stdout, as on every other machine."""
+    (tmp_path / "speaking.py").write_text(SPEAKING)
+    ascii_only = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
+    done = script("speaking.py", "--word", "café🧨", cwd=tmp_path, PYTHONPATH=str(helpers.ROOT), **ascii_only)
+    assert (done.stdout, done.stderr, done.returncode) == ("caf\\xe9\\U0001f9e8 \\udce9\n", "", 0)
+    assert (tmp_path / "café🧨").read_text(encoding="utf-8") == "café🧨"
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
     """Ctrl-C is no crash: one line, exit code 130."""
 
