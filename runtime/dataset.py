@@ -32,6 +32,7 @@ class Folder:
             got = "a file" if path.exists() else "no such folder"
             raise UserError(f"{path}: expected a folder of videos, got {got}")
         self.root, self.links_out, self.passed = path.resolve(), links_out, []
+        self._own = set()  # files without any link on their way
         self.names = sorted(self._walk())  # paths from root
         self._places = collections.defaultdict(list)
         for name in self.names:
@@ -45,6 +46,7 @@ class Folder:
             if (real := os.path.realpath(self.root / here)) in seen:
                 continue
             seen.add(real)
+            through_link = Path(real) != self.root / here
             try:
                 entries = [entry for entry in os.scandir(real) if not entry.name.startswith(".")]
             except OSError as error:
@@ -52,16 +54,22 @@ class Folder:
                 continue
             for entry in entries:
                 name = os.path.join(here, entry.name)
-                if not os.path.isdir(entry.path) if entry.is_symlink() else not entry.is_dir():
-                    yield name
-                elif not entry.is_symlink():
+                if entry.is_dir(follow_symlinks=False):
                     folders.appendleft(name)
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    folders += self._followed(name)  # after all real ones, which it may lead to
                 else:
-                    try:
-                        self.path(name)
-                        folders.append(name)  # after all real ones, which it may lead to
-                    except ValueError as error:
-                        self.passed.append(f"{name!r}: {error}")
+                    if not through_link and entry.is_file(follow_symlinks=False):
+                        self._own.add(name)
+                    yield name
+
+    def _followed(self, name: str) -> list[str]:
+        try:
+            self.path(name)
+        except ValueError as error:
+            self.passed.append(f"{name!r}: {error}")
+            return []
+        return [name]
 
     def path(self, name: str) -> Path:
         """The path of a name in the folder, without links. ValueError if it leaves the folder, as in `inside`."""
@@ -80,7 +88,7 @@ class Folder:
         folder, then as if it had been unpacked without its folder. ValueError if it has no place in the folder, or
         several.
         """
-        if not os.path.isfile(self.path(name)):
+        if name not in self._own and not os.path.isfile(self.path(name)):
             last = plain(os.path.basename(name))
             flat = plain(name.replace("/", "_"))
             found = next(filter(None, map(self._places.get, (plain(name), last, flat))), [])
@@ -90,17 +98,21 @@ class Folder:
                 raise ValueError("it is an address, expected the name of a file in the folder")
             if len(found) > 1:
                 raise ValueError(f"there are {len(found)} videos of that name")
-            if not found or not os.path.isfile(self.path(found[0])):
+            if not found:
                 return None
             name = found[0]
+        if name in self._own:
+            return name
         path = self.path(name)
+        if not os.path.isfile(path):
+            return None
         return os.path.relpath(path if path.is_relative_to(self.root) else os.path.join(self.root, name), self.root)
 
     def table(self, path: str) -> tuple[Path, Iterable[tuple[dict[str, str], str]]]:
         """The csv of the captions, at `path` or the folder's metadata.csv, or the folder if it has none, and its rows
         with the columns `video`, `caption` and others. Beside each row stands what is wrong with it, or "".
 
-        UserError if there are no rows, or it cannot be read.
+        UserError, from the first row on, if it cannot be read.
         """
         if path:
             return Path(path), csv_rows(Path(path), COLUMNS)
