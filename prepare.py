@@ -7,7 +7,8 @@
 
 Captions come from --metadata, from the folder's metadata.csv, or from a `name.txt` beside each `name.mp4`. A table has
 the columns `video,caption`, as OpenVid-1M's does. A video is looked for under its name in the table, then by the last
-part of that name in every folder below, because OpenVid-1M's parts unpack into folders of their own.
+part of that name in every folder below, because OpenVid-1M's parts unpack into folders of their own. Hidden files are
+passed over. But for --metadata nothing outside of --videos is read; --links_out follows links out of it.
 
 Clips are read at 16 pictures a second, by timestamps. Pictures are resized to cover the wanted size and cut at the
 centre. Videos that cannot be trusted are left out and listed (see runtime/decode.py). All clips of a video are in one
@@ -159,8 +160,9 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
             rejects.append({"video": name, "reason": "no such file"})
     if absent:
         folder.passed.append(f"{absent} of {number} rows of {table}: their videos are not in {cfg.videos}")
-    for passed in folder.passed if talk else ():
-        print(f"prepare: skipped {passed}")
+    if talk and folder.passed:
+        more = [f"and {len(folder.passed) - 20} more"] * (len(folder.passed) > 20)
+        print("\n".join(f"prepare: skipped {passed}" for passed in folder.passed[-20:] + more))
     if not items:
         why = [f"{row['video']!r}: {row['reason']}" for row in rejects] + folder.passed
         found = f"found none of {number}{'; ' * bool(why)}{''.join(why[:1])}"

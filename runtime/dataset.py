@@ -139,7 +139,7 @@ class Folder:
                     yield {"video": name, "caption": self._caption(texts.get(stem, []))}, ""
                 except ValueError as error:
                     yield {"video": name, "caption": ""}, f"its caption: {error}"
-        self.passed += [f"{count} captioned files {ending or 'without an ending'}" for ending, count in others.items()]
+        self.passed += [f"{count} captioned, of ending {ending or 'none'}" for ending, count in others.items()]
 
     def _caption(self, names: list[str]) -> str:
         if len(names) > 1:

@@ -141,7 +141,8 @@ def csv_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[dict[s
                 except StopIteration:
                     return
                 except csv.Error as error:  # the reader goes on with the next line
-                    wrong = f"lines {start} to {reader.line_num}: {error}: is a quote in them not closed?"
+                    lines = f"line {start}" + f" to {reader.line_num}" * (reader.line_num > start)
+                    wrong = f"{lines}: {error}; is a quote not closed?"
                 if cells and len(cells) != len(header):
                     commas = "; put quotes around a text with commas" if len(cells) > len(header) else ""
                     wrong = f"expected {len(header)} cells as in the header, got {len(cells)}{commas}"

@@ -125,10 +125,6 @@ ROWS = {  # video and caption -> the reason
     ("../secret.mp4", "a ball"): "leaves the folder",
     ("/etc/hostname.mp4", "a ball"): "leaves the folder",
     ("link.mp4", "a ball"): "leaves the folder",
-    ("", "a ball"): "names no video",
-    ("ball-00000.mp4", "a ball"): "listed twice",
-    ("more.mp4", ""): "caption is empty",
-    ("other.mp4", " \t"): "caption is empty",
 }
 
 
@@ -145,8 +141,7 @@ def test_a_bad_row_stops_the_run_or_is_rejected(chain, tmp_path, monkeypatch):
     for row, words in ROWS.items():
         some_clips(chain, folder, 3, row)
         if not (tmp_path / "secret.mp4").exists():
-            for copied in (tmp_path / "secret.mp4", folder / "more.mp4", folder / "other.mp4"):
-                shutil.copy(folder / "ball-00000.mp4", copied)
+            shutil.copy(folder / "ball-00000.mp4", tmp_path / "secret.mp4")
             (folder / "link.mp4").symlink_to(tmp_path / "secret.mp4")
         refused(f"metadata.csv row 4 .*{words}", shards, folder)
     assert not (tmp_path / "out").exists()

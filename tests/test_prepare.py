@@ -21,7 +21,7 @@ import flow
 import prepare
 from prepare import Config
 from runtime import video
-from runtime.files import inside, read_jsonl
+from runtime.files import inside, read_csv, read_jsonl, write_jsonl
 from runtime.options import UserError, resolve
 from runtime.shards import Shards, batch_order
 from tiny import codec as codecs
@@ -237,6 +237,16 @@ def test_several_clips_of_a_video(folder):
             assert np.abs(clock - found.index).max() < 4
 
 
+def test_lines_of_jsonl_end_as_json_says(tmp_path):
+    """At a line feed alone: U+2028, U+2029 and U+0085 are text. What a kill or a damage left of a line is dropped."""
+    rows = [{"prompt": "a\u2028b\u2029c\u0085d"}, {"prompt": "é"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    good = (tmp_path / "a.jsonl").read_bytes()
+    for bad in (b"", b'{"prompt": "a', b'{"prompt": "\xff"}\n', b"[" * 100_000 + b"\n", b"3\n", b"\r\n"):
+        (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good + bad)
+        assert read_jsonl(tmp_path / "a.jsonl") == rows
+
+
 def test_names_are_confined(tmp_path):
     """`inside` gives the path of a name that stays in the folder, whatever links there are, and refuses the others."""
     root = tmp_path / "root"
@@ -279,7 +289,7 @@ HOSTILE = {  # a line of a table -> why it is refused
     "a.mp4,\u7ea2\u7403".encode("gbk"): "not UTF-8",
     b"a.mp4": "expected 2 cells as in the header, got 1",
     b"a.mp4,a ball falls, then bounces": "got 3; put quotes around a text with commas",
-    b'a.mp4,"a "red" ball"': "lines 6 to 6: .*a quote in them not closed",
+    b'a.mp4,"a "red" ball"': "line 6: .*is a quote not closed",
     b"a.mp4," + b"x" * 200_000: "field larger than field limit",
     b"a.mp4, \t": "caption is empty",
     "a.mp4,\u26bd\u3002".encode(): "no word, and --preset tiny",
@@ -337,12 +347,17 @@ def test_names_that_are_found_and_that_are_not(hostile):
 
 
 def test_tables_that_are_refused(hostile):
-    """A column of captions twice; a table that is a link out; a quote that is never closed takes no row silently."""
+    """A column of captions twice; a table that is a link out; a quote that is never closed takes no row silently.
+
+    Other commands' tables end at their first bad row.
+    """
     table = hostile / "metadata.csv"
+    table.write_text("path,score\na.mp4,1\nb.mp4,2,3\n")
+    refused("expected a csv table, got row 2: expected 2 cells as in the header, got 3", read_csv, table)
     table.write_text("video,caption,caption\na.mp4,a,b\n")
     refused("metadata.csv: expected columns of different names, got 'caption' twice", items, hostile)
     table.write_text('video,caption\na.mp4,"a ball\n' + "".join(f"{i}.mp4,a ball\n" for i in range(50)))
-    refused(r"row 1 \(''\): lines 2 to 52: unexpected end of data", items, hostile)
+    refused(r"row 1 \(''\): line 2 to 52: unexpected end of data", items, hostile)
     table.unlink()
     (hostile.parent / "captions.csv").write_text("video,caption\npart/a.mp4,a ball\n")
     table.symlink_to("../captions.csv")
@@ -395,7 +410,7 @@ def test_what_lies_in_folders(hostile, capsys):
     assert {f"{name}.mp4" for name in why} | {"out.mp4", "loop.mp4"} == rejected.keys()
     assert all(words in rejected[f"{name}.mp4"] for name, words in why.items()), rejected
     said = capsys.readouterr().out
-    assert "skipped 1 captioned files .gif" in said and "'up': it leaves the folder through a link" in said
+    assert "skipped 1 captioned, of ending .gif" in said and "'up': it leaves the folder through a link" in said
     (hostile / "caf\u00e9.mp4").unlink()
     write_csv(hostile, [{"video": "caf\u00e9.mp4", "caption": "five"}])
     assert [(item.id, item.video) for item in items(hostile)[0]] == [("caf\u00e9", "cafe\u0301.mp4")]
