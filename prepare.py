@@ -7,7 +7,8 @@
 
 Captions come from --metadata, from the folder's metadata.csv, or from a `name.txt` beside each `name.mp4`. A table has
 the columns `video,caption`, as OpenVid-1M's does. A video is looked for under its name in the table, then by the last
-part of that name in every folder below, because OpenVid-1M's parts unpack into folders of their own.
+part of that name in every folder below, because OpenVid-1M's parts unpack into folders of their own. Hidden files are
+passed over. But for --metadata nothing outside of --videos is read; --links_out follows links out of it.
 
 Clips are read at 16 pictures a second, by timestamps. Pictures are resized to cover the wanted size and cut at the
 centre. Videos that cannot be trusted are left out and listed (see runtime/decode.py). All clips of a video are in one
@@ -26,13 +27,11 @@ Cost  decoding, and one pass of the encoders for each clip; of the VAE's decoder
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import functools
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +40,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from runtime import video
-from runtime.files import read_jsonl, read_text, write_tensors
+from runtime import dataset, video
+from runtime.files import read_jsonl, write_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
@@ -61,7 +60,6 @@ PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 SPLITS = ("train", "align", "eval")
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
-VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +70,9 @@ class Config:
     base: str = ""  # folder of Wan2.1's VAE, text encoder and tokenizer, as released or as diffusers has it
     vae: str = ""  # file or folder of the VAE, if it is not in --base
     text: str = ""  # folder of the text encoder and its tokenizer, if they are not in --base
-    videos: str = "out/demo/clips"  # folder of videos and captions
-    metadata: str = ""  # csv of the captions, if it is not in the folder; its rows without a video are skipped
+    videos: str = option("out/demo/clips", neutral=True)  # folder of videos and captions
+    metadata: str = option("", neutral=True)  # csv of captions outside the folder; its rows without a video are skipped
+    links_out: bool = option(False, neutral=True)  # follow links out of --videos, as in Hugging Face's cache
     out: str = option("out/demo/shards", neutral=True)  # folder to write
     frames: int | None = option(least=5)  # pictures in a clip, of the form 4k+1
     fps: float = option(16.0, least=0, most=1000)  # pictures a second; 0: every frame of the file, whatever its rate
@@ -106,75 +105,30 @@ class Item:
 # ---- videos and captions ---------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path) -> list[dict]:
-    """The rows of a csv file: `video`, `caption` and, if present, `motion score` and `split`.
-
-    UserError if it cannot be read.
-    """
-    wanted = ("video", "caption", "motion score", "split")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            table = csv.DictReader(f)
-            columns = table.fieldnames or ()
-            if not {"video", "caption"} <= set(columns):
-                raise UserError(f"{path}: expected the columns video,caption, got {', '.join(columns) or 'none'}")
-            return [{key: row[key] or "" for key in wanted if key in columns} for row in table]
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected a UTF-8 csv table, got: {error}") from None
-
-
-def read_rows(folder: Path, metadata: str) -> tuple[Path, list[dict]]:
-    """The table's path, or the folder's if it has no table, and the rows. UserError if there are none."""
-    if not folder.is_dir():
-        got = "a file" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: expected a folder of videos, got {got}")
-    table = Path(metadata or folder / "metadata.csv")
-    if metadata or table.is_file():
-        rows = read_table(table)
-    else:
-        table, rows = folder, []
-        for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS):
-            beside = path.with_suffix(".txt")
-            caption = read_text(beside) if beside.is_file() else ""
-            rows.append({"video": str(path.relative_to(folder)), "caption": caption})
-    if not rows:
-        raise UserError(f"{folder}: expected videos with metadata.csv or with name.txt beside name.mp4, found none")
-    return table, rows
-
-
-def find_item(root: Path, by_name: dict[str, list[Path]], row: dict, seen: set) -> Item | None:
-    """The row's video, or None if there is none; `seen` collects the paths and ids. ValueError: the row is unusable.
-
-    root: the folder without links; by_name: the paths in it of each file name.
-    """
-    name = row["video"]
+def find_item(folder: dataset.Folder, row: dict[str, str], seen: set, preset: str) -> Item | None:
+    """The row's video, or None if there is none; `seen` collects the paths and ids. ValueError: the row is unusable."""
+    name, caption = row.get("video", ""), row.get("caption", "").strip()
     if not name or "\0" in name:
         raise ValueError("it names no video")
-    if name.encode(errors="replace").decode() != name:
+    if re.search(r"[\ud800-\udfff]", name):
         raise ValueError("its name is not UTF-8")
-    path = (root / name).resolve()
-    if path.is_relative_to(root) and not os.path.isfile(path):  # False for a name that is too long, too
-        found = by_name.get(Path(name).name) or by_name.get(name.replace("/", "_")) or []  # in a part, or flattened
-        if len(found) > 1:
-            raise ValueError(f"there are {len(found)} videos of that name")
-        if not found or not found[0].is_file():
-            return None
-        path = found[0].resolve()
-    if not path.is_relative_to(root):
-        raise ValueError("its path leaves the folder")
-    if not words.WordVectors.words(row["caption"]):
+    path = folder.find(name)
+    if path is None:
+        return None
+    if not caption:
         raise ValueError("its caption is empty")
-    inside = path.relative_to(root)
-    clip = str((inside if Path(name).is_absolute() else Path(name)).with_suffix(""))
+    if preset == "tiny" and not words.WordVectors.words(caption):
+        raise ValueError("its caption has no word, and --preset tiny reads nothing else")
+    clip = dataset.plain(str(Path(path if Path(name).is_absolute() else name).with_suffix("")))
     if path in seen:
         raise ValueError("the video is listed twice")
     if clip in seen:
-        raise ValueError("its name differs from another video's only in the ending")
+        raise ValueError("its name differs from another video's only in the ending or in the spelling of an accent")
     split = row.get("split", "")
     if split not in ("", *SPLITS):
         raise ValueError(f"its split is {split!r}, expected {', '.join(SPLITS)} or nothing")
     seen |= {path, clip}
-    return Item(clip, str(inside), row["caption"].strip(), row.get("motion score", ""), split)
+    return Item(clip, path, caption, row.get("motion score", ""), split)
 
 
 def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
@@ -183,21 +137,18 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     UserError at the first bad row, unless --bad_rows is reject. Rows of --metadata without a video are skipped, because
     the folder may hold a part of the dataset. talk: print how many.
     """
-    folder = Path(cfg.videos)
-    table, rows = read_rows(folder, cfg.metadata)
-    root = folder.resolve()
-    by_name = collections.defaultdict(list)
-    for here, _, names in os.walk(root):
-        for name in names:
-            by_name[name].append(Path(here, name))
-    items, rejects, seen, absent = [], [], set(), 0
-    for number, row in enumerate(rows, 1):
-        name = row["video"].encode(errors="backslashreplace").decode()  # to be written, even if it is not UTF-8
+    folder = dataset.Folder(cfg.videos, cfg.links_out)
+    table, rows = folder.table(cfg.metadata)
+    items, rejects, seen, number, absent = [], [], set(), 0, 0
+    for number, (row, wrong) in enumerate(rows, 1):
+        name = row.get("video", "").encode(errors="backslashreplace").decode()  # to be written, even if it is not UTF-8
         try:
-            item = find_item(root, by_name, row, seen)
+            if wrong:
+                raise ValueError(wrong)
+            item = find_item(folder, row, seen, cfg.preset)
         except ValueError as error:
             if cfg.bad_rows != "reject":
-                where = f"{table} row {number} ({row['video']!r})"
+                where = f"{table} row {number} ({name[:200]!r})"
                 raise UserError(f"{where}: {error}; mend it, or leave such rows out with --bad_rows reject") from None
             rejects.append({"video": name, "reason": str(error)})
             continue
@@ -207,11 +158,15 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
             absent += 1
         else:
             rejects.append({"video": name, "reason": "no such file"})
-    if absent and talk:
-        print(f"prepare: skipped {absent} of {len(rows)} rows of {table}: their videos are not in {folder}")
+    if absent:
+        folder.passed.append(f"{absent} of {number} rows of {table}: their videos are not in {cfg.videos}")
+    if talk and folder.passed:
+        more = [f"and {len(folder.passed) - 20} more"] * (len(folder.passed) > 20)
+        print("\n".join(f"prepare: skipped {passed}" for passed in folder.passed[-20:] + more))
     if not items:
-        first = f"; {rejects[0]['video']}: {rejects[0]['reason']}" if rejects else ""
-        raise UserError(f"{table}: expected rows whose videos are in {folder}, found none of {len(rows)}{first}")
+        why = [f"{row['video']!r}: {row['reason']}" for row in rejects] + folder.passed
+        found = f"found none of {number}{'; ' * bool(why)}{''.join(why[:1])}"
+        raise UserError(f"{table}: expected captioned videos of {cfg.videos}, {found}")
     return items, rejects
 
 
@@ -309,7 +264,7 @@ def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable
     """
     kept, rejected, cells = [], [], []
     for k in range(shards):
-        facts = json.loads((folder / f"{shard_name(k)}.json").read_text())
+        facts = json.loads((folder / f"{shard_name(k)}.json").read_text(encoding="utf-8"))
         kept += [(folder / f"{shard_name(k)}.safetensors", i, row) for i, row in enumerate(facts["rows"])]
         rejected += facts["rejects"]
     for path, i, row in evenly(kept):
@@ -349,9 +304,13 @@ def main(cfg: Config) -> None:
         raise UserError(f"--preset {cfg.preset} needs --base, the folder of Wan2.1's VAE and text encoder")
     group = start_group()
     items, rejects = read_items(cfg, group.main)
-    facts = [(*dataclasses.astuple(item), Path(cfg.videos, item.video).stat().st_size) for item in items]
+    stats = [Path(cfg.videos, item.video).stat() for item in items]
+    facts = [(*dataclasses.astuple(item), stat.st_size) for item, stat in zip(items, stats)]
+    items_hash, times = (
+        hashlib.sha256(repr(value).encode()).hexdigest() for value in (facts, [stat.st_mtime_ns for stat in stats])
+    )
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text")}
-    run = Run(cfg, "prepare", group, inputs, items=hashlib.sha256(repr(facts).encode()).hexdigest())
+    run = Run(cfg, "prepare", group, inputs, items=items_hash, times=times)
     if run.done:
         return
 

@@ -8,11 +8,11 @@ Hashing takes minutes on large folders, so a folder remembers the sha256 of its 
 .checked.jsonl: a file is hashed when it is new in its folder, or changed, and not at every start.
 """
 
+import collections
 import contextlib
 import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -119,12 +119,49 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
 
 
-def read_csv(path: Path) -> list[dict]:
-    """The rows of a csv table. UserError if it cannot be read."""
+def csv_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[dict[str, str], str]]:
+    """The rows of a csv table, and beside each what is wrong with it, or "". A bad row leaves the others as they are.
+
+    UserError if the file cannot be read, lacks one of `columns`, or has two of the same name.
+    """
     try:
-        return list(csv.DictReader(io.StringIO(read_text(path))))
-    except csv.Error as error:
-        raise UserError(f"{path}: expected a csv table, got: {error}") from None
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
+            reader = csv.reader(f, strict=True)  # or a quote that is not closed takes the rest of the table
+            header = next(reader, [])
+            if not {*columns} <= {*header}:
+                got = repr(", ".join(header)[:60]) if header else "none"
+                raise UserError(f"{path}: expected the columns {','.join(columns)}, got {got}")
+            twice = [name for name, count in collections.Counter(filter(None, header)).items() if count > 1]
+            if twice:
+                raise UserError(f"{path}: expected columns of different names, got {twice[0]!r} twice")
+            while True:
+                start, cells, wrong = reader.line_num + 1, [], ""
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:  # the reader goes on with the next line
+                    lines = f"line {start}" + f" to {reader.line_num}" * (reader.line_num > start)
+                    wrong = f"{lines}: {error}; is a quote not closed?"
+                if cells and len(cells) != len(header):
+                    commas = "; put quotes around a text with commas" if len(cells) > len(header) else ""
+                    wrong = f"expected {len(header)} cells as in the header, got {len(cells)}{commas}"
+                elif re.search(r"[\ud800-\udfff]", "".join(cells)):  # what surrogateescape made of other bytes
+                    wrong = "its text is not UTF-8"
+                if cells or wrong:
+                    yield dict(zip(header, cells)), wrong
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{path}: expected a UTF-8 csv table, got: {error}") from None
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv table. UserError if it cannot be read, or names the first bad row."""
+    rows = []
+    for number, (row, wrong) in enumerate(csv_rows(path), 1):
+        if wrong:
+            raise UserError(f"{path}: expected a csv table, got row {number}: {wrong}")
+        rows.append(row)
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:
@@ -146,12 +183,12 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a .jsonl file; a last line that a kill cut short is dropped."""
+    """Rows of a .jsonl file. A line that is none is dropped, as the last one that a kill cut short."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    for line in path.read_bytes().split(b"\n"):  # str.splitlines cuts at U+2028, U+2029 and U+0085, too
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))  # of bytes: it drops a byte order mark
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_json(path: Path):

@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import faulthandler
 import inspect
+import locale
 import math
 import os
 import re
@@ -220,6 +221,7 @@ def program(main: Callable, config: type, doc: str) -> None:
     Exit codes: 2 a user's mistake or a disk's, 3 a run that diverged, 4 another process that ended or hangs, 128 + the
     signal's number. Of these torchrun --max-restarts retries 4 alone, and crashes.
     """
+    _in_utf8()
     if not faulthandler.is_enabled():
         faulthandler.enable()  # a mapped file that was cut short ends a process by SIGBUS, without a word
     with _signals():
@@ -233,6 +235,17 @@ def program(main: Callable, config: type, doc: str) -> None:
             _leave(line, code)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _in_utf8() -> None:
+    """Starts the program again in Python's UTF-8 mode where the locale has another encoding: what is read and written,
+    names of files among it, is UTF-8 everywhere. After it no print fails.
+    """
+    if locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts, too
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _ending(error: BaseException) -> tuple[str, int]:

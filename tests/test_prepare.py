@@ -3,6 +3,9 @@
 import csv
 import functools
 import itertools
+import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,13 +15,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import contents, cut, real_clips
+from helpers import contents, cut, real_clips, refused
 
 import flow
 import prepare
 from prepare import Config
 from runtime import video
-from runtime.files import inside, read_jsonl
+from runtime.files import inside, read_csv, read_jsonl, write_jsonl
 from runtime.options import UserError, resolve
 from runtime.shards import Shards, batch_order
 from tiny import codec as codecs
@@ -58,7 +61,7 @@ def folder(chain, tmp_path) -> Path:
 
 def run(folder: Path, out: str = "out", **changes) -> Shards:
     to = folder.parent / out
-    prepare.main(Config(videos=str(folder), out=str(to), shard_size=4, workers=1, **changes))
+    prepare.main(Config(**{"videos": str(folder), "out": str(to), "shard_size": 4, "workers": 1, **changes}))
     return Shards(to, "prepare.py")
 
 
@@ -213,9 +216,8 @@ def test_a_dataset_table_beside_part_folders(chain, folder, tmp_path, capsys):
     (folder / "OpenVid_part2" / "---_0to241.mp4").touch()
     with pytest.raises(UserError, match=r"row 1 .*there are 2 videos of that name"):
         run(folder, "twice", metadata=str(tmp_path / "OpenVid-1M.csv"))
-    for bad in ("nowhere.csv", "ball-00005.mp4"):
-        with pytest.raises(UserError, match=f"{bad}: expected a UTF-8 csv table"):
-            run(folder, "bad", metadata=str(folder / bad))
+    for bad, wanted in {"nowhere.csv": "a UTF-8 csv table", "ball-00005.mp4": "the columns video,caption"}.items():
+        refused(f"{bad}: expected {wanted}, got", run, folder, "bad", metadata=str(folder / bad))
 
 
 def test_several_clips_of_a_video(folder):
@@ -235,30 +237,14 @@ def test_several_clips_of_a_video(folder):
             assert np.abs(clock - found.index).max() < 4
 
 
-def test_names_that_are_no_files(chain, folder):
-    """A folder, too long, with a NUL, two that differ in their ending, an absolute one, "é": listed, or read."""
-    first, second, third = (folder / f"ball-{i:05d}.mp4" for i in range(3))
-    (folder / "ball-00000.mkv").write_bytes(first.read_bytes())
-    (folder / "a b").mkdir()
-    third.rename(folder / "a b" / "é.mp4")
-    bad = {".": "no such file", "x" * 300 + ".mp4": "no such file", "a\0.mp4": "names no video"}
-    names = [*bad, first.name, "ball-00000.mkv", str(second.resolve()), "a b/é.mp4"]
-    write_csv(folder, [{"video": name, "caption": "a ball — fällt"} for name in names])
-    shards = run(folder, bad_rows="reject")
-    assert [row["id"] for row in shards.rows] == ["ball-00000", "ball-00001", "a b/é"]
-    assert {row["caption"] for row in shards.rows} == {"a ball — fällt"}
-    bad["ball-00000.mkv"] = "only in the ending"
-    found = rejects(folder)
-    assert found.keys() == bad.keys() and all(words in found[name] for name, words in bad.items()), found
-
-
-def test_a_name_that_is_not_utf8(folder):
-    """It could not be written to any table: rejected under a name that can be."""
-    replace(folder, a=clip(), b=clip(speed=2.0), c=clip(speed=3.0))
-    for ending in (".mp4", ".txt"):
-        (folder / f"a{ending}").rename(folder / f"\udce9{ending}")
-    assert [row["id"] for row in run(folder, bad_rows="reject").rows] == ["b", "c"]
-    assert rejects(folder) == {r"\udce9.mp4": "its name is not UTF-8"}
+def test_lines_of_jsonl_end_as_json_says(tmp_path):
+    """At a line feed alone: U+2028, U+2029 and U+0085 are text. What a kill or a damage left of a line is dropped."""
+    rows = [{"prompt": "a\u2028b\u2029c\u0085d"}, {"prompt": "é"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    good = (tmp_path / "a.jsonl").read_bytes()
+    for bad in (b"", b'{"prompt": "a', b'{"prompt": "\xff"}\n', b"[" * 100_000 + b"\n", b"3\n", b"\r\n"):
+        (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + good + bad)
+        assert read_jsonl(tmp_path / "a.jsonl") == rows
 
 
 def test_names_are_confined(tmp_path):
@@ -281,6 +267,174 @@ def test_names_are_confined(tmp_path):
             inside(root, name)
 
 
+HOSTILE = {  # a line of a table -> why it is refused
+    b"../canary.mp4,a ball": "leaves the folder by its path",
+    b"/etc/hostname,a ball": "leaves the folder by its path",
+    b"part/../../canary.mp4,a ball": "leaves the folder by its path",
+    b"out.mp4,a ball": "leaves the folder through a link; --links_out follows",
+    b"up/canary.mp4,a ball": "leaves the folder through a link",
+    b"loop.mp4,a ball": "a link to itself",
+    b"file:/etc/hostname,a ball": "an address",
+    b"http://127.0.0.1:9/a.mp4,a ball": "an address",
+    b"concat:a.mp4|b.mp4,a ball": "an address",
+    b"subfile,,a ball": "expected 2 cells as in the header, got 3; put quotes",
+    b'"subfile,,start,0,end,9,,:../canary.mp4",a ball': "an address",
+    b'"subfile,,start,0,end,9,,:a.mp4",a ball': "an address",
+    rb"part\b.mp4,a ball": r"no such file; in its path write / for \ ",
+    b"a\0.mp4,a ball": "names no video",
+    b",a ball": "names no video",
+    b"\xff.mp4,a ball": "not UTF-8",
+    b"a.mp4,a \xed\xa0\x80 ball": "not UTF-8",
+    "a.mp4,ein Fu\u00dfball".encode("latin-1"): "not UTF-8",
+    "a.mp4,\u7ea2\u7403".encode("gbk"): "not UTF-8",
+    b"a.mp4": "expected 2 cells as in the header, got 1",
+    b"a.mp4,a ball falls, then bounces": "got 3; put quotes around a text with commas",
+    b'a.mp4,"a "red" ball"': "line 6: .*is a quote not closed",
+    b"a.mp4," + b"x" * 200_000: "field larger than field limit",
+    b"a.mp4, \t": "caption is empty",
+    "a.mp4,\u26bd\u3002".encode(): "no word, and --preset tiny",
+    b"part/a.mp4,a ball": "listed twice",
+    b"part/a.mov,a ball": "another video's only in the ending",
+}
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Path:
+    """A folder with a part, and links out of it, to themselves and to a part. Beside it lies what no row may read."""
+    root = tmp_path / "hostile"
+    (root / "part").mkdir(parents=True)
+    for name in ("a.mp4", "a.mov", "b.mp4", "c.mp4", "../../canary.mp4"):
+        (root / "part" / name).touch()
+    for name, to in {"out.mp4": "../canary.mp4", "up": "..", "loop.mp4": "loop.mp4", "again": "part"}.items():
+        (root / name).symlink_to(to)
+    return root
+
+
+def items(folder: Path, **changes) -> tuple[list[prepare.Item], dict[str, str]]:
+    """The rows that prepare.py takes from a folder, and the names that it rejects, each with the reason."""
+    taken, rejected = prepare.read_items(Config(videos=str(folder), **changes))
+    return taken, {row["video"]: row["reason"] for row in rejected}
+
+
+def test_each_hostile_row_stands_alone(hostile):
+    """It stops the run by its number and reason; with --bad_rows reject it is listed, and the rows around it are read.
+
+    Lines end as on any system, within a caption, too; U+2028, U+2029 and U+0085 end none.
+    """
+    good = [b"video,caption", b"part/a.mp4,a ball", b'c.mp4,"a ball\r\nthat \xe2\x80\xa8 ""jumps"", twice"']
+    last = b"again/b.mp4,the \xc2\x85 last \xf0\x9f\xa7\xa8"
+    for line, words in HOSTILE.items():
+        (hostile / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*good, b"", line, last]))
+        refused(f"metadata.csv row 3 .*{words.replace(chr(92), chr(92) * 2)}", items, hostile)
+        taken, rejected = items(hostile, bad_rows="reject")
+        assert [item.video for item in taken] == ["part/a.mp4", "part/c.mp4", "part/b.mp4"], line
+        assert taken[1].caption == 'a ball\r\nthat \u2028 "jumps", twice' and len(rejected) == 1
+        json.dumps([*rejected.items()], ensure_ascii=False).encode()
+
+
+def test_names_that_are_found_and_that_are_not(hostile):
+    """A folder, a name of 300 letters: listed, or skipped where the table is another's. Absolute, in a part: read."""
+    names = [".", "x" * 300 + ".mp4", str((hostile / "part/a.mp4").resolve()), "b.mp4", "part/./c.mp4"]
+    write_csv(hostile, [{"video": name, "caption": "a ball"} for name in names])
+    taken, rejected = items(hostile)
+    assert [(item.id, item.video) for item in taken] == [
+        ("part/a", "part/a.mp4"),
+        ("b", "part/b.mp4"),
+        ("part/c", "part/c.mp4"),
+    ]
+    assert rejected == dict.fromkeys(names[:2], "no such file")
+    assert items(hostile, metadata=str(hostile / "metadata.csv")) == (taken, {})
+
+
+def test_tables_that_are_refused(hostile):
+    """A column of captions twice; a table that is a link out; a quote that is never closed takes no row silently.
+
+    Other commands' tables end at their first bad row.
+    """
+    table = hostile / "metadata.csv"
+    table.write_text("path,score\na.mp4,1\nb.mp4,2,3\n")
+    refused("expected a csv table, got row 2: expected 2 cells as in the header, got 3", read_csv, table)
+    table.write_text("video,caption,caption\na.mp4,a,b\n")
+    refused("metadata.csv: expected columns of different names, got 'caption' twice", items, hostile)
+    table.write_text('video,caption\na.mp4,"a ball\n' + "".join(f"{i}.mp4,a ball\n" for i in range(50)))
+    refused(r"row 1 \(''\): line 2 to 52: unexpected end of data", items, hostile)
+    table.unlink()
+    (hostile.parent / "captions.csv").write_text("video,caption\npart/a.mp4,a ball\n")
+    table.symlink_to("../captions.csv")
+    refused("metadata.csv: it leaves the folder through a link; --links_out", items, hostile)
+    assert len(items(hostile, links_out=True)[0]) == 1
+
+
+def test_what_lies_in_folders(hostile, capsys):
+    """Debris is passed over, any ending of a container is a video, accents are found however they are written.
+
+    Captions are read beside videos, and each bad one stands alone.
+    """
+    shutil.rmtree(hostile / "part")
+    for name in (
+        "._a.mp4",
+        ".DS_Store",
+        "__MACOSX/._a.mp4",
+        ".cache/h.mp4",
+        "a.MP4",
+        "b.3gp",
+        "c.MTS",
+        "d.mkv",
+        "e.gif",
+    ):
+        (hostile / name).parent.mkdir(exist_ok=True)
+        (hostile / name).touch()
+    for name, text in {"._a": b"\0", "a": b"\xef\xbb\xbfone\r\n", "b": b"two", "c": b"three", "e": b"gif"}.items():
+        (hostile / f"{name}.txt").write_bytes(text)
+    (hostile / "d.TXT").write_text("four")
+    for name in ("caf\u00e9", "cafe\u0301", "\udce9"):
+        (hostile / f"{name}.mp4").touch()
+    (hostile / "cafe\u0301.txt").write_text("five")
+    bad = {"f": b"\xe9", "g": b"x" * 2**21, "h": b""}
+    for name, text in bad.items():
+        (hostile / f"{name}.mp4").touch()
+        (hostile / f"{name}.txt").write_bytes(text)
+    (hostile / "i.mp4").touch()
+    (hostile / "i.txt").symlink_to("../captions.csv")
+    (hostile.parent / "captions.csv").write_text("a secret")
+    taken, rejected = items(hostile, bad_rows="reject")
+    assert [item.caption for item in taken] == ["one", "two", "three", "five", "four"]
+    why = {
+        "f": "UTF-8",
+        "g": "at most 1048576 bytes",
+        "h": "empty",
+        "i": "through a link",
+        "caf\u00e9": "accent",
+        r"\udce9": "name",
+    }
+    assert {f"{name}.mp4" for name in why} | {"out.mp4", "loop.mp4"} == rejected.keys()
+    assert all(words in rejected[f"{name}.mp4"] for name, words in why.items()), rejected
+    said = capsys.readouterr().out
+    assert "skipped 1 captioned, of ending .gif" in said and "'up': it leaves the folder through a link" in said
+    (hostile / "caf\u00e9.mp4").unlink()
+    write_csv(hostile, [{"video": "caf\u00e9.mp4", "caption": "five"}])
+    assert [(item.id, item.video) for item in items(hostile)[0]] == [("caf\u00e9", "cafe\u0301.mp4")]
+    write_csv(hostile, [{"video": "a.MP4", "caption": "\u26bd\u3002"}])
+    refused("no word, and --preset tiny", items, hostile)
+    assert len(items(hostile, preset="1.3b")[0]) == 1  # UMT5 has tokens for them
+
+
+def test_a_snapshot_of_hugging_faces_cache(tmp_path):
+    """Links to blobs and to folders beside it are followed when asked for; those that lead back end."""
+    blobs, root = tmp_path / "blobs", tmp_path / "snapshots/main"
+    for folder in (blobs, root / "part", tmp_path / "more"):
+        folder.mkdir(parents=True)
+    for name in ("0f", "1f", "2f"):
+        (blobs / name).write_text("a ball")
+    links = {"part/a.mp4": "../../../blobs/0f", "part/a.txt": "../../../blobs/1f", "../../more/b.mp4": "../blobs/2f"}
+    for name, to in {**links, "more": "../../more", "part/back": "..", "all": "../.."}.items():
+        (root / name).symlink_to(to)
+    (tmp_path / "more/b.txt").write_text("a ball")
+    refused(r"row 1 \('part/a.mp4'\): its caption: it leaves the folder through a link; --links_out", items, root)
+    taken, rejected = items(root, links_out=True)
+    assert [item.video for item in taken] == ["more/b.mp4", "part/a.mp4"] and not rejected
+
+
 def test_interrupted_readers_leave_nothing(chain, monkeypatch):
     """Ctrl-C while several decoders work, some just starting: no process and no thread is left, and it is quick."""
     paths, started, real = sorted((chain / "clips").glob("*.mp4")), [], subprocess.Popen
@@ -296,12 +450,27 @@ def test_interrupted_readers_leave_nothing(chain, monkeypatch):
         assert threading.active_count() <= before
 
 
-def test_a_changed_input_is_not_resumed(folder):
-    """Shards made from other videos are never mixed with new ones."""
+def test_what_makes_another_dataset(folder, monkeypatch, capsys):
+    """Its clips do, however the folder is spelled and wherever it lies; half made, a file changed in place does, too.
+
+    Shards made from other videos are never mixed with new ones.
+    """
     run(folder)
-    (folder / "ball-00002.mp4").write_bytes((folder / "ball-00003.mp4").read_bytes())
-    with pytest.raises(UserError, match="was made with inputs items"):
-        run(folder)
+    moved = folder.rename(folder.with_name("moved"))
+    table = shutil.copy(moved / "metadata.csv", folder.with_name("table.csv"))
+    monkeypatch.chdir(folder.parent)
+    for spelled in ("moved", "moved/", "./moved", str(moved), "moved/../moved"):
+        run(folder, videos=spelled)
+        run(folder, videos=spelled, metadata=table)
+        assert capsys.readouterr().out.count("finished already") == 2
+    video, stat = moved / "ball-00002.mp4", (moved / "ball-00002.mp4").stat()
+    os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    run(folder, videos="moved")
+    manifest = (folder.parent / "out/MANIFEST.json").rename("finished")
+    refused("times", run, folder, videos="moved")
+    manifest.rename("out/MANIFEST.json")
+    video.write_bytes((moved / "ball-00003.mp4").read_bytes())
+    refused("was made with inputs items", run, folder, videos="moved")
 
 
 # ---- motion and splits -----------------------------------------------------------------------------------------------
