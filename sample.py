@@ -85,7 +85,8 @@ class Config(Options):
 
 def read_prompts(cfg) -> list[str]:
     """The prompts that were asked for. UserError if there are none, or if one is empty."""
-    prompts = read_text(Path(cfg.prompts)).splitlines() if cfg.prompts else [cfg.prompt]
+    # not splitlines, which also ends a line at U+2028 and others that may stand within a prompt
+    prompts = read_text(Path(cfg.prompts)).removesuffix("\n").split("\n") if cfg.prompts else [cfg.prompt]
     if not prompts or not all(p.strip() for p in prompts):
         raise UserError("expected --prompt, or --prompts with a prompt on each line, got an empty one")
     return prompts
@@ -105,9 +106,10 @@ def check(cfg) -> None:
 
 
 def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
-    """The folder to write, whose videos depend on the prompts and on every file that cfg names."""
+    """The folder to write, whose videos depend on the prompts and on every file that cfg names, not on its path."""
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text", "continuation", "video")}
-    inputs |= {str(file): file for file in lora.lora_files(cfg.lora)}
+    inputs |= {"data": cfg.data if cfg.preset == "tiny" else "", "prompts": ""}  # of the latter, the digest below
+    inputs |= lora.lora_inputs(lora.lora_files(cfg.lora))
     return Run(cfg, stage, group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
 
 
