@@ -26,9 +26,9 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime import video
-from runtime.files import read_manifest, read_text, write_jsonl
+from runtime.files import checksum, read_manifest, read_text, unchanged, write_jsonl
 from runtime.group import Group, place, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import Diverged, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from tiny import codec as codecs
 from tiny import words
@@ -108,8 +108,8 @@ def check(cfg) -> None:
 def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
     """The folder to write, whose videos depend on the prompts and on every file that cfg names, not on its path."""
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text", "continuation", "video")}
-    inputs |= {"data": cfg.data if cfg.preset == "tiny" else "", "prompts": ""}  # of the latter, the digest below
-    inputs |= lora.lora_inputs(lora.lora_files(cfg.lora))
+    inputs |= {"data": cfg.data if cfg.preset == "tiny" else "", "lora": lora.lora_files(cfg.lora)}
+    inputs["prompts"] = ""  # which file they are read from does not count
     return Run(cfg, stage, group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
 
 
@@ -141,9 +141,10 @@ def given_frames(cfg, codec, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
-    """Samples every job, (file name, prompt, key of the noise), into run's folder, but for the files that are there.
+    """Samples every job, (file name, prompt, key of the noise), into run's folder, but for the files that are there and
+    are what was written.
 
-    UserError if the network is not of the preset's kind.
+    UserError if the network is not of the preset's kind; Diverged for a video that is not finite, which is not written.
     """
     device = run.group.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -168,12 +169,17 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     # ---- sample
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
-    for i, own in run.share(len(jobs), "video", lambda i: (run.folder / jobs[i][0]).exists(), lockstep=cfg.shard):
+    for i, own in run.share(len(jobs), "video", lambda i: unchanged(run.folder / jobs[i][0]), lockstep=cfg.shard):
         name, prompt, key = jobs[i]
         noise = flow.draw_noise(size, [key]).to(device)
         x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
         if own:
-            video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
+            pixels = codec.decode(x0.to(codec_device))[0]
+            if not (x0.isfinite().all() and pixels.isfinite().all()):  # a codec may clamp infinity
+                which = f"{run.folder / name}, {prompt[:80]!r} with --seed {cfg.seed}"
+                raise Diverged(f"{which}, is not written: it is not finite; a training of this model has diverged")
+            video.write_mp4(run.folder / name, video.to_frames(pixels))
+            checksum(run.folder / name)  # remembered, for the next start
 
 
 def finish(run: Run, rows: list[dict]) -> None:

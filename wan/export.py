@@ -29,7 +29,7 @@ from runtime.group import alone
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from wan.checkpoint import Checkpoint, match, write_checkpoint
-from wan.lora import lora_files, lora_inputs, read_header, read_loras
+from wan.lora import lora_files, read_header, read_loras
 
 LAYOUTS = ("wan", "diffusers", "lora")
 
@@ -108,7 +108,7 @@ def main(cfg: Config) -> None:
     files, dtype = lora_files(cfg.lora), getattr(torch, cfg.dtype)
     if not files and cfg.layout == "lora":
         raise UserError("--lora: expected folders or files, separated by commas, got none")
-    run = Run(cfg, "wan.export", alone(), {"base": cfg.base} | lora_inputs(files))
+    run = Run(cfg, "wan.export", alone(), {"base": cfg.base, "lora": files})
     if run.done:
         return
     net, source, names = open_model(cfg.base)

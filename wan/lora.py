@@ -45,13 +45,6 @@ def lora_files(names: str) -> list[Path]:
     return [lora_file(entry) for entry in names.split(",") if entry.strip()]
 
 
-def lora_inputs(files: list[Path]) -> dict[str, Path]:
-    """LoRA files as inputs of a Run, named by their order and not by their paths: however the option that names them is
-    spelled, "lora" among the names keeps it out of the run's configuration.
-    """
-    return {"lora" + f" {place}" * (place > 1): file for place, file in enumerate(files, 1)}
-
-
 def read_header(path: Path) -> dict:
     """What `model.export_lora` noted in a LoRA file's header, or nothing in another program's.
 
