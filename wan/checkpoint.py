@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import WEIGHTS_NAME, check_finite, check_shapes, fill, noted, read_header, weight_files, weights_header
@@ -64,17 +64,23 @@ class Checkpoint(Mapping):
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """A tensor, on a device. UserError if it holds NaN or infinity."""
-        tensor = self[name].to(device)
-        with user_errors():
+        """A tensor, on a device. UserError if it holds NaN or infinity, or is of a dtype that is not read."""
+        try:
+            tensor = self[name].to(device)
             check_finite(tensor, f"{self._file[name]}: {name}")
+        except SafetensorError as error:
+            raise UserError(f"{self._file[name]}: {name}: {error}") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
         return tensor
 
     def loras(self) -> tuple[str, ...]:
         """The digests of the LoRAs that are in the weights. UserError for a damaged header."""
         opened = [one for one in self._open.values() if not isinstance(one, dict)]
-        with user_errors():
+        try:
             return tuple(sorted(set().union(*(noted(read_header(one), "merged") for one in opened))))
+        except ValueError as error:
+            raise UserError(f"{self.path}: expected a header of wan.export, got: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)

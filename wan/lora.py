@@ -103,7 +103,7 @@ def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None =
         if kind in DIFFS:
             name = model.wan_name(f"{kohya.get(layer, layer)}.{DIFFS[kind]}")
             if shapes.get(name) != tensor.shape:
-                got = f"{key!r} {tuple(tensor.shape)}"
+                got = f"{key[:99]!r} {tuple(tensor.shape)}"
                 raise ValueError(f"expected a LoRA for this model, got {got}, which does not fit it")
             if name in diffs:
                 raise ValueError(f"expected each tensor once, got {name!r} again as {key!r}")
@@ -111,7 +111,7 @@ def parse_lora(net: model.DiT, tensors: dict[str, Tensor], alpha: float | None =
             continue
         found = KEY.fullmatch(short)
         if not found:
-            raise ValueError(f"expected a LoRA for this model, got the key {key!r}")
+            raise ValueError(f"expected a LoRA for this model, got the key {key[:99]!r}")
         layer, down, up, scaled = found.groups()
         name = model.wan_name(f"{kohya.get(layer or scaled, layer or scaled)}.weight").removesuffix(".weight")
         part, kind = parts.setdefault(name, {}), "A" if down else "B" if up else "alpha"
@@ -167,7 +167,8 @@ def read_loras(net: model.DiT, files: list[Path]) -> list[tuple[model.LoRA, Diff
     for file, (_, _, header, _) in zip(files, read):
         if model.noted(header, "beneath") - set(net.loras) and rank_and_size()[0] == 0:
             below = header.get("sft") or header.get("base")
-            print(f"warning: {file} was trained on top of {below}; give both, that one first", file=sys.stderr)
+            missing = f"{below}, which is not among these LoRAs: give both, or train it anew"
+            print(f"warning: {file} was trained on top of {missing}", file=sys.stderr)
     return [(lora, diffs) for lora, diffs, *_ in read]
 
 
