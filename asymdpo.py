@@ -296,7 +296,9 @@ def main(cfg: Config) -> None:
     # ---- result
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, task="asymdpo")
+            model.export_lora(
+                model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, beneath=net.loras, task="asymdpo"
+            )
     run.finish(["lora.safetensors"])
 
 

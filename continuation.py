@@ -154,7 +154,7 @@ def main(cfg: Config) -> None:
     files = ["lora.safetensors"] + ["task_prompt.safetensors"] * (cfg.prompts != "off")
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            facts = dict(base=cfg.base, task="continuation", attention=cfg.attention)
+            facts = dict(base=cfg.base, beneath=net.loras, task="continuation", attention=cfg.attention)
             model.export_lora(model.trained_lora(net), file, **facts)
         if cfg.prompts != "off":
             with whole_file(run.folder / "task_prompt.safetensors") as file:

@@ -22,8 +22,10 @@ The file works copied, with kernels/ beside it: `load_model(path)` reads Wan's c
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -320,6 +322,7 @@ class DiT(nn.Module):
         # RoPE tells how far apart two frames are, and a few layers cannot make out from that which one comes first
         self.frame_embedding = nn.Parameter(torch.zeros(config.frames, D)) if config.frames else None
         self.task_prompt: TaskPrompt | None = None
+        self.loras: tuple[str, ...] = ()  # the LoRA files, by `digest`, that are on it or in its weights
         self.prefix = False  # given frames attend to given frames alone
         self.gradient_checkpointing = False
         self._rope: dict[tuple, Tensor] = {}
@@ -525,7 +528,7 @@ def check_lora(net: DiT, lora: LoRA) -> None:
         A, B, layer = term.A, term.B, layers.get(name)
         fits = layer is not None and A.ndim == B.ndim == 2 and len(A) == B.shape[1] > 0
         if not fits or (A.shape[1], B.shape[0]) != (layer.in_features, layer.out_features):
-            got = f"{name!r} with A {tuple(A.shape)}, B {tuple(B.shape)}"
+            got = f"{name[:99]!r} with A {tuple(A.shape)}, B {tuple(B.shape)}"
             raise ValueError(f"expected a LoRA for this model, got {got}, which do not fit it")
 
 
@@ -610,7 +613,58 @@ def wan_name(name: str) -> str:
     return rename(re.sub(r"^(model\.)?diffusion_model\.", "", name), DIFFUSERS_NAMES)
 
 
+def check_finite(a: Tensor, name: str) -> None:
+    """ValueError, with the tensor's name, if it holds NaN or infinity, or numbers that PyTorch cannot compute with.
+
+    One pass, on a's own device and without a copy: on one core of a CPU, 4 GB/s; isfinite would take 8 times as long.
+    """
+    if not a.is_floating_point() or not a.numel():
+        return
+    try:
+        ends = (a.float() if a.itemsize == 1 else a).aminmax()  # which float8 does not have
+    except NotImplementedError:
+        raise ValueError(f"{name}: expected numbers of 8 bits or more, got {a.dtype}") from None
+    if not all(end.isfinite() for end in ends):
+        raise ValueError(f"{name}: expected numbers, got NaN or infinity: a training that diverged, or damage")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and bytes: what tells a LoRA from another, whatever its file's header says."""
+    sha256 = hashlib.sha256()
+    for name, a in sorted(tensors.items()):
+        sha256.update(f"{name} {a.dtype} {tuple(a.shape)}\n".encode())
+        sha256.update(a.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def read_json(text: str) -> dict:
+    """The object that a JSON text holds. ValueError for any other text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"JSON of a {type(value).__name__}, not of an object")
+    return value
+
+
+def noted(header: Mapping, key: str) -> set[str]:
+    """The digests that stand in a header of ours under "merged" (LoRAs that are in the file's tensors) or under
+    "beneath" (those that were on the network when the file's LoRA was trained). Up to 0.9 there were none.
+    """
+    digests = header.get(key)
+    return {one for one in digests if isinstance(one, str)} if isinstance(digests, list) else set()
+
+
+def read_header(opened: safe_open) -> dict:
+    """What this project noted in the header of an open safetensors file, {} in other files. ValueError if damaged."""
+    return read_json((opened.metadata() or {}).get("dynamicsboost", "{}"))
+
+
 def _write(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """ValueError, and no file, for NaN and infinity."""
+    for name, a in tensors.items():
+        check_finite(a, f"{path}: {name}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: a.detach().cpu().contiguous() for name, a in tensors.items()}, path, metadata)
 
@@ -621,9 +675,17 @@ def wan_config(config: DiTConfig) -> dict:
     return {"_class_name": "WanModel", "model_type": "t2v", **sizes}
 
 
+def weights_header(loras: Sequence[str]) -> dict[str, str]:
+    """The header of weights that have these LoRAs, by `digest`, in them.
+
+    safetensors writes two keys in an order that changes: such files are the same up to their headers.
+    """
+    return {"format": "pt"} | ({"dynamicsboost": json.dumps({"merged": sorted(loras)})} if loras else {})
+
+
 def save_model(net: DiT, folder: str | Path) -> list[str]:
     """Writes config.json and the weights under Wan's names, float32 as trained. Returns the file names."""
-    _write(Path(folder) / WEIGHTS_NAME, net.state_dict())
+    _write(Path(folder) / WEIGHTS_NAME, net.state_dict(), weights_header(net.loras))
     (Path(folder) / "config.json").write_text(json.dumps(wan_config(net.config), indent=1) + "\n", encoding="utf-8")
     return ["config.json", WEIGHTS_NAME]
 
@@ -644,10 +706,10 @@ def read_config(shape: Mapping[str, tuple[int, ...]], recipe: Path) -> DiTConfig
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"expected Wan2.1's text-to-video transformer, got other tensors ({error})") from None
     try:
-        given = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+        given = read_json(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
         heads = int(given.get("num_heads", given.get("num_attention_heads", dim // 128)))
         text_len, eps = int(given.get("text_len", 512)), float(given.get("eps", 1e-6))
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{recipe}: expected a model's sizes, got: {error}") from None
     if not recipe.is_file() and (heads < 1 or dim % 128):
         raise ValueError(f"{recipe}: expected num_heads, but there is no such file; only heads of 128 need none")
@@ -667,7 +729,7 @@ def check_shapes(net: nn.Module, shape: Mapping[str, tuple[int, ...]]) -> None:
     for name in {**wanted, **shape}:
         if wanted.get(name) != shape.get(name):
             want, got = wanted.get(name, "no such tensor"), shape.get(name, "nothing")
-            raise ValueError(f"expected the tensors of this architecture; {name}: expected {want}, got {got}")
+            raise ValueError(f"expected the tensors of this architecture; {name[:99]}: expected {want}, got {got}")
 
 
 def fill(net: nn.Module, get: Callable[[str], Tensor]) -> nn.Module:
@@ -678,41 +740,58 @@ def fill(net: nn.Module, get: Callable[[str], Tensor]) -> nn.Module:
     return net
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its *.safetensors.index.json names, or else all that are there.
+
+    ValueError for an index that is damaged, that names a missing file, or one outside of the folder. A file that is a
+    link may lead anywhere: in huggingface_hub's cache all of them are links.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(read_json(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or name in ("", "..")]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{indices[0]}: expected a weight_map of shards, got something else ({error})") from None
+    if outside:
+        raise ValueError(f"{indices[0]}: expected names of files beside it, got {outside[0]!r}")
+    # not Path.is_file, which raises an error for a name that is too long
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
+        raise ValueError(f"{folder}: expected the {len(names)} shards of its index, {missing[0]} is missing")
+    return [folder / name for name in names]
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
     """The model of `open_model`'s files on a device, frozen; its matrix products run in dtype."""
     net, read = open_model(path)
-    return fill(net, lambda name: read(name).to(device, weight_dtype(name, dtype)))
+    return fill(net, lambda name: read(name, device).to(weight_dtype(name, dtype)))
 
 
-def open_model(path: str | Path) -> tuple[DiT, Callable[[str], Tensor]]:
+def open_model(path: str | Path) -> tuple[DiT, Callable[..., Tensor]]:
     """The model of a safetensors file, or of a folder of them with its config.json, in the layout of Wan, of diffusers
-    (the folder, or its transformer/) or of ComfyUI: on the meta device, and the function that reads one of its tensors.
+    (the folder, or its transformer/) or of ComfyUI: on the meta device, and read(name, device="cpu") -> tensor.
 
     The layouts are told apart by the tensors' names. ValueError for other architectures (image-to-video among them),
-    damaged files, and tensors that do not fit.
+    damaged files, and tensors that do not fit; from `read`, for NaN and infinity.
     """
     path = Path(path)
     path = path / "transformer" if (path / "transformer").is_dir() else path
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    for index in path.glob("*.safetensors.index.json"):  # it names the shards; other files may lie beside them
-        try:
-            files = sorted({path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index}: expected a weight_map of shards, got something else") from None
-    source = {}  # Wan's name -> the open file, and the name in it
-    for file in files:
+    source, merged = {}, set()  # Wan's name -> the file, opened, and the name in it
+    for file in [path] if path.is_file() else weight_files(path):
         try:
             opened = safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
+            merged |= noted(read_header(opened), "merged")
+        except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{file}: expected readable weights, *.safetensors, got: {error}") from None
-        names = {wan_name(name): (opened, name) for name in opened.keys()}
-        if twice := names.keys() & source.keys():
-            raise ValueError(f"{path}: expected each tensor once, found {min(twice)} in two files; keep one of them")
-        source |= names
+        for key in opened.keys():
+            if (name := wan_name(key)) in source:
+                raise ValueError(f"{path}: expected each tensor once, found {name} twice; keep one of them")
+            source[name] = file, opened, key
     if not source:
         state = "found none" if path.exists() else "but it does not exist"
         raise ValueError(f"{path}: expected weights, *.safetensors, {state}")
-    shape = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in source.items()}
+    shape = {name: tuple(opened.get_slice(key).get_shape()) for name, (_, opened, key) in source.items()}
     try:
         config = read_config(shape, (path if path.is_dir() else path.parent) / "config.json")
         with torch.device("meta"):
@@ -720,14 +799,35 @@ def open_model(path: str | Path) -> tuple[DiT, Callable[[str], Tensor]]:
         check_shapes(net, shape)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return net, lambda name: source[name][0].get_tensor(source[name][1])
+    net.loras = tuple(sorted(merged))
+
+    def read(name: str, device: torch.device | str = "cpu") -> Tensor:
+        file, opened, key = source[name]
+        try:
+            a = opened.get_tensor(key).to(device)
+        except SafetensorError as error:  # a dtype that it does not read
+            raise ValueError(f"{file}: {key}: {error}") from None
+        check_finite(a, f"{file}: {key}")
+        return a
+
+    return net, read
 
 
-def export_lora(lora: LoRA, path: str | Path, dtype: torch.dtype = torch.float32, /, **provenance: str) -> None:
+def _checksum(facts: Mapping, tensors: str) -> str:
+    """sha256 of what a LoRA's header says, but for the checksum itself, and of the `digest` of its tensors."""
+    told = {key: value for key, value in facts.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps([told, tensors], sort_keys=True).encode()).hexdigest()
+
+
+def export_lora(
+    lora: LoRA, path: str | Path, dtype: torch.dtype = torch.float32, /, **provenance: str | Sequence[str]
+) -> None:
     """Writes a LoRA: `diffusion_model.<layer>.lora_A.weight (rank, in)` and `.lora_B.weight (out, rank)`, in dtype.
 
     alpha / rank is folded into B, so the file's W + B·A needs no further number. The header's one key, dynamicsboost,
-    tells in JSON: rank, the alpha that was folded in, dtype, layers and provenance.
+    tells in JSON: rank, the alpha that was folded in, dtype, layers, provenance, and a checksum of all that and of the
+    tensors, which `read_lora_file` compares. provenance: beneath=net.loras lets a reader say what is missing below.
+    ValueError, and no file, for NaN and infinity.
     """
     tensors = {}
     for name, term in lora.items():
@@ -740,28 +840,63 @@ def export_lora(lora: LoRA, path: str | Path, dtype: torch.dtype = torch.float32
         "dtype": {str(dtype).removeprefix("torch.")},
     }
     told = {**provenance, **{key: ",".join(sorted(map(str, values))) for key, values in facts.items()}}
+    told["sha256"] = _checksum(told, digest(tensors))
     # one key: safetensors writes several in an order that changes from call to call
     _write(path, tensors, {"dynamicsboost": json.dumps(told, sort_keys=True)})
+
+
+def read_lora_file(path: str | Path) -> tuple[dict[str, Tensor], dict, str]:
+    """The tensors of a LoRA's file, whichever program wrote it; what `export_lora` noted in its header; their `digest`.
+
+    ValueError if it cannot be read, if the header's checksum is another (up to 0.9, and in other programs' files, there
+    is none), and for NaN and infinity.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
+    try:
+        with safe_open(path, "pt") as opened:
+            tensors, told = {key: opened.get_tensor(key) for key in opened.keys()}, read_header(opened)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: expected a readable LoRA, got: {error}; make or download it again") from None
+    found = digest(tensors)
+    if told.get("sha256", checksum := _checksum(told, found)) != checksum:
+        raise ValueError(f"{path}: its checksum is not the one in its header: damaged; make or download it again")
+    for name, a in tensors.items():
+        check_finite(a, f"{path}: {name}")
+    return tensors, told, found
+
+
+def note_lora(net: DiT, path: str | Path, header: Mapping, found: str) -> None:
+    """Keeps in net.loras that net has the LoRA of a file, as `read_lora_file` gave it. ValueError if it had it already:
+    on it, in its weights, or in the sum of several that wan.export makes.
+    """
+    own = noted(header, "merged") | {found}
+    if own & set(net.loras):
+        got = "got one that is in the base, or in another of these files"
+        raise ValueError(f"{path}: expected each LoRA once, {got}; leave it out")
+    net.loras += tuple(sorted(own))
 
 
 def load_lora(net: DiT, path: str | Path) -> DiT:
     """Adds the LoRA of a file that `export_lora` wrote, or of one with diffusers' names, frozen. Returns net.
 
-    ValueError for an unreadable file, keys that are not such a LoRA's, and as `attach_lora`.
+    ValueError as `read_lora_file`, `check_lora` and `note_lora`, and for keys that are not such a LoRA's.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: expected a LoRA's file, got {'a folder' if Path(path).is_dir() else 'no such file'}")
+    tensors, header, found = read_lora_file(path)
+    parts = {wan_name(re.sub(r"^(diffusion_model|transformer)\.", "", key)): a for key, a in tensors.items()}
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in parts if name.endswith(".lora_A.weight"))
+    wanted = {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
+    if not layers or set(parts) != wanted or len(tensors) != len(wanted):
+        got = "got other keys" if set(parts) != wanted or not layers else "got a layer under two names"
+        raise ValueError(f"{path}: expected a LoRA, lora_A.weight and lora_B.weight of each layer, {got}")
+    halves = {name: [parts[f"{name}.lora_{x}.weight"] for x in "AB"] for name in layers}
+    lora = {name: LowRank(A, B, 1.0) for name, (A, B) in halves.items()}
     try:
-        tensors = load_file(path)
-        parts = {re.sub(r"^(diffusion_model|transformer)\.", "", key): a for key, a in tensors.items()}
-        layers = sorted({wan_name(key).removesuffix(".lora_A.weight") for key in parts if ".lora_A." in key})
-        parts = {wan_name(key): a for key, a in parts.items()}
-        if not layers or set(parts) != {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}:
-            raise ValueError("expected a LoRA, lora_A.weight and lora_B.weight of each layer, got other keys")
-        halves = {name: [parts[f"{name}.lora_{x}.weight"] for x in "AB"] for name in layers}
-        return attach_lora(net, {name: LowRank(A, B, 1.0) for name, (A, B) in halves.items()})
-    except (OSError, SafetensorError, ValueError) as error:
+        check_lora(net, lora)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    note_lora(net, path, header, found)
+    return attach_lora(net, lora)
 
 
 def add_task_prompt(net: DiT, frames: int, where: str = "text") -> DiT:
@@ -786,6 +921,8 @@ def load_task_prompt(net: DiT, path: str | Path) -> DiT:
             where, tensors = (file.metadata() or {}).get("where"), {k: file.get_tensor(k) for k in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected task prompts, got: {error}") from None
+    for name, a in tensors.items():
+        check_finite(a, f"{path}: {name}")
     where = "text" if where == "context" else where  # as it was called up to 0.4
     shapes = {name: tuple(a.shape) for name, a in tensors.items()}
     frames = next(iter(shapes.get(f"{TASK_PROMPT}cond", ())), 0)
@@ -793,7 +930,7 @@ def load_task_prompt(net: DiT, path: str | Path) -> DiT:
         shapes != {f"{TASK_PROMPT}{part}": (frames, net.config.dim) for part in ("cond", "noisy")}
         or where not in PLACES
     ):
-        got = f"{dict(sorted(shapes.items())[:2])} and the place {where!r}"
+        got = f"{str(dict(sorted(shapes.items())[:2]))[:200]} and the place {where!r}"
         raise ValueError(f"{path}: expected task prompts of (frames, {net.config.dim}) and their place, got {got}")
     add_task_prompt(net, frames, where)
     net.load_state_dict(tensors, strict=False)

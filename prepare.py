@@ -41,7 +41,7 @@ import torch
 from safetensors import safe_open
 
 from runtime import dataset, video
-from runtime.files import read_jsonl, write_tensors
+from runtime.files import checksum, read_jsonl, unchanged, write_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
@@ -320,8 +320,10 @@ def main(cfg: Config) -> None:
     with video.readers(cfg.workers, cfg.deadline) as each:
         if cfg.preset == "tiny":
             run.claim()
-            if group.main and not (run.folder / "codec.safetensors").exists():
-                fit_codec(cfg, items, run.folder / "codec.safetensors", each)
+            fitted = run.folder / "codec.safetensors"
+            if group.main and not unchanged(fitted):
+                fit_codec(cfg, items, fitted, each)
+                checksum(fitted)  # remembered, for the next start
             group.wait()
         codec, encoder, device = load_encoders(cfg, run.folder, group.device)
         for k, index, _ in unfinished(run, len(items), cfg.shard_size, unit="video"):

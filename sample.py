@@ -26,9 +26,9 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime import video
-from runtime.files import read_manifest, read_text, write_jsonl
+from runtime.files import checksum, read_manifest, read_text, unchanged, write_jsonl
 from runtime.group import Group, place, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import Diverged, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from tiny import codec as codecs
 from tiny import words
@@ -85,7 +85,8 @@ class Config(Options):
 
 def read_prompts(cfg) -> list[str]:
     """The prompts that were asked for. UserError if there are none, or if one is empty."""
-    prompts = read_text(Path(cfg.prompts)).splitlines() if cfg.prompts else [cfg.prompt]
+    # not splitlines, which also ends a line at U+2028 and others that may stand within a prompt
+    prompts = read_text(Path(cfg.prompts)).removesuffix("\n").split("\n") if cfg.prompts else [cfg.prompt]
     if not prompts or not all(p.strip() for p in prompts):
         raise UserError("expected --prompt, or --prompts with a prompt on each line, got an empty one")
     return prompts
@@ -105,9 +106,10 @@ def check(cfg) -> None:
 
 
 def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
-    """The folder to write, whose videos depend on the prompts and on every file that cfg names."""
+    """The folder to write, whose videos depend on the prompts and on every file that cfg names, not on its path."""
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text", "continuation", "video")}
-    inputs |= {str(file): file for file in lora.lora_files(cfg.lora)}
+    inputs |= {"data": cfg.data if cfg.preset == "tiny" else "", "lora": lora.lora_files(cfg.lora)}
+    inputs["prompts"] = ""  # which file they are read from does not count
     return Run(cfg, stage, group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
 
 
@@ -139,9 +141,10 @@ def given_frames(cfg, codec, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
-    """Samples every job, (file name, prompt, key of the noise), into run's folder, but for the files that are there.
+    """Samples every job, (file name, prompt, key of the noise), into run's folder, but for the files that are there and
+    are what was written.
 
-    UserError if the network is not of the preset's kind.
+    UserError if the network is not of the preset's kind; Diverged for a video that is not finite, which is not written.
     """
     device = run.group.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -166,13 +169,18 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     # ---- sample
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
-    for i, own in run.share(len(jobs), "video", lambda i: (run.folder / jobs[i][0]).exists(), lockstep=cfg.shard):
+    for i, own in run.share(len(jobs), "video", lambda i: unchanged(run.folder / jobs[i][0], run.folder), lockstep=cfg.shard):
         name, prompt, key = jobs[i]
         noise = flow.draw_noise(size, [key]).to(device)
         x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
         if own:
+            pixels = codec.decode(x0.to(codec_device))[0]
+            if not (x0.isfinite().all() and pixels.isfinite().all()):  # a codec may clamp infinity
+                which = f"{run.folder / name}, {prompt[:80]!r} with --seed {cfg.seed}"
+                raise Diverged(f"{which}, is not written: it is not finite; a training of this model has diverged")
             (run.folder / name).parent.mkdir(parents=True, exist_ok=True)  # a benchmark's names have folders
-            video.write_mp4(run.folder / name, video.to_frames(codec.decode(x0.to(codec_device))[0]))
+            video.write_mp4(run.folder / name, video.to_frames(pixels))
+            checksum(run.folder / name, run.folder)  # remembered, for the next start
 
 
 def finish(run: Run, rows: list[dict]) -> None:

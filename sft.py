@@ -140,10 +140,10 @@ def main(cfg: Config) -> None:
     files = ["lora.safetensors"] if cfg.rank else ["config.json", model.WEIGHTS_NAME]
     if group.main and cfg.rank:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(model.trained_lora(net), file, base=cfg.base, task="sft")
+            model.export_lora(model.trained_lora(net), file, base=cfg.base, beneath=net.loras, task="sft")
     elif group.main:
         write_json(run.folder / "config.json", model.wan_config(net.config))
-        write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict())
+        write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict(), model.weights_header(net.loras))
     run.finish(files)
 
 

@@ -223,7 +223,9 @@ def main(cfg: Config) -> None:
     # ---- result
     if group.main:
         with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, task="baseline")
+            model.export_lora(
+                model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, beneath=net.loras, task="baseline"
+            )
     run.finish(["lora.safetensors"])
 
 

@@ -303,14 +303,16 @@ def checksums(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         yield name, sha256
 
 
-def checksum(path: Path) -> str:
-    """sha256 of one file, as `checksums` gives it."""
-    return dict(checksums(path.parent, [path.name]))[path.name]
+def checksum(path: Path, folder: Path | None = None) -> str:
+    """sha256 of one file, as `checksums` gives it. folder: the run's, if the file lies deeper in it."""
+    folder = folder or path.parent
+    return next(checksums(folder, [str(path.relative_to(folder))]))[1]
 
 
-def unchanged(path: Path) -> bool:
+def unchanged(path: Path, folder: Path | None = None) -> bool:
     """Whether a file of an unfinished run is what its `checksum` was taken of after it was written."""
-    remembered = _read_checked(path.parent / CHECKED).get(path.name)
+    folder = folder or path.parent
+    remembered = _read_checked(folder / CHECKED).get(str(path.relative_to(folder)))
     return bool(remembered) and path.is_file() and fingerprint(path)["sha256"] == remembered["sha256"]
 
 

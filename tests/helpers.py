@@ -186,13 +186,13 @@ def metrics(folder: Path) -> list[dict]:
 def contents(folder: Path) -> dict[str, str]:
     """sha256 of every file below folder by name, but for the three that hold times and paths.
 
-    Of a LoRA without its header's metadata, which name the folders that the LoRA was trained on.
+    Of a safetensors file without its header's metadata, which name folders and have no fixed order.
     """
     found = {}
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in ("MANIFEST.json", "run.json", CHECKED):
             raw = path.read_bytes()
-            if path.name == "lora.safetensors":
+            if path.suffix == ".safetensors":
                 end = 8 + int.from_bytes(raw[:8], "little")
                 header = {k: v for k, v in json.loads(raw[8:end]).items() if k != "__metadata__"}
                 raw = repr(sorted(header.items())).encode() + raw[end:]

@@ -7,14 +7,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import close, contents, copy, dit_inputs, peak_memory, randomised, refused, stop_at, theirs
+from helpers import close, contents, copy, dit_inputs, peak_memory, randomised, refused, run_stage, stop_at, theirs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model
 from runtime.files import read_manifest
 from wan import checkpoint, export
-from wan.lora import load_adapted, read_lora
+from wan.lora import load_adapted, lora_files, read_lora
 
 CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20: RoPE's split is unequal
 
@@ -174,8 +174,8 @@ def test_a_diffusers_base(root, tmp_path):
     net = model.DiT(dataclasses.replace(CONFIG, text_len=24, eps=1e-5, frames=5))
     torch.nn.init.normal_(net.frame_embedding)
     model.save_model(net, tmp_path / "base")
-    for source, layout in ((f"base/{model.WEIGHTS_NAME}", "diffusers"), ("diffusers", "wan")):
-        export.main(export.Config(str(tmp_path / source), f"{root}/dpo", str(tmp_path / layout), layout))
+    for source, lora, layout in ((f"base/{model.WEIGHTS_NAME}", "dpo", "diffusers"), ("diffusers", "sft", "wan")):
+        export.main(export.Config(str(tmp_path / source), f"{root}/{lora}", str(tmp_path / layout), layout))
     assert model.load_model(tmp_path / "wan").config == net.config
     fused = load_adapted(tmp_path / "base", [root / "dpo/lora.safetensors"])
     assert same(model.load_model(tmp_path / "diffusers"), fused)
@@ -363,6 +363,11 @@ def continued(root):
     model.save_task_prompt(net, root / "dpo/task_prompt.safetensors")
 
 
+def phi(root):
+    tensors = load_file(root / "dpo/lora.safetensors")
+    save_file(tensors, root / "phi.safetensors", {"dynamicsboost": '{"task": "continuation"}'})
+
+
 MISTAKES = {  # what is wrong -> options, what is prepared, words of the error
     "unknown layout": (dict(layout="comfy"), None, "--layout: expected wan or diffusers or lora, got 'comfy'"),
     "unknown dtype": (dict(dtype="float16"), None, "--dtype: expected float32 or bfloat16, got 'float16'"),
@@ -371,6 +376,7 @@ MISTAKES = {  # what is wrong -> options, what is prepared, words of the error
     "unfinished LoRA": (dict(lora="{}/sft"), lambda r: (r / "sft/run.json").touch(), "sft: expected a finished folder"),
     "LoRA of another size": (dict(lora="{}/sft,{}/wider.safetensors"), wider, "wider.safetensors: .*do not fit"),
     "continuation model": ({}, continued, "dpo: expected a text-to-video LoRA"),
+    "continuation's file": (dict(lora="{}/phi.safetensors"), phi, "phi.safetensors: expected a text-to-video LoRA"),
     "missing base": (dict(base="{}/nobase"), None, "nobase: expected"),
     "base is another thing": (dict(base="{}/sft"), None, "sft: expected Wan2.1's text-to-video transformer"),
     "other files in --out": (dict(out="{}/base"), None, "base: expected an empty folder or an earlier wan.export run"),
@@ -420,7 +426,60 @@ def test_twice_the_same_command(root, tmp_path, capsys):
 
 
 def test_a_cold_start_left_out_is_told(chain, tmp_path, capsys):
-    """asymdpo.py's LoRA alone is half of what was trained: a note says what goes below it; with both there is none."""
-    for lora, note in ((chain / "asymdpo", True), (f"{chain / 'sft'},{chain / 'asymdpo'}", False)):
-        export.main(export.Config(str(chain / "base"), str(lora), str(tmp_path / str(note)), "lora"))
-        assert (f"trained on top of {chain / 'sft'}" in capsys.readouterr().err) == note
+    """asymdpo.py's LoRA alone is half of what was trained: a line says what goes below it, but not if that is there: on
+    the base, in its weights, or in a sum of several. A file from before 0.10 does not know.
+    """
+    sft, dpo = chain / "sft", chain / "asymdpo"
+    for layout, name, loras in (
+        ("lora", "alone", f"{dpo}"),
+        ("lora", "both", f"{sft},{dpo}"),
+        ("wan", "alone", f"{dpo}"),
+        ("wan", "cold", f"{sft}"),
+    ):
+        export.main(export.Config(str(chain / "base"), loras, str(tmp_path / layout / name), layout))
+        note = f"warning: {dpo}/lora.safetensors was trained on top of {sft}, which is not among these LoRAs: give both"
+        assert (note in capsys.readouterr().err) == (name == "alone")
+    old, (tensors, header, _) = tmp_path / "old.safetensors", model.read_lora_file(dpo / "lora.safetensors")
+    save_file(
+        tensors, old, {"dynamicsboost": json.dumps({k: header[k] for k in header if k not in ("beneath", "sha256")})}
+    )
+    for base, loras, note in (
+        (chain / "base", f"{dpo}", True),
+        (chain / "base", f"{tmp_path}/lora/alone", True),
+        (tmp_path / "wan/alone", "", False),
+        (chain / "base", f"{dpo},{sft}", False),
+        (chain / "base", f"{tmp_path}/lora/both", False),
+        (tmp_path / "wan/cold", f"{dpo}", False),
+        (chain / "base", f"{old}", False),
+    ):
+        load_adapted(base, lora_files(loras))
+        assert ("was trained on top of" in capsys.readouterr().err) == note, (base, loras)
+
+
+def test_no_lora_counts_twice(chain, tmp_path):
+    """In whatever file: the same one, a copy, a sum that holds it, the base's weights; by every command's loader."""
+    sft, base = chain / "sft", chain / "base"
+    for layout in ("lora", "wan", "diffusers"):
+        export.main(export.Config(str(base), f"{sft},{chain / 'asymdpo'}", str(tmp_path / layout), layout))
+    shutil.copy(sft / "lora.safetensors", tmp_path / "copy.safetensors")
+    for under, loras in (
+        (base, f"{sft},{sft}/"),
+        (base, f"{sft},{tmp_path}/copy.safetensors"),
+        (base, f"{sft},{tmp_path}/lora"),
+        (tmp_path / "wan", f"{sft}"),
+        (tmp_path / "diffusers", f"{tmp_path}/lora"),
+        (tmp_path / "wan" / model.WEIGHTS_NAME, f"{tmp_path}/copy.safetensors"),
+    ):
+        words = "lora.safetensors|copy.safetensors: expected each LoRA once, got one that is in the base, or in another"
+        refused(words, load_adapted, under, lora_files(loras))
+        refused(words, export.main, export.Config(str(under), loras, str(tmp_path / "out"), "wan"))
+    refused("expected each LoRA once", run_stage, chain, "asymdpo", sft=f"{sft},{sft}", out=tmp_path / "out")
+    net = model.load_model(tmp_path / "wan")
+    refused("expected each LoRA once", model.load_lora, net, sft / "lora.safetensors", kind=ValueError)
+    assert not (tmp_path / "out").exists()
+    model.save_model(net, tmp_path / "saved")  # what is made of such a base says so, too
+    refused("expected each LoRA once", load_adapted, tmp_path / "saved", lora_files(str(sft)))
+    again = run_stage(chain, "sft", base=tmp_path / "wan", out=tmp_path / "again")
+    assert model.read_lora_file(again / "lora.safetensors")[1]["beneath"] == sorted(net.loras)
+    again = run_stage(chain, "sft", base=tmp_path / "wan", rank=0, out=tmp_path / "full")
+    assert model.load_model(again).loras == net.loras

@@ -439,6 +439,7 @@ def test_lora_file(dtype, tmp_path):
         told = json.loads(file.metadata()["dynamicsboost"])
     attention = [f"{attn}.{x}" for attn in ("cross_attn", "self_attn") for x in "koqv"]
     assert told.pop("layers").split(",") == sorted([*attention, "ffn.0", "ffn.2"])
+    assert told.pop("sha256")
     assert told == {"rank": "4", "alpha": "6", "dtype": str(dtype).removeprefix("torch."), "task": "test"}
     if dtype == torch.float32:
         torch.manual_seed(0)
@@ -457,8 +458,61 @@ def test_lora_file_is_the_same_bytes_each_time(tmp_path):
     assert len(files) == 1
 
 
+def test_a_lora_file_knows_its_damage(tmp_path):
+    """A changed bit in a tensor, or in what the header says, is told. A file without a checksum is read as it is."""
+    path = tmp_path / "lora.safetensors"
+    model.export_lora(model.trained_lora(with_lora()), path, attention="prefix", beneath=["0" * 64])
+    tensors, told, found = model.read_lora_file(path)
+    raw, told_at = path.read_bytes(), path.read_bytes().index(b"prefix")
+    for at in (told_at, raw.index(b"0000"), *range(len(raw) // 2, len(raw), len(raw) // 20), len(raw) - 1):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        refused("lora.safetensors: its checksum .* damaged", model.load_lora, make(), path, kind=ValueError)
+    path.write_bytes(raw)  # to which the tensors are mapped
+    told.pop("sha256")
+    save_file(tensors, path, {"dynamicsboost": json.dumps(told)})  # as up to 0.9
+    assert model.read_lora_file(path)[1:] == (told, found)
+    for header in ("[" * 9999, "[]", "{", '"x"'):
+        save_file(tensors, path, {"dynamicsboost": header})
+        refused("lora.safetensors: expected a readable LoRA, got", model.load_lora, make(), path, kind=ValueError)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_refused(value, tmp_path):
+    """By the file and the tensor, when it is read and when it is to be written; float8 and integers are looked at."""
+    nets = {"model": make(), "lora": with_lora(), "task_prompt": model.add_task_prompt(make(), FRAMES)}
+    write = {
+        "model": lambda path: model.save_model(nets["model"], path.parent),
+        "lora": lambda path: model.export_lora(model.trained_lora(nets["lora"]), path),
+        "task_prompt": lambda path: model.save_task_prompt(nets["task_prompt"], path),
+    }
+    read = {"model": model.load_model, "lora": functools.partial(model.load_lora, make())}
+    read["task_prompt"] = functools.partial(model.load_task_prompt, make())
+    for kind, net in nets.items():
+        path = tmp_path / (WEIGHTS if kind == "model" else f"{kind}.safetensors")
+        write[kind](path)
+        with safe_open(path, "pt") as file:
+            tensors, header = load_file(path), file.metadata()
+        name = max(tensors)
+        tensors[name].view(-1)[-1] = value
+        save_file(tensors, path, header and {k: v for k, v in header.items() if k != "dynamicsboost"})
+        where = f"{path.name}: {name.replace('.', '.')}: expected numbers, got NaN or infinity"
+        refused(where, read[kind], path if kind != "model" else tmp_path, kind=ValueError)
+        path.unlink()
+        for p in net.parameters():
+            p.data.view(-1)[0] = value
+        refused(f"{path.name}: .*: expected numbers, got NaN", write[kind], path, kind=ValueError)
+        assert not path.exists()
+    model.check_finite(torch.arange(3), "integers")
+    model.check_finite(torch.ones(3).to(torch.float8_e4m3fn), "float8")
+    refused(
+        "float8", model.check_finite, torch.tensor([torch.nan]).to(torch.float8_e4m3fn), "float8: ", kind=ValueError
+    )
+
+
 def test_lora_files_that_do_not_fit(tmp_path):
-    """One line that names the file: a foreign key, a wrong shape, half a pair, no tensor, no file, damage."""
+    """One line that names the file: a foreign key, a wrong shape, half a pair, no tensor, a layer under two names, no
+    file, damage.
+    """
     path = tmp_path / "lora.safetensors"
     model.export_lora(model.trained_lora(with_lora()), path)
     good = load_file(path)
@@ -468,6 +522,7 @@ def test_lora_files_that_do_not_fit(tmp_path):
         good | {f"{name}A.weight": torch.zeros(4, 41)},
         {k: v for k, v in good.items() if k != f"{name}B.weight"},
         good | {f"{name}A.weight": torch.zeros(5, 40)},  # rank 5 beside B of rank 4
+        good | {key.replace("diffusion_model", "transformer"): a.clone() for key, a in good.items()},
         {},
     ):
         save_file(wrong, path)
@@ -580,6 +635,11 @@ DAMAGE = {  # what is wrong -> how it comes about, words of the error
         "config.json: expected num_heads, but there is no such file",
     ),
     "config.json cut": (lambda f: cut(f / "config.json"), "config.json"),
+    "config.json too deep": (lambda f: (f / "config.json").write_text("[" * 9999), "config.json: .*nested too deeply"),
+    "one tensor under two names": (
+        lambda f: change_tensors(f, **{f"model.diffusion_model.{NAME}": torch.zeros(56, 40)}),
+        f"expected each tensor once, found {NAME} twice",
+    ),
     "config.json of another model": (
         other_config,
         "config.json: expected the sizes of its weights, dim 40 .*got 48 and 2",

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import contents, run_stage, some_clips, stop_at
+from helpers import contents, flip_bit, run_stage, some_clips, stop_at
 
 import sample
 from experiments import decode
 from runtime import video
-from runtime.options import UserError
+from runtime.options import Diverged, UserError
 from runtime.shards import Shards
 from tiny import codec as codecs
 
@@ -31,16 +31,54 @@ def test_prompts_become_mp4_files(chain, tmp_path):
 
 
 def test_an_interrupted_run_goes_on(chain, tmp_path, monkeypatch):
-    """Stopped after one of three videos: the rest is made, the same bytes. Another prompt is another run."""
+    """Stopped after one of three videos, and again: the rest is made, the same bytes, and what was damaged meanwhile.
+    Another prompt is another run.
+    """
     more = dict(prompt="a red ball falls", samples=3)
     sample.main(config(chain, tmp_path / "straight", **more))
-    with stop_at(monkeypatch, video, "write_mp4", 1), pytest.raises(KeyboardInterrupt):
-        sample.main(config(chain, tmp_path / "cut", **more))
-    with stop_at(monkeypatch, video, "write_mp4", 2):  # just two are left to do
+    for _ in range(2):
+        with stop_at(monkeypatch, video, "write_mp4", 1), pytest.raises(KeyboardInterrupt):
+            sample.main(config(chain, tmp_path / "cut", **more))
+    assert sorted(p.name for p in (tmp_path / "cut").glob("*.mp4")) == ["0-0.mp4", "0-1.mp4"]
+    flip_bit(tmp_path / "cut/0-0.mp4")
+    with stop_at(monkeypatch, video, "write_mp4", 2):  # the damaged one and the third
         sample.main(config(chain, tmp_path / "cut", **more))
     assert contents(tmp_path / "cut") == contents(tmp_path / "straight")
     with pytest.raises(UserError, match="was made with"):
         sample.main(config(chain, tmp_path / "cut", prompt="another"))
+
+
+def test_spelling_is_not_another_run(chain, tmp_path, monkeypatch, capsys):
+    """The same base, data, LoRAs and prompts: by other paths, or in another file."""
+    monkeypatch.chdir(chain)
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("a red ball falls\n")
+    spelled = dict(base="base", data="shards", lora="sft,asymdpo", prompts=f"{tmp_path}/one")
+    again = dict(base="./base/", data=str(chain / "shards"), lora=f"./sft/,{chain}/asymdpo/lora.safetensors")
+    for words in (spelled, again | {"prompts": f"{tmp_path}/two"}):
+        sample.main(dataclasses.replace(config(chain, tmp_path / "out"), **words))
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was made with inputs lora"):
+        sample.main(dataclasses.replace(config(chain, tmp_path / "out"), **spelled | {"lora": "sft"}))
+
+
+def test_a_line_is_a_prompt(tmp_path):
+    """Whatever else ends a line in Unicode, and without a byte order mark."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa ball\u2028falls\r\na\x85b\x0cc".encode())
+    assert sample.read_prompts(sample.Config(prompts=str(tmp_path / "prompts.txt"))) == [
+        "a ball\u2028falls",
+        "a\x85b\x0cc",
+    ]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_video_of_what_is_not_finite(value, chain, tmp_path, monkeypatch):
+    """Prompt and seed are named, the folder is unfinished, and no file passes for a video."""
+    solve = sample.flow.SOLVERS["euler"]
+    monkeypatch.setitem(sample.flow.SOLVERS, "euler", lambda *args: solve(*args).index_fill(2, torch.tensor(3), value))
+    with pytest.raises(Diverged, match="0-0.mp4, 'a red ball' with --seed 7, is not written"):
+        sample.main(config(chain, tmp_path / "out", prompt="a red ball", seed=7, solver="euler"))
+    assert not list((tmp_path / "out").glob("*.mp4")) and not (tmp_path / "out/MANIFEST.json").exists()
 
 
 @pytest.mark.parametrize("n_cond, lora", [(1, ""), (4, "sft")])

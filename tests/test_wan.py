@@ -257,14 +257,23 @@ def test_shards_that_are_not_whole(tmp_path):
     index.rename(tmp_path / "index.bak")
     refused("keep one", open_model, tmp_path)
     (tmp_path / "index.bak").rename(index)
+    (tmp_path / "blobs").mkdir()
+    two.rename(tmp_path / "blobs/two")
+    two.symlink_to("blobs/two")  # as in huggingface_hub's cache
+    assert holds(tmp_path, net) and model.load_model(tmp_path)
+    elsewhere = ("../other.safetensors", f"{tmp_path}/{one.name}", f"blobs/{two.name}", "..", "")
     for harm, words in (
         (lambda: cut(one), f"{one.name}: expected readable weights"),
         (two.unlink, f"{two.name} is missing"),
         (lambda: index.write_text("[]"), "index.json: expected a weight_map of shards"),
-    ):
+        (lambda: index.write_text('{"a":' * 9999), "index.json: expected a weight_map .*nested too deeply"),
+        (lambda: index.write_text(f'{{"weight_map": {{"x": "{"x" * 300}"}}}}'), "x is missing"),
+        *((lambda name=name: index.write_text(f'{{"weight_map": {{"x": "{name}"}}}}'),
+           f"index.json: expected names of files beside it, got '{name}'") for name in elsewhere),
+    ):  # fmt: skip
         harm()
         refused(words, open_model, tmp_path)
-        refused(f"{one.name}|index.json", model.load_model, tmp_path, kind=ValueError)
+        refused(words, model.load_model, tmp_path, kind=ValueError)
 
 
 def test_a_shallower_network_is_none(tmp_path):
@@ -365,11 +374,15 @@ def test_alpha_as_peft_keeps_it(writer, tmp_path):
     assert (after - before).abs().max() > 0.01 and close(after, expected)
 
 
-@pytest.mark.parametrize("told", ['{"use_rslora": true}', '{"alpha_pattern": {"x": 3}}', "[1]", '{"lora_alpha": "x"}'])
+ALPHAS = ['{"use_rslora": true}', '{"alpha_pattern": {"x": 3}}', "[1]", '{"lora_alpha": "x"}', '{"a":' * 9999]
+ALPHAS += ['{"lora_alpha": NaN}', '{"lora_alpha": 1e999}', '{"lora_alpha": 0}']
+
+
+@pytest.mark.parametrize("told", ALPHAS)
 def test_alphas_that_are_not_read(told, tmp_path):
     """What would change the scale and is not implemented is refused; so is a header that is none."""
     tensors = {f"blocks.0.ffn.0.lora_{x}.weight": torch.zeros(s) for x, s in (("A", (4, 40)), ("B", (56, 4)))}
-    path, words = tmp_path / "lora.safetensors", "expected (a LoRA with one alpha|PEFT's configuration)"
+    path, words = tmp_path / "lora.safetensors", "expected (a LoRA with one alpha|PEFT's configuration|an alpha that)"
     save_file(tensors, path, {"lora_adapter_metadata": told})
     refused(f"lora.safetensors: {words}", read_lora, small_dit(), path)
 
@@ -380,3 +393,33 @@ def test_a_lora_that_matches_nothing(tmp_path):
     for key in ("lora_unet_blocks_0_attn_x.lora_down.weight", *(f"diffusion_model.{key}" for key in others)):
         save_file({key: torch.zeros(4, 40)}, tmp_path / "lora.safetensors")
         refused("expected a LoRA for this model", read_lora, small_dit(), tmp_path / "lora.safetensors")
+
+
+def test_what_a_lora_may_not_hold(tmp_path):
+    """A layer, or a difference, under two names; NaN, as an alpha as well."""
+    path, A, B = tmp_path / "lora.safetensors", torch.zeros(4, 40), torch.zeros(40, 4)
+    good = {"blocks.0.self_attn.q.lora_A.weight": A, "blocks.0.self_attn.q.lora_B.weight": B}
+    good["blocks.0.norm3.diff_b"] = torch.zeros(40)
+    for more, words in (
+        ({"transformer.blocks.0.attn1.to_q.lora_A.weight": A}, "expected each layer once, got 'blocks.0.self_attn.q'"),
+        ({"lora_unet_blocks_0_self_attn_q.lora_up.weight": B}, "expected each layer once, got 'blocks.0.self_attn.q'"),
+        (
+            {"diffusion_model.blocks.0.norm3.diff_b": torch.ones(40)},
+            "expected each tensor once, got 'blocks.0.norm3.bias'",
+        ),
+        ({"blocks.0.self_attn.q.alpha": torch.tensor(torch.nan)}, "q.alpha: expected numbers"),
+        ({"blocks.0.self_attn.q.alpha": torch.tensor(0)}, "expected an alpha that is a number and not 0, got 0"),
+        ({"blocks.0.norm3.diff_b": torch.full((40,), torch.inf)}, "norm3.diff_b: expected numbers"),
+    ):
+        save_file({key: a.clone() for key, a in {**good, **more}.items()}, path)  # it refuses shared memory
+        refused(f"lora.safetensors: .*{words}", read_lora, small_dit(), path)
+
+
+@pytest.mark.parametrize("load", [vae.load_vae, text.load_umt5])
+def test_weights_that_are_not_finite(load, tmp_path):
+    """Of the VAE and of the text encoder: the file and the tensor are named."""
+    weights, _, _ = golden("vae" if load is vae.load_vae else "umt5")
+    name = min(weights)
+    weights[name].view(-1)[0] = torch.nan
+    torch.save(weights, tmp_path / "weights.pth")
+    refused(f"weights.pth: {name}: expected numbers, got NaN", load, tmp_path / "weights.pth")

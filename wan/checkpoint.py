@@ -9,21 +9,20 @@ A .pth file is read with weights_only=True, so it cannot run code. Peak memory i
 tensor; a .pth from before PyTorch 1.6 is read whole.
 """
 
-import json
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import WEIGHTS_NAME, check_shapes, fill
+from model import WEIGHTS_NAME, check_finite, check_shapes, fill, noted, read_header, weight_files, weights_header
 from runtime.files import write_json, write_tensors
-from runtime.options import UserError
+from runtime.options import UserError, user_errors
 
 
 class Checkpoint(Mapping):
@@ -47,16 +46,8 @@ class Checkpoint(Mapping):
     def _listed(self) -> list[Path]:
         if self.path.is_file():
             return [self.path]
-        if indices := sorted(self.path.glob("*.safetensors.index.json")):
-            try:
-                names = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
-                shards = sorted(self.path / name for name in names)
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{indices[0]}: expected a weight_map of shards, got something else") from None
-            if missing := [file.name for file in shards if not file.is_file()]:
-                raise UserError(f"{self.path}: expected the {len(shards)} shards of its index, {missing[0]} is missing")
-            return shards
-        files, pickles = (sorted(self.path.glob(kind)) for kind in ("*.safetensors", "*.pth"))
+        with user_errors():
+            files, pickles = weight_files(self.path), sorted(self.path.glob("*.pth"))
         if files or len(pickles) == 1:
             return files or pickles
         found = f"has {len(pickles)} .pth files" if pickles else "has none"
@@ -71,6 +62,25 @@ class Checkpoint(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         opened = self._open[self._file[name]]
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor, on a device. UserError if it holds NaN or infinity, or is of a dtype that is not read."""
+        try:
+            tensor = self[name].to(device)
+            check_finite(tensor, f"{self._file[name]}: {name}")
+        except SafetensorError as error:
+            raise UserError(f"{self._file[name]}: {name}: {error}") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return tensor
+
+    def loras(self) -> tuple[str, ...]:
+        """The digests of the LoRAs that are in the weights. UserError for a damaged header."""
+        opened = [one for one in self._open.values() if not isinstance(one, dict)]
+        try:
+            return tuple(sorted(set().union(*(noted(read_header(one), "merged") for one in opened))))
+        except ValueError as error:
+            raise UserError(f"{self.path}: expected a header of wan.export, got: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file)
@@ -138,7 +148,7 @@ def load(
     except (ValueError, IndexError):
         raise UserError(f"{path}: expected {what}, its tensors have other shapes") from None
     names = match(net, source, rename)
-    return fill(net, lambda name: source[names[name]].to(device, dtype)).eval()
+    return fill(net, lambda name: source.read(names[name], device).to(dtype)).eval()
 
 
 def write_checkpoint(
@@ -147,11 +157,13 @@ def write_checkpoint(
     get: Callable[[str], Tensor],
     dtype: torch.dtype,
     limit: int = 5 * 10**9,
+    loras: Sequence[str] = (),
 ) -> list[str]:
     """Writes get(name), rounded to dtype, for every name of `shapes`: one file, or shards and then their index.
 
-    limit: the bytes of tensors in a file; a larger tensor gets a file of its own. Only one file's tensors are in memory
-    at a time. Returns the files' names, which are Wan's and diffusers'.
+    limit: the bytes of tensors in a file; a larger tensor gets a file of its own; loras: the digests of those that are
+    in the weights, for the files' headers. Only one file's tensors are in memory at a time. Returns the files' names,
+    which are Wan's and diffusers'.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards, used = [[]], 0
@@ -164,7 +176,7 @@ def write_checkpoint(
     stem, count = WEIGHTS_NAME.removesuffix(".safetensors"), len(shards)
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else [WEIGHTS_NAME]
     for file, names in zip(files, shards):
-        write_tensors(folder / file, {name: get(name).to(dtype) for name in names}, {"format": "pt"})
+        write_tensors(folder / file, {name: get(name).to(dtype) for name in names}, weights_header(loras))
     if count > 1:
         where = {name: file for file, names in zip(files, shards) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

@@ -17,7 +17,6 @@ Cost  one pass over the weights; memory for the LoRAs and one file of at most 5 
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import torch
@@ -27,10 +26,10 @@ from torch import Tensor
 import model
 from runtime.files import verified, whole_file, write_json
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve
+from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from wan.checkpoint import Checkpoint, match, write_checkpoint
-from wan.lora import lora_files, read_header, read_lora
+from wan.lora import lora_files, read_header, read_loras
 
 LAYOUTS = ("wan", "diffusers", "lora")
 
@@ -62,6 +61,7 @@ def open_model(path: str | Path) -> tuple[model.DiT, Checkpoint, dict[str, str]]
         raise UserError(f"{path}: {error}") from None
     with torch.device("meta"):
         net = model.DiT(config)
+    net.loras = source.loras()
     return net, source, match(net, source, model.wan_name)
 
 
@@ -108,23 +108,24 @@ def main(cfg: Config) -> None:
     files, dtype = lora_files(cfg.lora), getattr(torch, cfg.dtype)
     if not files and cfg.layout == "lora":
         raise UserError("--lora: expected folders or files, separated by commas, got none")
-    run = Run(cfg, "wan.export", alone(), {"base": cfg.base} | {str(file): file for file in files})
+    run = Run(cfg, "wan.export", alone(), {"base": cfg.base, "lora": files})
     if run.done:
         return
     net, source, names = open_model(cfg.base)
-    read = [read_lora(net, file) for file in files]
+    of_base, read = set(net.loras), read_loras(net, files)
     for file, (_, diffs) in zip(files, read):
         if diffs and cfg.layout == "lora":
             got = f"got differences of {len(diffs)} whole tensors, {min(diffs)} among them"
             raise UserError(f"{file}: expected low-rank terms alone for --layout lora, {got}; choose another layout")
-    if len(files) == 1 and (below := read_header(files[0]).get("sft")):
-        print(f"{run.stage}: {files[0]} was trained on top of {below}; give both, that one first", file=sys.stderr)
     run.claim()
 
     # ---- one LoRA
     if cfg.layout == "lora":
-        with whole_file(run.folder / "lora.safetensors") as file:
-            model.export_lora(joined([lora for lora, _ in read]), file, dtype, lora=cfg.lora)
+        merged = set(net.loras) - of_base
+        beneath = set().union(*(model.noted(read_header(file), "beneath") for file in files)) - merged
+        provenance = dict(lora=cfg.lora, merged=sorted(merged), beneath=sorted(beneath))
+        with user_errors(), whole_file(run.folder / "lora.safetensors") as file:
+            model.export_lora(joined([lora for lora, _ in read]), file, dtype, **provenance)
         run.finish(["lora.safetensors"])
         print(f"{run.stage}: wrote {run.folder / 'lora.safetensors'}")
         return
@@ -137,7 +138,7 @@ def main(cfg: Config) -> None:
 
     def fused(name: str) -> Tensor:
         name = ours[name]
-        weight, layer = source[names[name]], name.removesuffix(".weight")
+        weight, layer = source.read(names[name]), name.removesuffix(".weight")
         bar.update()
         terms = [lora[layer] for lora, _ in read if layer in lora]
         return model.fuse(weight, terms, [diffs[name] for _, diffs in read if name in diffs])
@@ -146,7 +147,7 @@ def main(cfg: Config) -> None:
     config = model.wan_config(net.config) if wan else diffusers_config(net.config)
     (run.folder / folder).mkdir(exist_ok=True)
     write_json(run.folder / folder / "config.json", config)
-    written = write_checkpoint(run.folder / folder, shapes, fused, dtype)
+    written = write_checkpoint(run.folder / folder, shapes, fused, dtype, loras=net.loras)
     bar.close()
     run.finish([folder + file for file in ("config.json", *written)])
     print(f"{run.stage}: wrote {run.folder / folder}")
