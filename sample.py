@@ -169,7 +169,8 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     # ---- sample
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
-    for i, own in run.share(len(jobs), "video", lambda i: unchanged(run.folder / jobs[i][0], run.folder), lockstep=cfg.shard):
+    done = lambda i: unchanged(run.folder / jobs[i][0], run.folder)  # noqa: E731
+    for i, own in run.share(len(jobs), "video", done, lockstep=cfg.shard):
         name, prompt, key = jobs[i]
         noise = flow.draw_noise(size, [key]).to(device)
         x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))

@@ -387,7 +387,7 @@ def end_with_parent() -> None:
 def main() -> None:
     end_with_parent()  # a parent that is gone already has sent no request: the input ends
     answers = os.fdopen(os.dup(1), "wb")
-    log = tempfile.TemporaryFile("w+", errors="replace")
+    log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
     for printed in (1, 2):  # whatever the libraries print goes to the log
         os.dup2(log.fileno(), printed)
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit

@@ -93,20 +93,18 @@ class Run:
                 write_sealed(self.folder / "run.json", self.facts)
             self._hold(fcntl.LOCK_SH)
         self.group.wait()
-        for _ in range(60):  # a network's file system may show a new file late
-            if (self.folder / LOCK).exists():
-                break
+        lock, end = self.folder / LOCK, time.time() + 60
+        while not lock.exists():  # a network's file system may show a new file late
+            if time.time() > end:
+                raise UserError(f"--out: expected a folder that all nodes share, but {lock} is not there")
             time.sleep(1)
         self._hold(fcntl.LOCK_SH)
 
     def _hold(self, lock: int) -> None:
         """Locks the folder for this process, whose end frees it, whatever ends it."""
-        path = self.folder / LOCK
         try:
-            self._lock = self._lock or open(path, "a+b" if self.group.main else "r+b")
+            self._lock = self._lock or open(self.folder / LOCK, "a+b")
             fcntl.lockf(self._lock, lock | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            raise UserError(f"--out: expected a folder that all nodes share, but {path} is not there") from None
         except (BlockingIOError, PermissionError):
             got = "another command is writing it, or what is left of one"
             raise UserError(f"{self.folder}: {got}; wait for it to end, or end it") from None
