@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.files import (
@@ -139,7 +139,7 @@ class Shards:
             verify(folder, self.manifest, shards, made_by, together=False)  # as every process reads them now
         for name in shards:
             path = (self.folder / name).with_suffix(".safetensors")
-            for i, row in enumerate(read_json(self.folder / name)["rows"]):
+            for i, row in enumerate(_rows(self.folder / name)):
                 splits.add(str(row.get("split")))
                 if split in (None, row.get("split")):
                     self.rows.append(row)
@@ -170,24 +170,32 @@ class Shards:
         file, start = self._open[path]
         return file, place, start
 
-    def _finite(self, tensor: Tensor, field: str, i: int) -> Tensor:
+    def _read(self, field: str, i: int) -> Tensor:
+        """A field of sample i, or its text states. UserError if they are not in its file, or not finite."""
+        try:
+            file, place, start = self._sample(i)
+            if field == "text":
+                first, end = start[place : place + 2]
+                tensor = file.get_slice(field)[first:end]
+                if len(tensor) != end - first:
+                    raise LookupError(f"{len(tensor)} of {end - first} states")
+            else:
+                tensor = file.get_slice(field)[place]
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            got = f"expected {field} of sample {self._place[i]}, got: {error}"
+            raise UserError(f"{self._path[i]}: {got}; make {self.folder} again") from None
         if not_finite({field: tensor}):
-            got = f"got NaN or infinity in {field} of {self.rows[i]['id']!r}"
+            got = f"got NaN or infinity in {field} of {self.rows[i].get('id')!r}"
             raise UserError(f"{self._path[i]}: expected finite numbers, {got}; make {self.folder} again")
         return tensor
 
     def get(self, field: str, index: Sequence[int]) -> Tensor:
-        """A field of the samples index, stacked: (B, *shape). UserError if one is not finite."""
-        samples = ((i, *self._sample(i)) for i in index)
-        return torch.stack([self._finite(file.get_slice(field)[place], field, i) for i, file, place, _ in samples])
+        """A field of the samples index, stacked: (B, *shape). UserError if one is missing or not finite."""
+        return torch.stack([self._read(field, i) for i in index])
 
     def states(self, index: Sequence[int]) -> list[Tensor]:
         """Text states of the samples index, each (S, text_dim) at its true length. UserError as `get`."""
-        samples = ((i, *self._sample(i)) for i in index)
-        return [
-            self._finite(file.get_slice("text")[start[place] : start[place + 1]], "text", i)
-            for i, file, place, start in samples
-        ]
+        return [self._read("text", i) for i in index]
 
     def text(self, index: Sequence[int]) -> Tensor:
         """Text states (B, S, text_dim) of the samples index, padded with zeros to the longest."""
@@ -207,6 +215,15 @@ class Shards:
     def shape(self, field: str) -> tuple[int, ...]:
         """Shape of one sample's field."""
         return tuple(self._sample(0)[0].get_slice(field).get_shape()[1:])
+
+
+def _rows(path: Path) -> list[dict]:
+    """The rows of a shard. UserError if there are none: others may have made it."""
+    facts = read_json(path)
+    rows = facts.get("rows") if isinstance(facts, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected rows, a JSON object for each sample, got something else")
+    return rows
 
 
 def batch_order(n: int, batch_size: int, step: int, key: tuple, generator: Callable) -> list[int]:

@@ -22,7 +22,7 @@ import prepare
 import runtime.files
 import runtime.run
 import runtime.shards
-from runtime.files import CHECKED, read_manifest, read_sealed, write_json
+from runtime.files import CHECKED, read_manifest, read_sealed, write_json, write_manifest, write_tensors
 from runtime.group import Group
 from runtime.options import UserError
 from runtime.run import Run
@@ -452,6 +452,30 @@ def test_a_shard_that_is_cut_under_a_run(chain, tmp_path):
     clips.get("x0", [0])
     cut(tmp_path / "shards" / "shard-00000.safetensors")
     refused("shard-00000.safetensors: expected .* bytes as before.*changed under this run", clips.get, "x0", [0])
+
+
+LIES = {  # what a shard's rows and tensors say, whose manifest fits: others may have made it
+    "more rows than tensors": dict(rows=[{"id": "a"}, {"id": "b"}]),
+    "no rows": dict(rows=7),
+    "no such tensor": dict(tensors={"y": torch.zeros(1, 2)}),
+    "text that ends early": dict(tensors={"x0": torch.zeros(1, 2), "text_start": torch.tensor([0, 9])}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_shard_that_lies_is_named(lie, tmp_path):
+    text = {"text": torch.zeros(2, 4), "text_start": torch.tensor([0, 2])}
+    facts = {"rows": [{"id": "a"}], "tensors": {"x0": torch.zeros(1, 2)}} | LIES[lie]
+    write_tensors(tmp_path / "shard-00000.safetensors", text | facts["tensors"])
+    write_json(tmp_path / "shard-00000.json", {"rows": facts["rows"]})
+    write_manifest(tmp_path, ["shard-00000.safetensors", "shard-00000.json"], stage="prepare")
+
+    def read():
+        clips = Shards(tmp_path, "prepare.py")
+        index = range(len(clips))
+        return clips.get("x0", index), clips.text(index)
+
+    refused("shard-00000.(safetensors|json): expected", read)
 
 
 @pytest.mark.parametrize("name", ["../canary", "/etc/hostname", "link.txt"])
