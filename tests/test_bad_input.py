@@ -17,7 +17,6 @@ import prepare
 from runtime.files import read_jsonl
 from runtime.options import UserError, program
 from runtime.shards import Shards, shard_is_whole
-from tiny import balls
 
 # ---- a stage's options and folders -----------------------------------------------------------------------------------
 
@@ -225,18 +224,6 @@ def test_programs_speak_utf8_in_any_locale(tmp_path):
     assert (tmp_path / "café🧨").read_text(encoding="utf-8") == "café🧨"
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
-    """Ctrl-C is no crash: one line, exit code 130."""
-
-    def main(cfg):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["balls"])
-    with pytest.raises(SystemExit) as caught:
-        program(main, balls.Config, "")
-    assert caught.value.code == 130 and "run the same command again" in capsys.readouterr().err
-
-
 # ---- a full disk -----------------------------------------------------------------------------------------------------
 
 
@@ -256,18 +243,6 @@ def test_a_full_disk_loses_nothing(name, call, chain, tmp_path, monkeypatch, cap
     assert not list(tmp_path.rglob("*.tmp")), "half-written files are left"
     main(cfg)
     assert contents(tmp_path / "out") == contents(chain / name)
-
-
-def test_a_full_disk_of_unknown_name(monkeypatch, capsys):
-    """A line that is appended, to metrics.jsonl for one, meets a full disk without a name: none is made up."""
-
-    def main(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    with pytest.raises(SystemExit, match="2"):
-        program(main, prepare.Config, "")
-    assert capsys.readouterr().err.startswith("error: disk full; free some space")
 
 
 def test_a_real_full_disk(chain, tmp_path):

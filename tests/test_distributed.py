@@ -136,7 +136,7 @@ import sample
 run_stage(chain, "pairs", out=out / "pairs", shard_size=1, shard=True)
 sample.main(sample.Config(**{options}, out=str(out / "videos"), shard=True))
 run_stage(chain, "pairs", out=out / "few", clips=2)
-assert (out / "few/MANIFEST.json").exists()
+assert (out / "few/MANIFEST.json").exists()  # also who had nothing to do waits for the end
 """
     torchrun(chain, tmp_path, processes, lines)
     for k in range(len(list(single.glob("shard-*.json")))):
@@ -144,8 +144,9 @@ assert (out / "few/MANIFEST.json").exists()
         assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
     assert {p.name for p in folder.iterdir()} == {p.name for p in single.iterdir()}
     assert {p.name for p in (tmp_path / "videos").iterdir()} == {p.name for p in (tmp_path / "alone").iterdir()}
-    few = {"shard-00000.json", "shard-00000.safetensors", "run.json", "MANIFEST.json"}
-    assert {p.name for p in (tmp_path / "few").iterdir()} == few
+    few = {p.name for p in (tmp_path / "few").iterdir()}
+    assert {name for name in few if "shard" in name} == {"shard-00000.json", "shard-00000.safetensors"}
+    assert "MANIFEST.json" in few and "claims" not in few
 
 
 # one process is so slow that all other pairs are made while it makes its first one; each notes what it made

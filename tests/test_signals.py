@@ -63,6 +63,7 @@ def test_every_end_is_a_line(monkeypatch, capsys, tmp_path):
         (Diverged("not finite"), 3, "error: not finite"),
         (roll.Lost("rank 1 ended"), 4, "error: rank 1 ended"),
         (OSError(errno.ENOSPC, "No space left on device", str(gone)), 2, f"error: disk full writing {gone}; free some"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: disk full; free some"),  # which, it does not say
         (OSError(errno.EDQUOT, "Disk quota exceeded", str(tmp_path / "a")), 2, f"disk full writing {tmp_path}/a: "),
     ]
     for number in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ESTALE, errno.EIO):
