@@ -146,7 +146,7 @@ class Decoder(contextlib.AbstractContextManager):
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 2**20)
         if process.stdout.readline() != b"ready\n":
             self.close()
-            raise UserError(f"{self.program[-1]} did not start: numpy or av (17.1 or newer) cannot be imported")
+            raise UserError(f"{self.program[-1]} did not start: check that numpy and av>=17.1 can be imported")
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""

@@ -354,6 +354,7 @@ def _many(raw: bytearray) -> None:
 HTML = b"<!doctype html><html><head><title>404</title></head><body><h1>Not found</h1></body></html>\n"
 VARIED = np.cumsum([0, *random.Random(5).choices([10, 20, 25, 33, 40, 50], k=N - 1)]).tolist()
 MILLISECONDS = dict(ticks=VARIED, base=Fraction(1, 1000))
+UNEVEN = [i + i // 3 for i in range(N)]
 GAP = [i if i < 30 else i + 60 for i in range(N)]
 STILL = [min(i, 20) if i < 50 else i for i in range(N)]
 B_FRAMES = {"bf": "3", "x264-params": "b-adapt=0", "g": "12", "sc_threshold": "0"}
@@ -416,6 +417,8 @@ CASES: dict[str, tuple] = {  # name of the class -> ending of the file, its make
     "B-frames, AVI, delay not told": (".avi", _damaged, dict(change=_no_delay, must="read", options=PYRAMID)),
     "B-frames, AVI, a packet lost": (".avi", _lost, dict(drop=40, options=B_FRAMES)),
     "B-frames, AVI, cut at no keyframe": (".avi", _cut, CUT | dict(skip=2, options=B_FRAMES)),
+    "B-frames, AVI, a key frame cut out": (".avi", _lost, dict(drop=0, close=True, options=B_FRAMES)),
+    "B-frames, AVI, variable rate": (".avi", write, dict(ticks=UNEVEN, must="either", options=B_FRAMES)),
     "B-frames, ASF": (".asf", write, dict(options=B_FRAMES)),
     "fragmented": (".mp4", write, dict(mux={"movflags": "frag_keyframe+empty_moov"})),
     "intra refresh": (".mp4", write, dict(options={"x264-params": "intra-refresh=1:keyint=20", "bf": "0"})),

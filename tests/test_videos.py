@@ -153,7 +153,8 @@ def test_a_playlist_is_refused(decoder, elsewhere, kind, ending, tmp_path):
     """By its format's name, whatever it points at, even if a stream follows that makes it a healthy file, too."""
     path, address, requests = elsewhere
     shutil.copy(path, tmp_path)
-    for target in (path, path.name, f"file:{path}", address):
+    os.mkfifo(tmp_path / "fifo.ts")  # whoever opens it waits for ever
+    for target in (path, path.name, f"file:{path}", tmp_path / "fifo.ts", address):
         text = PLAYLISTS[kind].format(target).encode()
         for more in (b"", b"\n" * (-len(text) % 188) + path.read_bytes()):
             (tmp_path / f"video{ending}").write_bytes(text + more)
