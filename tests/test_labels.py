@@ -127,7 +127,7 @@ BAD = {  # what is wrong with the csv -> a change of its rows, words, options
     "no number": (score("good"), r"got 2 without one: 00001-.*-first\.mp4, 00001-.*-second\.mp4$"),
     "NaN": (score("nan"), "a number for each video of the pairs, got 2"),
     "empty": (score(""), "got 2 without one"),
-    "short rows": (lambda rows: [row[:4] for row in rows], "got 16 without one"),
+    "short rows": (lambda rows: [row[:4] for row in rows], "got row 1: expected . cells as in the header, got 4"),
     "no score": (lambda rows: rows, "path and reward_XY.* columns are path, prompt", dict(column="reward_XY")),
     "no name": (lambda rows: rows, "expected the columns path", dict(columns=("name", *COLUMNS[1:]))),
     "nothing": (lambda rows: [], "its columns are none", dict(columns=())),
