@@ -1,16 +1,15 @@
 """Kills, signals, full disks, damage, NaN and hostile files against the real commands: what was tried, held and lost.
 
-    python -m bench.torture                          every row; writes docs/reliability.md; exit code 1 if a case is lost
-    python -m bench.torture --rows C1,N1 --share 0.1          a tenth of the cases of two rows; prints, writes nothing
+    python -m bench.torture                              every row; writes docs/reliability.md; exit code 1 if one is lost
+    python -m bench.torture --rows C1,N1 --share 0.1     a tenth of the cases of two rows; writes nothing
 
-A row is a function of the smallest chain of stages, an empty folder, the share of its cases to try, and a seed. Commands
-run in forked processes, so that a kill costs 0.2 s and not the seconds of an import: sys.argv, `program`, exit codes and
-what is printed are the command's own, and several processes meet by gloo as under torchrun. Some rows start torchrun.
+A row is a function of a bench of its own, the share of its cases to try and a source of random numbers. Commands run in
+forked processes, so that a kill costs 0.2 s and not the seconds of an import: sys.argv, `program`, exit codes and what
+is printed are the command's own. Several processes meet by gloo, alone or under torchrun's agent.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import http.server
 import json
@@ -21,7 +20,6 @@ import pickle
 import platform
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -34,592 +32,493 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import helpers
 import hostile
-import matplotlib.figure  # noqa: F401  before the forks, which else import it one by one
+import matplotlib.figure  # noqa: F401  once, and not in every process that draws
 import torch
 import tqdm
-from helpers import SMALLEST, contents, copy, some_clips
+from helpers import SMALLEST, some_clips
 from safetensors.torch import load_file, save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import asymdpo
 import flow
 import sft
 from runtime import video
-from runtime.files import commit, fingerprint, write_manifest
+from runtime.files import commit, read_jsonl, write_manifest
 from runtime.group import Group
 from runtime.options import program
 from runtime.run import Run
 from runtime.shards import Shards, micro_batches
 from wan.checkpoint import Checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 TRAINED = ("base", "sft", "continuation", "asymdpo")
-NAN, LIMIT = math.nan, 60.0  # s that anything may take
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One thing that was tried. note: what went wrong; empty: it held."""
-
-    name: str
-    note: str = ""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LIMIT = 60.0  # s that a command may take
+SIX = dict(steps=6, save_every=2)
+Case = tuple[str, str]  # its name, and what went wrong; empty: it held
 
 
 class Job:
-    """Forked processes, one a rank, that call run(rank) as a program of their own."""
+    """A command as `ranks` forked processes, or as one that is torchrun's agent and has them started."""
 
-    def __init__(self, run: Callable[[int], None], folder: Path, ranks: int = 1):
-        self.log = Path(tempfile.mkdtemp(dir=folder, prefix="said-"))
+    def __init__(self, run: Callable[[], None], folder: Path, ranks: int = 1, agent: bool = False):
+        self.log, self.codes, self.peak = Path(tempfile.mkdtemp(dir=folder, prefix="said-")) / "log", {}, 0
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self.codes: list[int | None] = [None] * ranks
-        self.pids, self.peak = [], 0
-        for rank in range(ranks):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        agents = LaunchConfig(1, 1, ranks, f"{port}", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
+                              start_method="fork")  # fmt: skip
+        self.pids = []
+        for rank in range(1 if agent else ranks):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             pid = os.fork()
             if not pid:
-                self._child(run, rank, group if ranks > 1 else {})
+                self._child(elastic_launch(agents, run) if agent else run, {} if agent or ranks == 1 else env)
             self.pids.append(pid)
 
-    def _child(self, run: Callable, rank: int, group: dict) -> None:
+    def _child(self, run: Callable, env: dict) -> None:
         code = 1
         try:
-            os.setsid()
-            os.environ.update({key: str(value) for key, value in group.items()})
+            os.environ.update({key: str(value) for key, value in env.items()})
             for number in (1, 2):
-                os.dup2(os.open(self.log / f"{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+                os.dup2(os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             tqdm.tqdm.monitor_interval = 0
-            run(rank)
+            run()
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:
             traceback.print_exc()
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+            sys.stdout.flush()
             os._exit(code)
 
     def send(self, number: int, *ranks: int) -> None:
         for rank in ranks or range(len(self.pids)):
-            if self.codes[rank] is None:
+            if rank not in self.codes:
                 os.kill(self.pids[rank], number)
 
-    def poll(self) -> bool:
-        """Whether all have ended."""
+    def poll(self, *ranks: int) -> bool:
+        """Whether these, or all, have ended."""
         for rank, pid in enumerate(self.pids):
-            if self.codes[rank] is None:
+            if rank not in self.codes:
                 ended, status, used = os.wait4(pid, os.WNOHANG)
                 if ended:
-                    self.codes[rank] = os.waitstatus_to_exitcode(status)
-                    self.peak = max(self.peak, used.ru_maxrss * 1024)
-        return None not in self.codes
+                    self.codes[rank], self.peak = os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
+        return self.codes.keys() >= set(ranks or range(len(self.pids)))
 
-    def wait(self, seconds: float = LIMIT) -> list[int | None]:
-        """The exit codes; None of a process that had not ended in time, and was killed."""
-        end = time.monotonic() + seconds
-        while not self.poll() and time.monotonic() < end:
-            time.sleep(0.005)
-        codes = [*self.codes]
+    def wait(self, seconds: float = LIMIT, *ranks: int) -> set[int | str]:
+        """The exit codes, "alive" for a process that had not ended in time. All are gone then."""
+        until(lambda: self.poll(*ranks), seconds)
+        codes = {self.codes.get(rank, "alive") for rank in ranks or range(len(self.pids))}
         self.send(signal.SIGKILL)
-        while not self.poll():
-            time.sleep(0.005)
+        until(self.poll)
         return codes
 
-    def said(self, rank: int | None = None) -> str:
-        ranks = range(len(self.pids)) if rank is None else [rank]
-        return "".join((self.log / str(r)).read_text(errors="replace") for r in ranks if (self.log / str(r)).exists())
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log.exists() else ""
 
-    def last(self) -> str:
-        """The last line that was said."""
-        return (self.said().replace("\r", "\n").strip().splitlines() or ["nothing"])[-1][:200]
-
-
-def command(chain: Path, name: str, before: Callable[[int], None] = lambda rank: None, **changes) -> Callable:
-    """What runs a stage's script; `before` may patch the process that will run it."""
-    module, cfg = SMALLEST[name][0], helpers.stage(chain, name, **changes)[1]
-
-    def run(rank: int) -> None:
-        before(rank)
-        sys.argv = helpers.command_line(name, cfg)
-        program(module.main, module.Config, module.__doc__)
-
-    return run
+    def refused(self, words: str = "", codes: tuple = (2,)) -> str:
+        """It must end with such a code, without a traceback, and say these words. What is wrong, if not."""
+        got, said = self.wait(), self.said
+        last = (said.strip().splitlines() or ["nothing"])[-1][:200]
+        well = got <= set(codes) and "Traceback" not in said and re.search(words, said)
+        return "" if well else f"exit {', '.join(map(str, got))}, it said: {last}"
 
 
-def clean(found: dict[str, str]) -> dict[str, str]:
-    return {name: sha256 for name, sha256 in found.items() if Path(name).name != ".lock"}
+def until(met: Callable[[], bool], seconds: float = LIMIT) -> bool:
+    """Waits until a condition is met. Whether it was."""
+    end = time.monotonic() + seconds
+    while not (found := met()) and time.monotonic() < end:
+        time.sleep(0.005)
+    return found
 
 
-def straight(chain: Path, folder: Path, name: str, ranks: int = 1, **changes) -> tuple[dict, float]:
-    """The files of a run that nothing disturbs, and its seconds."""
-    out, began = folder / f"straight-{name}-{ranks}", time.monotonic()
-    job = Job(command(chain, name, **{**changes, "out": out}), folder, ranks)
-    if any(job.wait(10 * LIMIT)):
-        raise RuntimeError(f"{name} does not run: {job.said()}")
-    return clean(contents(out)), time.monotonic() - began
+class Bench:
+    """The smallest chain of stages, and a folder for what a row does with them."""
 
+    def __init__(self, chain: Path, folder: Path):
+        self.chain, self.folder, self._straight = chain, folder, {}
 
-def goes_on(chain: Path, folder: Path, name: str, expected: dict, ranks: int = 1, **changes) -> str:
-    """The same command again: it must end well, in the bytes of a straight run and no other file. Returns a note."""
-    job = Job(command(chain, name, **changes), folder, ranks)
-    if any(codes := job.wait()):
-        return f"the next start ended with {codes}: {job.last()}"
-    got = clean(contents(Path(changes["out"])))
-    other = sorted(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))
-    return f"other files than of a straight run: {', '.join(other[:3])}" if other else ""
+    def run(self, name: str, patch: Callable[[], None] = lambda: None, **changes) -> Callable[[], None]:
+        """What runs a stage's script in a process that `patch` may prepare."""
+        module, cfg = SMALLEST[name][0], helpers.stage(self.chain, name, **changes)[1]
 
+        def run() -> None:
+            patch()
+            sys.argv = helpers.command_line(name, cfg)
+            program(module.main, module.Config, module.__doc__)
 
-def refused(job: Job, words: str = "", codes: tuple = (2,)) -> str:
-    """A job must have ended with one of these codes and a line that has these words. Returns a note."""
-    got, said = job.wait(), job.said()
-    if not set(got) <= set(codes):
-        return f"it ended with {got}: {job.last()}"
-    if "Traceback" in said or not re.search(words, said):
-        return f"it said: {job.last()}"
-    return ""
+        return run
+
+    def start(self, name: str, ranks: int = 1, patch: Callable = lambda: None, agent=False, **changes) -> Job:
+        return Job(self.run(name, patch, **changes), self.folder, ranks, agent)
+
+    def straight(self, name: str, ranks: int = 1, **changes) -> tuple[dict[str, str], float]:
+        """The files of a run that nothing disturbs, and its seconds."""
+        key = f"{name}-{ranks}"
+        if key not in self._straight:
+            out, began = self.folder / f"straight-{key}", time.monotonic()
+            if note := self.start(name, ranks, **{**changes, "out": out}).refused(codes=(0,)):
+                raise RuntimeError(f"{name} does not run: {note}")
+            self._straight[key] = helpers.contents(out), time.monotonic() - began
+        return self._straight[key]
+
+    def goes_on(self, name: str, ranks: int = 1, like: int | None = None, **changes) -> str:
+        """The same command again must end well, in the bytes of a straight run (of `like` processes) and no other file.
+        What is wrong, if not.
+        """
+        expected = self.straight(name, like or ranks, **changes)[0]
+        if note := self.start(name, ranks, **changes).refused(codes=(0,)):
+            return f"the next start: {note}"
+        got = helpers.contents(Path(changes["out"]))
+        other = sorted(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))
+        shutil.rmtree(changes["out"])
+        return f"other files than a straight run's: {', '.join(other[:3])}" if other else ""
 
 
 def logged(out: Path) -> int:
-    """Lines of metrics.jsonl."""
-    return (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
+    """Steps in metrics.jsonl."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def newest(out: Path) -> int:
+def saved(out: Path) -> int:
     """The step of the newest checkpoint."""
     return max((int(p.parent.name[5:]) for p in out.glob("checkpoints/step-*/MANIFEST.json")), default=0)
 
 
-def some(full: int, share: float) -> int:
-    return max(1, round(full * share))
+def some(full: int, share: float) -> range:
+    return range(max(1, round(full * share)))
 
 
-def evenly(things: list, share: float) -> list:
-    count = some(len(things), share)
-    return [things[i * len(things) // count] for i in range(count)]
+def evenly(things, share: float) -> list:
+    things = list(things)
+    return [things[i * len(things) // len(some(len(things), share))] for i in some(len(things), share)]
 
 
-def at_call(owner, name: str, call: int, act: Callable, last: bool = True) -> None:
-    """From now on owner.name's call number `call`, from 0, and unless `last` all after it, are act(original, …)."""
+def at_call(owner, name: str, call: int, act: Callable, ever: bool = False) -> None:
+    """From now on call number `call` of owner.name, from 0, is act(original, …); ever: and all after it."""
     original, calls = getattr(owner, name), iter(range(10**9))
 
     @functools.wraps(original)
     def counted(*args, **kwargs):
         n = next(calls)
-        return act(original, *args, **kwargs) if n == call or n > call and not last else original(*args, **kwargs)
+        return act(original, *args, **kwargs) if n == call or (ever and n > call) else original(*args, **kwargs)
 
     setattr(owner, name, counted)
+
+
+def dies_logging(step: int) -> Callable[[], None]:
+    """A patch: the process ends where it would log the step after this one."""
+    return lambda: at_call(Run, "log", step, lambda *_, **__: os._exit(9))
 
 
 # ---- C: kills, signals, full disks, damage ---------------------------------------------------------------------------
 
 
-def c1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """kill -9 at random instants of training and saving; every fifth run has two processes, of which one or both die"""
-    draw, changes, known = random.Random(seed), dict(steps=12, save_every=3), {}
-    for i in range(some(200, share)):
-        name, ranks, out = TRAINED[i % 4], 1 + (i % 5 == 4), folder / str(i)
-        if (name, ranks) not in known:
-            known[name, ranks] = straight(chain, folder, name, ranks, **changes)
-        expected, seconds = known[name, ranks]
-        codes, start = [0], command(chain, name, out=out, **changes)
-        while not any(codes):  # it ended before it could be killed
+def c1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """`kill -9` at random instants of training and saving; every fifth run has two processes, of which one or both die"""
+    for i in some(200, share):
+        name, ranks, out = TRAINED[i % 4], 1 + (i % 5 == 4), bench.folder / str(i)
+        changes = dict(steps=12, save_every=3, out=out)
+        seconds, codes = bench.straight(name, ranks, **changes)[1], {0}
+        while codes == {0}:  # it ended before it could be killed
             shutil.rmtree(out, ignore_errors=True)
-            job, delay = Job(start, folder, ranks), draw.uniform(0, seconds)
+            job, delay = bench.start(name, ranks, **changes), draw.uniform(0, seconds)
             time.sleep(delay)
             job.send(signal.SIGKILL, *draw.choice([(0,), (ranks - 1,), ()]))
             codes = job.wait()
-        lost = logged(out) - newest(out) if (out / "metrics.jsonl").exists() else 0
-        note = f"{lost} steps lost" if lost > 3 else "a process did not end" if None in codes else ""
-        note = note or goes_on(chain, folder, name, expected, ranks, out=out, **changes)
-        yield Case(f"{name}, {ranks} process(es), killed after {delay:.3f} s, at step {logged(out)}", note)
-        shutil.rmtree(out, ignore_errors=True)
+        step, lost = logged(out), logged(out) - saved(out)
+        note = f"{lost} steps lost" if lost > 3 else "a process did not end" if "alive" in codes else ""
+        yield f"{name} of {ranks}, killed at {delay:.2f} s, step {step}", note or bench.goes_on(name, ranks, **changes)
 
 
-CHANGING = {"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "unlink", "chmod", "lockf", "flock"}
-CHANGING |= {"serialize_file", "close", "flush", "truncate", "ftruncate"}
+CHANGING = {"open", "write", "fsync", "replace", "rename", "mkdir", "rmdir", "unlink", "chmod", "lockf", "truncate"}
+CHANGING |= {"serialize_file", "close", "flush"}
+BELOW = ("/runtime/", "shutil.py", "pathlib.py", "/safetensors/")  # whose calls
 
 
-def killed_at(point: int, start: Callable) -> Callable:
-    """Calls start with a kill just before or after a C function that may change a file: at the point-th such moment
-    since the run's folder was opened. Without one (-1) it prints how many there are.
+def killed_at(moment: int, run: Callable[[], None]) -> None:
+    """run(), killed before or after a call that may change a file, at the moment of that number since the run's folder
+    was opened. Prints how many there are where it is not killed.
     """
+    moments, begin = iter(range(10**9)), Run.__init__
 
-    def run(rank: int) -> None:
-        seen, begin = [0], Run.__init__
+    def watch(frame, event, function) -> None:
+        if event in ("c_call", "c_return") and getattr(function, "__name__", "") in CHANGING:
+            if any(part in frame.f_code.co_filename for part in BELOW) and next(moments) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-        def watch(frame, event, function) -> None:
-            if event in ("c_call", "c_return") and getattr(function, "__name__", "") in CHANGING:
-                if seen[0] == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen[0] += 1
-
-        def watched(*args, **kwargs):
-            sys.setprofile(watch)
-            begin(*args, **kwargs)
-
-        Run.__init__ = watched
-        start(rank)
-        sys.setprofile(None)
-        print("\nmoments", seen[0])
-
-    return run
+    Run.__init__ = lambda *args, **kwargs: (sys.setprofile(watch), begin(*args, **kwargs))[1]
+    run()
+    sys.setprofile(None)
+    print("moments:", next(moments))
 
 
-def c2(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """kill -9 before and after every call that may change a file, while run.json, three checkpoints and the result are
+def c2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """`kill -9` before and after every call that may change a file while run.json, three checkpoints and the result are
     written
     """
-    changes = dict(steps=4, save_every=1)
-    expected = straight(chain, folder, "sft", **changes)[0]
-    out = folder / "out"
-    job = Job(killed_at(-1, command(chain, "sft", out=folder / "counted", **changes)), folder)
-    job.wait()
-    for point in evenly(range(int(job.last().split()[-1])), share):
-        job = Job(killed_at(point, command(chain, "sft", out=out, **changes)), folder)
-        note = "" if job.wait() == [-signal.SIGKILL] else f"it was not killed: {job.last()}"
-        yield Case(f"moment {point}", note or goes_on(chain, folder, "sft", expected, out=out, **changes))
-        shutil.rmtree(out)
+    changes = dict(steps=4, save_every=1, out=bench.folder / "out")
+    run = bench.run("sft", **changes)
+    counted = Job(partial(killed_at, -1, bench.run("sft", **{**changes, "out": bench.folder / "all"})), bench.folder)
+    counted.wait()
+    for moment in evenly(range(int(counted.said.split()[-1])), share):
+        job = Job(partial(killed_at, moment, run), bench.folder)
+        note = job.refused(codes=(-signal.SIGKILL,))
+        yield f"moment {moment}", note or bench.goes_on("sft", **changes)
 
 
-def orphans(mark: str) -> list[int]:
-    """Processes that were started by one with this in its environment."""
-    found = []
+def left(mark: str) -> int:
+    """Processes that have a word in the environment that they were started with."""
+    found = 0
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if mark.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
+            found += mark.encode() in path.read_bytes()
     return found
 
 
-def stopped_note(codes: list, number: int, job: Job, out: Path) -> str:
-    """What is wrong with how a run ended that was asked to end by a signal."""
-    if logged(out) == 0 and set(codes) <= {-number, 128 + number}:
-        return ""  # it had not begun
-    if codes == [0] * len(codes):
-        return ""  # it was done
-    if set(codes) != {128 + number}:
-        return f"it ended with {codes}: {job.last()}"
-    if "Traceback" in job.said() or "interrupted" not in job.said():
-        return f"it said: {job.last()}"
-    done = logged(out) in (newest(out), 40)
-    return "" if done else f"{logged(out)} steps were logged, the checkpoint is of step {newest(out)}"
-
-
-def c3(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """SIGTERM and Ctrl-C: a checkpoint at the end of the step, one line, exit 143 or 130, the same result in the end; and
-    no decoder of prepare.py is left, whatever ends it
+def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """SIGTERM and Ctrl-C: a checkpoint at the end of the step, one line, exit 143 or 130, and the next start goes on; every
+    fifth is torchrun of two. No decoder of prepare.py outlives it, whatever ends it
     """
-    draw, changes, known = random.Random(seed), dict(steps=40, save_every=1000), {}
-    for i in range(some(20, share)):
-        name, ranks, out = TRAINED[i % 4], 1 + (i % 5 == 4), folder / str(i)
-        number = (signal.SIGTERM, signal.SIGINT)[i % 2]
-        if (name, ranks) not in known:
-            known[name, ranks] = straight(chain, folder, name, ranks, **changes)
-        expected, seconds = known[name, ranks]
-        job = Job(command(chain, name, out=out, **changes), folder, ranks)
-        time.sleep(draw.uniform(0.2, 0.9) * seconds)
-        job.send(number, *draw.choice([(0,), (ranks - 1,), ()]))
-        note, step = stopped_note(job.wait(), number, job, out), logged(out)
-        note = note or goes_on(chain, folder, name, expected, ranks, out=out, **changes)
-        yield Case(f"{number.name} to {name}, {ranks} process(es), at step {step}", note)
-    clips = some_clips(chain, folder / "clips", 30)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[: some(3, share)]:
+    for i in some(20, share):
+        name, ranks, number = TRAINED[i % 4], 1 + (i % 5 == 4), (signal.SIGTERM, signal.SIGINT)[i % 2]
+        changes = dict(steps=40, save_every=1000, out=bench.folder / str(i))
+        seconds = bench.straight(name, ranks, **changes)[1]
+        job = bench.start(name, ranks, agent=ranks > 1, **changes)
+        until(lambda: logged(changes["out"]) or job.poll())
+        time.sleep(draw.uniform(0, 0.7) * seconds)
+        job.send(number)
+        note = job.refused(
+            "interrupted|at the end of this step", (0, 1, 128 + number) if ranks > 1 else (0, 128 + number)
+        )
+        step = logged(changes["out"])
+        if not note and step not in (saved(changes["out"]), 40):
+            note = f"{step} steps were logged, the checkpoint is of step {saved(changes['out'])}"
+        yield f"{number.name} to {name} of {ranks}, step {step}", note or bench.goes_on(name, ranks, **changes)
+    clips = some_clips(bench.chain, bench.folder / "clips", 30)
+    for number in evenly((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), share):
         mark = f"TORTURE={os.getpid()}-{number}"
-        marked = lambda rank, mark=mark: os.environ.update([mark.split("=")])  # noqa: E731
-        job = Job(command(chain, "shards", marked, videos=clips, workers=2, out=folder / number.name), folder)
-        end = time.monotonic() + 30
-        while len(orphans(mark)) < 2 and time.monotonic() < end:
-            time.sleep(0.02)
-        started, _ = len(orphans(mark)), job.send(number)
-        codes, end = job.wait(), time.monotonic() + 2
-        while orphans(mark) and time.monotonic() < end:
-            time.sleep(0.02)
-        left = len(orphans(mark))
-        note = f"{left} of its {started} decoders ran on for 2 s" if left else "" if started else "no decoder started"
-        wanted = (-signal.SIGKILL,) if number == signal.SIGKILL else (128 + number,)
-        if not note and codes[0] not in wanted:
-            note = f"it ended with {codes}: {job.last()}"
-        yield Case(f"{number.name} to prepare.py while it decodes", note)
+        patch = lambda mark=mark: os.environ.update([mark.split("=")])  # noqa: E731
+        job = bench.start("shards", patch=patch, videos=clips, workers=2, out=bench.folder / number.name)
+        started = until(lambda: left(mark) == 2, 30)
+        job.send(number)
+        note = job.refused(codes=(-number, 128 + number)) if started else "no decoder was started"
+        note = note or ("" if until(lambda: not left(mark), 2) else f"{left(mark)} decoders ran on for 2 s")
+        yield f"{number.name} to prepare.py", note
 
 
-def mount(folder: Path, size: int, again: bool = False) -> None:
+def mount(folder: Path, size: int, options: str = "") -> None:
     folder.mkdir(exist_ok=True)
-    options = f"{'remount,' * again}size={size}"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True, capture_output=True)
+    words = ["mount", "-t", "tmpfs", "-o", f"{options}size={size}", "tmpfs", str(folder)]
+    subprocess.run(words, check=True, capture_output=True)
 
 
-def c4(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """a disk that is full at ten levels (needs root, to mount one): one line with what is free, exit 2 of all processes;
-    with more space the same command ends well
+def c4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """a disk that is full at ten levels (needs root, to mount one): a line, exit 2; with more space the same command ends
+    well
     """
-    changes, disk = dict(steps=6, save_every=2), folder / "disk"
-    for i in range(some(10, share)):
-        name, ranks = ("base", "pairs")[i % 2], 1 + (i % 4 == 0)
-        changes = {} if name == "pairs" else dict(steps=6, save_every=2)
-        expected = straight(chain, folder, name, ranks, **changes)[0]
-        size = sum(p.stat().st_size for p in (folder / f"straight-{name}-{ranks}").rglob("*"))
-        shutil.rmtree(folder / f"straight-{name}-{ranks}")
-        size *= 8 if name == "base" else 1  # a checkpoint is three times the weights, and there are two and a half
-        with contextlib.ExitStack() as stack:
-            try:
-                mount(disk, level := 4096 * max(1, int(size * (i + 0.5) / 10 / 4096)))
-            except (OSError, subprocess.CalledProcessError):
-                return
-            stack.callback(subprocess.run, ["umount", str(disk)], check=True)
-            job = Job(command(chain, name, out=disk / "out", **changes), folder, ranks)
-            note = refused(job, r"full.*\bfree\b", (0, 1, 2) if ranks > 1 else (0, 2)) if any(job.wait()) else ""
-            fits = not any(job.codes)
-            mount(disk, 10 * size, again=True)
-            note = note or goes_on(chain, folder, name, expected, ranks, out=disk / "out", **changes)
-        yield Case(f"{name}, {ranks} process(es), {level // 1024} KiB{', which was enough' * fits}", note)
+    for i in some(10, share):
+        name, disk = ("base", "pairs")[i % 2], bench.folder / f"disk-{i}"
+        changes = {**({} if name == "pairs" else SIX), "out": disk / "out"}
+        bench.straight(name, **changes)
+        size = sum(path.stat().st_size for path in (bench.folder / f"straight-{name}-1").rglob("*"))
+        size *= 8 if name == "base" else 1  # two checkpoints and a half, each of them three times the weights
+        level = 4096 * max(4, int(size * (i + 0.5) / 10 / 4096))
+        try:
+            mount(disk, level)
+        except (OSError, subprocess.CalledProcessError):
+            return
+        try:
+            job = bench.start(name, **changes)
+            note = "" if job.wait() == {0} else job.refused("full")
+            mount(disk, 10 * size, "remount,")
+            yield (
+                f"{name}, {level // 1024} KiB{' (enough)' * (job.codes == {0: 0})}",
+                note or bench.goes_on(name, **changes),
+            )
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
 
 
-def damages(state: Path, draw: random.Random, share: float) -> Iterator[tuple[str, Path, Callable]]:
-    """What is done to which file, and how: 1,066 in all."""
-    checkpoint = sorted(p for p in (state / "checkpoints/step-0000004").iterdir() if p.is_file())
-    files = [*checkpoint, state / "run.json", state / "metrics.jsonl"]
-    for path in files[: some(len(files), share)]:
-        yield f"{path.name} is empty", path, lambda raw: b""
-        yield f"a byte after {path.name}", path, lambda raw: raw + b"\0"
-    for i in range(some(64, share)):
+def damages(state: Path, share: float, draw: random.Random) -> Iterator[tuple[str, Path, bytes]]:
+    """What is done, to which file, and what it becomes: 1,064 and two for each file."""
+    newest = state / "checkpoints/step-0000004"
+    files = [*(newest / name for name in ("state.safetensors", "MANIFEST.json", "metrics.jsonl")), state / "run.json"]
+    for path in evenly(files, share):
+        yield f"{path.name} empty", path, b""
+        yield f"{path.name} and a byte", path, path.read_bytes() + b"\0"
+    for i in some(64, share):
         path, part = files[i % len(files)], draw.random()
-        yield f"{path.name} cut at {part:.1%}", path, lambda raw, part=part: raw[: int(part * len(raw))]
-    for i in range(some(1000, share)):
-        path, part, bit = files[i % len(files)], draw.random(), 1 << draw.randrange(8)
-
-        def flip(raw: bytes, part=part, bit=bit) -> bytes:
-            at = int(part * len(raw))
-            return raw[:at] + bytes([raw[at] ^ bit]) + raw[at + 1 :]
-
-        yield f"{path.name}, {part:.2%}: bit {bit} flipped", path, flip
+        yield f"{path.name} cut at {part:.2%}", path, path.read_bytes()[: int(part * path.stat().st_size)]
+    for i in some(1000, share):
+        path, raw = files[i % len(files)], bytearray(files[i % len(files)].read_bytes())
+        at, bit = draw.randrange(len(raw)), draw.randrange(8)
+        raw[at] ^= 1 << bit
+        yield f"{path.name}: bit {bit} of byte {at}", path, bytes(raw)
 
 
-def c5(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """damage to what a resume reads (the newest checkpoint's files, run.json, metrics.jsonl): truncations, single flipped
-    bits, a byte too many, empty files. It is named, and passed over for the checkpoint before or refused
+def c5(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """damage to what a resume reads (the newest checkpoint's state, manifest and log, and run.json), cut, longer, empty, or
+    with one bit flipped: the file is named, and the run goes on from the checkpoint before or is refused
     """
-    changes, out, kept = dict(steps=6, save_every=2), folder / "out", folder / "kept"
-    expected = straight(chain, folder, "sft", **changes)[0]
-    die = lambda rank: at_call(Run, "log", 5, lambda *_, **__: os._exit(9))  # noqa: E731
-    Job(command(chain, "sft", die, out=out, **changes), folder).wait()
+    kept, out = bench.folder / "kept", bench.folder / "out"
+    bench.start("sft", patch=dies_logging(5), out=out, **SIX).wait()
     out.rename(kept)
-    for name, path, change in damages(kept, random.Random(seed), share):
+    for name, path, raw in damages(kept, share, draw):
         shutil.copytree(kept, out)
-        place = out / path.relative_to(kept)
-        place.write_bytes(change(path.read_bytes()))
-        job = Job(command(chain, "sft", out=out, **changes), folder)
-        if job.wait() == [2]:
-            note = refused(job, re.escape(path.name))
-        else:
-            named = path.parent == kept or path.name in job.said() or "step-0000004" in job.said()
-            note = goes_on(chain, folder, "sft", expected, out=out, **changes) if job.codes == [0] else job.last()
-            note = note or "" if named else "it was passed over without a word"
-        yield Case(name, note)
-        shutil.rmtree(out)
+        (out / path.relative_to(kept)).write_bytes(raw)
+        job = bench.start("sft", out=out, **SIX)
+        note = job.refused(path.name if path.parent == kept else "step-0000004", (0, 2))
+        yield name, note or (bench.goes_on("sft", out=out, **SIX) if job.codes == {0: 0} else "")
+        shutil.rmtree(out, ignore_errors=True)
 
 
 # ---- D: the same run, cut, and by more processes ---------------------------------------------------------------------
 
 
-def d1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """40 steps, cut after a random one and resumed: the weights and the log of 40 steps straight, bit for bit"""
-    draw, changes, known = random.Random(seed), dict(steps=40, save_every=7), {}
-    for i in range(some(20, share)):
-        name, step, out = TRAINED[i % 4], draw.randint(1, 39), folder / str(i)
-        known[name] = known.get(name) or straight(chain, folder, name, **changes)[0]
-        die = lambda rank, step=step: at_call(Run, "log", step, lambda *_, **__: os._exit(9))  # noqa: E731
-        Job(command(chain, name, die, out=out, **changes), folder).wait()
-        note = "" if logged(out) == step else "it was not cut"
-        yield Case(
-            f"{name}, cut after {step} steps",
-            note or goes_on(chain, folder, name, expected=known[name], out=out, **changes),
+def d1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """40 steps, cut after a random one and resumed: weights and log of 40 steps straight, bit for bit"""
+    for i in some(20, share):
+        name, step, changes = (
+            TRAINED[i % 4],
+            draw.randint(1, 39),
+            dict(steps=40, save_every=7, out=bench.folder / "out"),
         )
+        note = bench.start(name, patch=dies_logging(step), **changes).refused(codes=(9,))
+        yield f"{name}, cut after {step}", note or bench.goes_on(name, **changes)
 
 
-def shares(n: int, world: int, batch: int, step: int) -> list[list[list[int]]]:
-    """What each of `world` processes reads at a step, forward by forward."""
-    cfg = types.SimpleNamespace(batch_size=batch, micro_batch=0, seed=0)
-    run = lambda rank: types.SimpleNamespace(group=Group(rank, world), stage="sft")  # noqa: E731
-    return [micro_batches(n, step, cfg, run(rank), flow.generator) for rank in range(world)]
+def shares(n: int, world: int, step: int) -> list[list[list[int]]]:
+    """The samples of n that each of `world` processes reads at a step of batch 8, forward by forward."""
+    cfg = types.SimpleNamespace(batch_size=8, micro_batch=0, seed=0)
+    runs = [types.SimpleNamespace(group=Group(rank, world), stage="sft") for rank in range(world)]
+    return [micro_batches(n, step, cfg, run, flow.generator) for run in runs]
 
 
-def d2(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """1, 2 and 4 processes read the same samples at each step, in the same order"""
-    for world in (1, 2, 4):
-        read = [sum(sum(shares(23, world, 8, step), []), []) for step in range(20)]
-        one = [sum(sum(shares(23, 1, 8, step), []), []) for step in range(20)]
-        yield Case(f"{world} process(es)", "" if read == one else "another order")
+def d2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """1, 2, 4 and 8 processes read the same samples at each step, in the same order"""
+    orders = {world: [sum(sum(shares(23, world, step), []), []) for step in range(20)] for world in (1, 2, 4, 8)}
+    for world, order in orders.items():
+        yield f"{world} processes", "" if order == orders[1] else "another order"
 
 
-def d3(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """1 … 33 samples for 1, 2, 4 and 8 processes: every process has as many forwards of equal size at each step, and each
-    epoch reads every sample once
+def d3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """1 … 33 samples for 1, 2, 4 and 8 processes: all have forwards of equal number and size at each step, and each epoch
+    reads every sample once
     """
-    shapes = [(n, world) for world in (1, 2, 4, 8) for n in range(1, 34)]
-    for n, world in evenly(shapes, share):
-        steps = [shares(n, world, 8, step) for step in range(n)]  # eight epochs
-        even = all([len(part) for part in own] == [len(part) for part in step[0]] for step in steps for own in step)
-        order = [i for step in steps for own in step for part in own for i in part]
-        epochs = [sorted(order[k : k + n]) == list(range(n)) for k in range(0, 8 * n, n)]
-        note = "" if even and all(epochs) else "uneven" if not even else "an epoch is no permutation"
-        yield Case(f"{n} samples, {world} process(es)", note)
+    for n, world in evenly([(n, world) for world in (1, 2, 4, 8) for n in range(1, 34)], share):
+        steps = [shares(n, world, step) for step in range(n)]  # eight epochs
+        even = all([*map(len, own)] == [*map(len, step[0])] for step in steps for own in step)
+        order = sum(sum(sum(steps, []), []), [])
+        whole = all(sorted(order[k : k + n]) == [*range(n)] for k in range(0, 8 * n, n))
+        yield f"{n} samples, {world} processes", "" if even and whole else "an epoch misses some" if even else "uneven"
 
 
-# ---- F, G, J: other processes ----------------------------------------------------------------------------------------
+# ---- F, G, J: several processes --------------------------------------------------------------------------------------
+
+PLACES = {"loading": (sft, "build", 0), "step": (flow, "draw_noise", 3), "saving": (Run, "save", 0)}
 
 
-def fault(kind: str) -> Callable:
-    """What befalls a process in the middle of its work."""
+def strike(kind: str, place: str, bad: int) -> None:
+    """A patch: in the middle of its work something befalls the process of rank `bad`."""
 
     def act(*args, **kwargs):
         if kind == "exception":
-            raise ZeroDivisionError("torture")
-        os.kill(os.getpid(), {"kill -9": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}[kind])
-        time.sleep(1000)
+            raise ZeroDivisionError
+        os.kill(os.getpid(), signal.SIGKILL if kind == "kill -9" else signal.SIGSTOP)
 
-    return act
-
-
-def faulty(kind: str, where: str, bad: int) -> Callable[[int], None]:
-    def before(rank: int) -> None:
-        if rank == bad:
-            owner, name, call = {
-                "loading": (sft, "build", 0),
-                "step": (flow, "draw_noise", 3),
-                "saving": (Run, "save", 0),
-            }[where]
-            at_call(owner, name, call, fault(kind))
-
-    return before
+    if os.environ.get("RANK") == str(bad):
+        at_call(*PLACES[place], act)
 
 
-TORCHRUN = """
-import sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-import os
-from bench import torture
-torture.command(Path({chain!r}), "sft", torture.faulty({kind!r}, "step", {bad}), **{changes!r})(int(os.environ["RANK"]))
-"""
-
-
-def f1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """an exception, kill -9 or SIGSTOP in one process of several: within 60 s the job is down and has named the rank; six
-    by torchrun, the others by themselves
+def f1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """an exception, `kill -9` or SIGSTOP in one process of torchrun's two or three: within 60 s the job is down, and has
+    named the rank
     """
-    changes = dict(steps=40, save_every=2, batch_size=12)
-    if "step_timeout" in {field.name for field in dataclasses.fields(sft.Config)}:
-        changes["step_timeout"] = 5.0
     faults = [
-        (kind, where, bad, 2)
-        for kind in ("exception", "kill -9")
-        for where in ("loading", "step", "saving")
-        for bad in (0, 1)
+        (kind, "step", bad, ranks) for ranks in (2, 3) for bad in (0, 1) for kind in ("exception", "kill -9", "SIGSTOP")
     ]
-    faults += [("SIGSTOP", "step", bad, ranks) for ranks in (2, 3) for bad in (0, 1)]
-    faults += [(kind, "step", 2, 3) for kind in ("exception", "kill -9")]
-    for i, (kind, where, bad, ranks) in enumerate(evenly(faults, share)):
-        started = command(chain, "sft", faulty(kind, where, bad), out=folder / str(i), **changes)
-        job, began = Job(started, folder, ranks), time.monotonic()
-        while not all(job.codes[r] is not None for r in range(ranks) if r != bad) and time.monotonic() < began + LIMIT:
-            job.poll()
-            time.sleep(0.01)
-        others = [r for r in range(ranks) if r != bad]
-        alive, said = [r for r in others if job.codes[r] is None], "".join(job.said(r) for r in others)
-        job.wait(1)
-        note = f"{alive} of {ranks} did not end" if alive else ""
-        note = note or ("a traceback" if "Traceback" in said else "")
-        if not note and kind == "SIGSTOP" and not re.search(rf"rank\W+{bad}\b|process\W+{bad}\b", said):
-            note = f"rank {bad} is not named: {job.last()}"
-        yield Case(f"{kind} in {where}, rank {bad} of {ranks}, {time.monotonic() - began:.1f} s", note)
-    for i, (kind, bad) in enumerate(
-        [(kind, bad) for kind in ("exception", "kill -9", "SIGSTOP") for bad in (0, 1)][: round(6 * share)]
-    ):
-        script, out = folder / f"{i}.py", str(folder / f"torchrun-{i}")
-        script.write_text(
-            TORCHRUN.format(root=str(ROOT), chain=str(chain), kind=kind, bad=bad, changes={**changes, "out": out})
-        )
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    faults += [
+        (k, place, bad, 2) for place in ("loading", "saving") for bad in (0, 1) for k in ("exception", "kill -9")
+    ]
+    faults += [(kind, "step", 2, 3) for kind in ("exception", "kill -9", "SIGSTOP", "exception")]
+    timeout = {"step_timeout": 5.0} if "step_timeout" in {field.name for field in fields(sft.Config)} else {}
+    for i, (kind, place, bad, ranks) in enumerate(evenly(faults, share)):
+        changes = dict(steps=40, save_every=2, batch_size=12, out=bench.folder / str(i), **timeout)
         began = time.monotonic()
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=helpers.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        job = bench.start("sft", ranks, partial(strike, kind, place, bad), agent=True, **changes)
+        codes, spent = job.wait(), time.monotonic() - began
+        named = re.search(
+            rf"rank\W+{bad}\b" if kind == "SIGSTOP" else rf"rank\s*:\s*{bad}\b[^:]*\n?\s*exitcode\s*:\s*(1|-9)\b",
+            job.said,
         )
-        try:
-            said = process.communicate(timeout=LIMIT + 15)[0]  # 15: its start
-            note = "" if process.returncode else "exit 0"
-            note = note or ("" if re.search(rf"rank\W+{bad}\b", said) else f"rank {bad} is not named: {said[-200:]}")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            note = "it was not down in 60 s"
-        yield Case(f"{kind}, rank {bad} of 2 under torchrun, {time.monotonic() - began:.0f} s", note)
+        note = "it was not down in 60 s" if "alive" in codes else "exit 0" if codes == {0} else ""
+        yield (
+            f"{kind} in {place}, rank {bad} of {ranks}, {spent:.0f} s",
+            note or ("" if named else f"no rank {bad}: {job.said[-300:]}"),
+        )
 
 
-def g1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """pairs and shards, made by up to four processes of which one is killed again and again: none twice, none missing, the
-    same bytes, whoever made them
+def g1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """pairs and shards, made by up to four processes of which one is killed, five times over: none twice, none missing, the
+    bytes of one process
     """
-    draw = random.Random(seed)
-    options = {"pairs": dict(shard_size=1), "shards": dict(shard_size=2, workers=1)}
-    options["shards"]["videos"] = some_clips(chain, folder / "clips", 12)
-    known = {name: straight(chain, folder, name, **changes) for name, changes in options.items()}
-    for i in range(some(20, share)):
-        name, out, kills, note = ("pairs", "shards")[i % 2], folder / str(i), 0, ""
-        expected, seconds = known[name]
-        for _ in range(5):
-            ranks = draw.randint(1, 4)
-            job = Job(command(chain, name, out=out, **options[name]), folder, ranks)
+    clips = some_clips(bench.chain, bench.folder / "clips", 12)
+    options = {"pairs": dict(shard_size=1), "shards": dict(shard_size=2, workers=1, videos=clips)}
+    for i in some(20, share):
+        name, kills, note = ("pairs", "shards")[i % 2], 0, ""
+        changes = {**options[name], "out": bench.folder / "out"}
+        seconds = bench.straight(name, **changes)[1]
+        for ranks in draw.choices((1, 2, 3, 4), k=5):
+            job = bench.start(name, ranks, **changes)
             time.sleep(draw.uniform(0, seconds + 0.1 * ranks))
             job.send(signal.SIGKILL, draw.randrange(ranks))
             codes = job.wait()
             kills += -signal.SIGKILL in codes
-            note = note or ("a process did not end" if None in codes else "")
-        note = note or goes_on(chain, folder, name, expected, draw.randint(1, 4), out=out, **options[name])
-        yield Case(f"{name}, {kills} kills", note)
+            note = note or ("a process did not end" if "alive" in codes else "")
+        yield f"{name}, {kills} kills", note or bench.goes_on(name, draw.randint(1, 4), like=1, **changes)
 
 
-def two_jobs(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """two commands in one --out, at once or one after the other: one works, the other ends with a line and exit 2, and the
-    log is not doubled; an --out that is deleted meanwhile ends its run with a line
+def two_jobs(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """two commands in one --out, at once or one after the other: one works, the other ends with a line and exit 2, the log
+    is not doubled; and an --out that is moved away ends its run with a line
     """
-    draw, long = random.Random(seed), dict(steps=40, save_every=5)
-    options = {"sft": long, "pairs": dict(shard_size=1), "asymdpo": long}
-    known = {name: straight(chain, folder, name, **changes) for name, changes in options.items()}
-    for i in range(some(24, share)):
-        name, out = list(options)[i % 3], folder / str(i)
-        expected, seconds = known[name]
-        delay = 0.0 if i % 2 else draw.uniform(0, 0.8 * seconds)
-        jobs = [Job(command(chain, name, out=out, **options[name]), folder)]
+    long = dict(steps=40, save_every=5)
+    for i in some(24, share):
+        name, changes = TRAINED[i // 2 % 4] if i % 3 else "pairs", dict(out=bench.folder / "out")
+        changes |= dict(shard_size=1) if name == "pairs" else long
+        delay = draw.uniform(0, 0.8) * bench.straight(name, **changes)[1] * (i % 2)
+        jobs = [bench.start(name, **changes)]
         time.sleep(delay)
-        jobs.append(Job(command(chain, name, out=out, **options[name]), folder))
-        codes = [job.wait()[0] for job in jobs]
-        loser = jobs[codes.index(2)] if 2 in codes else None
-        late = "finished already" in jobs[1].said()
-        note = "" if sorted(codes) == [0, 2] or late else f"they ended with {codes}: {jobs[1].last()}"
-        note = note or (refused(loser, "writing it|another") if loser else "")
-        yield Case(
-            f"{name}, {delay:.2f} s apart", note or goes_on(chain, folder, name, expected, out=out, **options[name])
-        )
-    for name in TRAINED if share == 1 else TRAINED[:1]:
-        out = folder / f"gone-{name}"
-        job = Job(command(chain, name, out=out, steps=2000, save_every=5), folder)
-        while not logged(out) and not job.poll():
-            time.sleep(0.01)
-        with contextlib.suppress(OSError):
-            out.rename(folder / f"moved-{name}")
-        began, note = time.monotonic(), refused(job, re.escape(str(out)), (1, 2))
-        slow = time.monotonic() - began
-        yield Case(f"--out of {name} moved away", note or ("" if slow < 5 else f"noticed after {slow:.0f} s"))
+        jobs.append(bench.start(name, **changes))
+        until(lambda: all([job.poll() for job in jobs]))
+        notes = [job.refused("" if job.codes == {0: 0} else "another", (0, 2)) for job in jobs]
+        if [job.codes[0] for job in jobs].count(0) != 1 and "finished already" not in jobs[1].said:
+            notes.append("both ended well, or neither")
+        yield f"{name}, {delay:.2f} s apart", "; ".join(filter(None, notes)) or bench.goes_on(name, **changes)
+    for name in evenly(TRAINED, share):
+        out = bench.folder / f"gone-{name}"
+        job = bench.start(name, out=out, steps=20_000, save_every=5)
+        until(lambda: logged(out) > 2 or job.poll())
+        out.rename(bench.folder / f"moved-{name}")
+        began, note = time.monotonic(), job.refused(re.escape(str(out)))
+        yield f"--out of {name} moved", note or ("" if time.monotonic() - began < 5 else "it took more than 5 s")
 
 
 # ---- N: NaN ----------------------------------------------------------------------------------------------------------
@@ -627,221 +526,140 @@ def two_jobs(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Cas
 
 def unsound(out: Path) -> str:
     """The first tensor below a folder that is not finite."""
-    for path in sorted(out.rglob("*.safetensors")):
+    for path in out.rglob("*.safetensors"):
         for name, tensor in load_file(path).items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                return f"{path.relative_to(out)} holds a {name} that is not finite"
+                return f"{path.name} holds a {name} that is not finite"
     return ""
 
 
-def poison(chain: Path, folder: Path, name: str, file: str, tensor: str, value: float, every: bool) -> Path:
-    """A sealed copy of a stage's folder in which one value of a tensor, or of every sample's, is not finite."""
-    at = copy(chain, folder, name) / name
-    for path in sorted(at.glob(file)):
-        held = load_file(path)
-        key = next(k for k in held if re.fullmatch(tensor, k))
-        held[key].flatten(1)[slice(None) if every else 0, 0] = value
-        header = helpers.safe_open(path, "pt").metadata()
-        save_file(held, path, header)
-        facts = path.with_suffix(".json")
-        if facts.is_file():
-            row = json.loads(facts.read_text()) | fingerprint(path)
-            facts.write_text(json.dumps(row))
-        if not every:
-            break
+def poisoned(bench: Bench, stage: str, file: str, tensor: str, value: float) -> Path:
+    """A sealed copy of a stage's folder in which one value of a tensor is not finite."""
+    at = bench.folder / f"poisoned-{stage}-{tensor.replace('*', '')}-{value}"
+    shutil.copytree(bench.chain / stage, at)
+    path = at / file
+    with helpers.safe_open(path, "pt") as opened:
+        header = opened.metadata()
+    held = load_file(path)
+    held[next(name for name in held if re.search(tensor, name))].view(-1)[0] = value
+    header = (
+        {"dynamicsboost": json.dumps({k: v for k, v in json.loads(header["dynamicsboost"]).items() if k != "sha256"})}
+        if header
+        else None
+    )
+    save_file(held, path, header)
     manifest = json.loads((at / "MANIFEST.json").read_text())
-    rest = {k: v for k, v in manifest.items() if k not in ("files", "sha256", "seal")}
-    write_manifest(at, list(manifest["files"]), **rest)
+    write_manifest(at, [*manifest["files"]], **{k: v for k, v in manifest.items() if k not in ("files", "seal")})
     return at
 
 
-def wrong_inputs(chain: Path, folder: Path) -> Iterator[tuple[str, str, dict, str, tuple]]:
-    """Name, stage, changes, words that must be said, allowed exit codes."""
-    B, every = ".*lora_B.*|.*[.]B", dict(every=True)
-    shard, weights = "shard-*.safetensors", "diffusion_pytorch_model.safetensors"
-    kinds = [
-        ("latents", "sft", "data", "shards", shard, "x0", {}), ("latents of all", "sft", "data", "shards", shard, "x0", every),
-        ("text states", "base", "data", "shards", shard, "text", {}),
-        ("a winner", "asymdpo", "pairs", "pairs", shard, "chosen", {}),
-        ("a loser", "asymdpo", "pairs", "pairs", shard, "rejected", {}),
-        ("losers of all", "asymdpo", "pairs", "pairs", shard, "rejected", every),
-        ("the base's weights", "sft", "base", "base", weights, "blocks.0.*q.weight", {}),
-        ("the cold start", "asymdpo", "sft", "sft", "lora.safetensors", B, {}),
-        ("the continuation's LoRA", "pairs", "continuation", "continuation", "lora.safetensors", B, {}),
-        ("a task prompt", "pairs", "continuation", "continuation", "task_prompt.safetensors", ".*", {}),
-    ]  # fmt: skip
-    for i, (what, stage, option, of, file, tensor, how) in enumerate(kinds):
-        value = (NAN, math.inf)[i % 2]
-        at = poison(chain, folder / f"poisoned-{i}", of, file, tensor, value, how.get("every", False))
-        yield (
-            f"{value} in {what}, {stage}",
-            stage,
-            {option: at},
-            "finite|NaN|nan",
-            (2, 3) if of != "shards" and of != "pairs" else (0, 2, 3),
-        )
+POISON = [  # stage that reads it, its option, folder, file, tensor
+    ("sft", "data", "shards", "shard-00000.safetensors", "x0"), ("sft", "data", "shards", "shard-00001.safetensors", "text$"),
+    ("asymdpo", "pairs", "pairs", "shard-00000.safetensors", "chosen"),
+    ("asymdpo", "pairs", "pairs", "shard-00001.safetensors", "rejected"), ("sft", "base", "base", WEIGHTS, "q.weight"),
+    ("asymdpo", "sft", "sft", "lora.safetensors", "B"), ("pairs", "continuation", "continuation", "lora.safetensors", "A"),
+    ("pairs", "continuation", "continuation", "task_prompt.safetensors", ""),
+]  # fmt: skip
 
 
-def spoilt(value: float, call: int, last: bool, bad: int, gradient: bool) -> Callable[[int], None]:
-    """The loss of a step of one rank, or its gradient alone, becomes `value`."""
+def spoil(value: float, call: int, ever: bool, bad: int, gradient: bool) -> None:
+    """A patch: the loss of a step of one rank, or its gradient alone, is multiplied by `value`."""
 
-    def act(original, *args, **kwargs):
-        losses = original(*args, **kwargs)
+    def act(original, *args):
+        losses = original(*args)
         if gradient:
             losses.register_hook(lambda g: g * value)
-            return losses
-        return losses * value
+        return losses if gradient else losses * value
 
-    return lambda rank: at_call(sft, "flow_loss", call, act, last) if rank == bad else None
+    if os.environ.get("RANK", "0") == str(bad):
+        at_call(sft, "flow_loss", call, act, ever)
 
 
-def n1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """NaN and infinity in inputs, loss and gradient, of one process of two too: refused by name, or the step changes no
-    weight and is named; three in a row stop the run with exit 3, its last checkpoint whole; nothing of it is sealed
+def keep_checkpoints() -> None:
+    """A patch: what is in checkpoints/ at the end stays, in kept/ beside the run."""
+    at_call(Run, "finish", 0, lambda finish, run, *args, **kwargs: (
+        run.group.main and shutil.copytree(run.folder / "checkpoints", run.folder.parent / "kept", dirs_exist_ok=True),
+        finish(run, *args, **kwargs)))  # fmt: skip
+
+
+def n1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """NaN and infinity: an input is refused by name; in loss or gradient, of one process of two too, the step changes no
+    weight and is told; three in a row end the run with exit 3, its last checkpoint whole; nothing of it is sealed
     """
-    six = dict(steps=6, save_every=2)
-    for i, (name, stage, changes, words, codes) in enumerate(wrong_inputs(chain, folder)):
-        if i >= some(10, share):
-            break
-        out = folder / f"input-{i}"
-        job = Job(command(chain, stage, out=out, **(changes if stage == "pairs" else {**six, **changes})), folder)
-        yield Case(name, refused(job, words, codes) or unsound(out))
-    steps, kept = dict(steps=6, save_every=5), folder / "kept"
-    straight_run = straight(chain, folder, "base", **six)[0]
-    cases = [(v, g, ranks) for v in (NAN, math.inf) for g in (False, True) for ranks in (1, 2)]
-    for i, (value, gradient, ranks) in enumerate(evenly(cases, share)):
-        what, out = (
-            f"{value} in the {'gradient' if gradient else 'loss'} of rank {ranks - 1} of {ranks}",
-            folder / f"step-{i}",
+    for i, (stage, option, folder, file, tensor) in enumerate(evenly(POISON, share)):
+        at, out = poisoned(bench, folder, file, tensor, (math.nan, math.inf)[i % 2]), bench.folder / f"input-{i}"
+        job = bench.start(stage, **{option: at, "out": out, **({} if stage == "pairs" else SIX)})
+        yield f"{stage} --{option}, {tensor or 'prompt'}", job.refused("finite|NaN") or unsound(out)
+    kinds = [
+        (value, gradient, ranks) for value in (math.nan, math.inf) for gradient in (False, True) for ranks in (1, 2)
+    ]
+    for i, (value, gradient, ranks) in enumerate(evenly(kinds, share)):
+        what, out = f"{value} in {('loss', 'gradient')[gradient]} of {ranks}", bench.folder / f"step-{i}"
+        last = lambda: (spoil(value, 5, False, ranks - 1, gradient), keep_checkpoints())  # noqa: E731
+        note = bench.start("base", ranks, last, out=out, steps=6, save_every=5).refused("finite|NaN", (0,)) or unsound(
+            out
         )
-
-        def before(rank: int, spoil=spoilt(value, 5, True, ranks - 1, gradient)) -> None:
-            spoil(rank)
-            finish = Run.finish
-            Run.finish = lambda run, *a, **k: (rank or shutil.copytree(out / "checkpoints", kept), finish(run, *a, **k))
-
-        job = Job(command(chain, "base", before, out=out, **steps), folder, ranks)
-        note = refused(job, "finite|NaN|nan", (0,)) or unsound(out)
         if not note:
-            saved = load_file(kept / "step-0000005/state.safetensors")
-            made = load_file(out / "diffusion_pytorch_model.safetensors")
-            note = (
-                "" if all(torch.equal(saved[f"param/{k}"], v) for k, v in made.items()) else "the step changed a weight"
-            )
-        yield Case(f"{what}, in the last step", note)
-        shutil.rmtree(kept, ignore_errors=True)
-        out = folder / f"ever-{i}"
-        job = Job(command(chain, "base", spoilt(value, 3, False, ranks - 1, gradient), out=out, **six), folder, ranks)
-        note = refused(job, "in a row|finite", (3,)) or unsound(out) or ("" if newest(out) else "no checkpoint is left")
-        if ranks == 1:
-            note = note or goes_on(chain, folder, "base", straight_run, out=out, **six)
-        yield Case(f"{what}, from a step on", note)
-    for i, lr in enumerate([1e3, NAN, math.inf, -1.0][: some(4, share)]):
-        out = folder / f"lr-{i}"
-        job = Job(command(chain, "sft", out=out, **{**six, "steps": 40, "lr": lr, "warmup": 1}), folder)
-        yield Case(f"--lr {lr}", refused(job, "", (0, 3) if lr == 1e3 else (2,)) or unsound(out))
+            before, after = load_file(bench.folder / "kept/step-0000005/state.safetensors"), load_file(out / WEIGHTS)
+            same = all(torch.equal(before[f"param/{name}"], a) for name, a in after.items())
+            note = "" if same else "the step changed a weight"
+        yield f"{what}, the last step", note
+        out = bench.folder / f"ever-{i}"
+        job = bench.start("base", ranks, partial(spoil, value, 3, True, ranks - 1, gradient), out=out, **SIX)
+        note = job.refused("finite|NaN", (3,)) or unsound(out) or ("" if saved(out) else "no checkpoint is left")
+        yield f"{what}, every step", note or bench.goes_on("base", ranks, out=out, **SIX)
+    for lr in evenly((1e3, math.nan, math.inf, -1.0), share):
+        job = bench.start("sft", out=bench.folder / f"lr-{lr}", steps=40, save_every=2, lr=lr, warmup=1)
+        yield f"--lr {lr}", job.refused("", (0, 3) if lr == 1e3 else (2,)) or unsound(bench.folder / f"lr-{lr}")
 
 
-def n2(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
+def n2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """NaN and infinity in the frames that winner and loser share: loss and gradients are what they are without"""
-    for form in ("inside", "outside"):
-        for value in (NAN, math.inf, 1e30):
-            cfg = asymdpo.resolve(asymdpo.Config(form=form, sft_weight=1.0), asymdpo.PRESETS)
-            made, n1, found = torch.Generator().manual_seed(seed), torch.tensor([1, 3]), []
-            sides = [torch.randn(2, 4, 6, 2, 2, generator=made) for _ in range(6)]
-            shared = torch.arange(6)[None, None, :, None, None] < n1[:, None, None, None, None]
-            for filler in (None, value):
-                inputs = [a if filler is None else torch.where(shared, filler, a) for a in sides]
-                inputs = [a.clone().requires_grad_() for a in inputs]
-                loss = asymdpo.asymdpo_loss(cfg, inputs, n1, n1 + 2)[0]
-                found.append((loss, *torch.autograd.grad(loss.sum(), inputs[:2])))
-            same = all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*found))
-            yield Case(f"{value}, {form}", "" if same else "loss or gradient changed")
+    for form, value in [(form, value) for form in ("inside", "outside") for value in (math.nan, math.inf, 1e30)]:
+        cfg = asymdpo.resolve(asymdpo.Config(form=form, sft_weight=1.0), asymdpo.PRESETS)
+        made, n1, found = torch.Generator().manual_seed(0), torch.tensor([1, 3]), []
+        sides = [torch.randn(2, 4, 6, 2, 2, generator=made) for _ in range(6)]
+        shared = torch.arange(6)[:, None, None] < n1[:, None, None, None, None]
+        for inputs in (sides, [torch.where(shared, value, a) for a in sides]):
+            inputs = [a.clone().requires_grad_() for a in inputs]
+            loss = asymdpo.asymdpo_loss(cfg, inputs, n1, n1 + 2)[0]
+            found.append((loss, *torch.autograd.grad(loss.sum(), inputs[:2])))
+        same = all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(*found))
+        yield f"{value}, {form}", "" if same else "loss or gradient changed"
 
 
 # ---- S, V: hostile files ---------------------------------------------------------------------------------------------
 
 
 class Evil:
-    """Unpickled, it leaves a mark."""
+    """Unpickled, it calls a function."""
 
-    def __init__(self, function: Callable, *words):
-        self.function, self.words = function, words
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return self.function, self.words
+        return self.call[0], self.call[1:]
 
 
-def s1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
+def s1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """pickles that run code, as .pth of weights: refused by name, and nothing is run"""
-    mark = folder / "run"
-    evils = {
-        "os.system": Evil(os.system, f"touch {mark}"), "eval": Evil(eval, f"open({str(mark)!r}, 'w')"),
-        "subprocess": Evil(subprocess.call, ["touch", str(mark)]), "open": Evil(open, str(mark), "w"),
-        "exec": Evil(exec, f"open({str(mark)!r}, 'w')"), "mkdir": Evil(os.mkdir, str(mark)),
-    }  # fmt: skip
-    for name, evil in evils.items():
-        for how in ("torch", "plain", "in a dict"):
-            path = folder / f"{name}-{how}.pth".replace(" ", "-")
-            held = {"w": torch.ones(2), "evil": evil} if how == "in a dict" else evil
-            path.write_bytes(pickle.dumps(held)) if how == "plain" else torch.save(held, path)
-            read = lambda rank, path=path: program(lambda cfg: [*Checkpoint(path).items()], sft.Config, "")  # noqa: E731
-            note = refused(Job(lambda rank: (sys.argv.__setitem__(slice(1, None), []), read(rank)), folder), path.name)
-            yield Case(f"{name}, {how}", "it was run" if mark.exists() else note)
-
-
-def hostile_rows(home: Path, port: int) -> dict[str, str]:
-    """What may stand in a table as a video: name -> the cell. home is the folder; its neighbour secret.mp4 is no part of
-    it.
-    """
-    secret = home.parent / "secret.mp4"
-    lists = {
-        "m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{secret}\n#EXT-X-ENDLIST\n",
-        "m3u8 of a server": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:{port}/a.ts\n#EXT-X-ENDLIST\n",
-        "ffconcat": f"ffconcat version 1.0\nfile {secret}\n", "ffconcat, relative": "ffconcat version 1.0\nfile ../secret.mp4\n",
-        "ffconcat of a server": f"ffconcat version 1.0\nfile http://127.0.0.1:{port}/a.mp4\n",
-        "sdp": f"v=0\nc=IN IP4 127.0.0.1\nm=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
-        "dash": f'<?xml version="1.0"?><MPD type="static"><Period><BaseURL>http://127.0.0.1:{port}/</BaseURL></Period></MPD>',
-    }  # fmt: skip
-    for name, text in lists.items():
-        (home / f"{name}.mp4").write_text(text)
-    links = {"link": secret, "link, relative": "../secret.mp4", "itself": "itself.mp4", "nowhere": "nothing.mp4",
-             "device": "/dev/zero", "memory": "/proc/self/mem"}  # fmt: skip
-    for name, to in links.items():
-        (home / f"{name}.mp4").symlink_to(to)
-    (home / "out").symlink_to(home.parent)
-    os.mkfifo(home / "fifo.mp4")
-    (home / "folder.mp4").mkdir()
-    written = [f"{name}.mp4" for name in (*lists, *links, "fifo", "folder")] + ["out/secret.mp4", "./out/secret.mp4"]
-    urls = [
-        f"{scheme}{secret}"
-        for scheme in ("file:", "file://", "concat:", "subfile,,start,0,end,0,,:", "cache:", "async:")
+    mark, path = str(bench.folder / "mark"), bench.folder / "evil.pth"
+    evils = [
+        Evil(os.system, f"touch {mark}"),
+        Evil(eval, f"open({mark!r}, 'w')"),
+        Evil(subprocess.call, ["touch", mark]),
     ]
-    urls += [
-        f"http://127.0.0.1:{port}/a.mp4",
-        f"tcp://127.0.0.1:{port}",
-        f"hls+http://127.0.0.1:{port}/a.m3u8",
-        "pipe:0",
-        "data:,a",
-    ]
-    paths = [str(secret), "../secret.mp4", "a/../../secret.mp4", "./../secret.mp4", "..\\secret.mp4", "~/secret.mp4"]
-    paths += [
-        "/dev/zero",
-        "/dev/stdin",
-        "-i",
-        "",
-        ".",
-        "..",
-        "a" * 300 + ".mp4",
-        "a/" * 3000 + "b.mp4",
-        "a\0b.mp4",
-        "%03d.mp4",
-    ]
-    return {cell[:60]: cell for cell in written + urls + paths}
+    evils += [Evil(open, mark, "w"), Evil(exec, f"open({mark!r}, 'w')"), Evil(os.mkdir, mark)]
+    for evil in evils:
+        for held in (evil, {"w": torch.ones(2), "evil": evil}, pickle.dumps(evil)):
+            path.write_bytes(held) if isinstance(held, bytes) else torch.save(held, path)
+            job = Job(partial(program, lambda cfg: [*Checkpoint(path).items()], sft.Config, ""), bench.folder)
+            note = job.refused("evil.pth")
+            yield f"{evil.call[0].__name__} in {type(held).__name__}", "it was run" if Path(mark).exists() else note
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Counts the requests that it gets."""
+    """Notes what it is asked for."""
 
     asked: list[str] = []
 
@@ -850,227 +668,233 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_error(404)
 
     def log_message(self, *words) -> None:
-        pass
+        """Says nothing."""
 
 
-def s2(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """names in a table of videos that lead elsewhere, lists that FFmpeg would follow, links, devices: the row is rejected
-    by itself, what is outside is not read, and nothing is asked of the network
+def hostile_names(home: Path, port: int) -> list[str]:
+    """What may stand in a table as a video of the folder home; secret.mp4 beside home is no part of it."""
+    secret, server = home.parent / "secret.mp4", f"http://127.0.0.1:{port}"
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n"
+    texts = {
+        "m3u8": playlist.format(secret), "m3u8, server": playlist.format(f"{server}/a.ts"),
+        "ffconcat": f"ffconcat version 1.0\nfile {secret}\n", "relative": "ffconcat version 1.0\nfile ../secret.mp4\n",
+        "ffconcat, server": f"ffconcat version 1.0\nfile {server}/a.mp4\n",
+        "sdp": f"v=0\nc=IN IP4 127.0.0.1\nm=video {port} RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "dash": f'<?xml version="1.0"?><MPD type="static"><Period><BaseURL>{server}/</BaseURL></Period></MPD>',
+    }  # fmt: skip
+    links = {"link": secret, "link, relative": "../secret.mp4", "itself": "itself.mp4", "nowhere": "nothing.mp4",
+             "device": "/dev/zero", "memory": "/proc/self/mem"}  # fmt: skip
+    for name, text in texts.items():
+        (home / f"{name}.mp4").write_text(text)
+    for name, to in links.items():
+        (home / f"{name}.mp4").symlink_to(to)
+    (home / "out").symlink_to(home.parent)
+    os.mkfifo(home / "fifo.mp4")
+    (home / "folder.mp4").mkdir()
+    schemes = ("file:", "file://", "concat:", "subfile,,start,0,end,0,,:", "cache:", "async:")
+    return [
+        *(f"{name}.mp4" for name in [*texts, *links, "fifo", "folder"]), *(f"{scheme}{secret}" for scheme in schemes),
+        "out/secret.mp4", "./out/secret.mp4", str(secret), "../secret.mp4", "a/../../secret.mp4", "./../secret.mp4",
+        "..\\secret.mp4", "~/secret.mp4", f"{server}/a.mp4", f"hls+{server}/a.m3u8", f"tcp://127.0.0.1:{port}", "pipe:0",
+        "data:,a", "/dev/zero", "/dev/stdin", "-i", "", ".", "..", "a" * 300 + ".mp4", "a/" * 3000 + "b.mp4", "a\0b.mp4",
+        "%03d.mp4",
+    ]  # fmt: skip
+
+
+def s2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """names in a table that lead elsewhere, playlists that FFmpeg would follow, links, devices, captions that are no text:
+    each row is rejected by itself, nothing outside is read, and no server is asked
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    clips = some_clips(chain, folder / "clips", 2)
-    good = sorted(p.stem for p in clips.glob("*.mp4"))
-    shutil.copy(next(clips.glob("*.mp4")), folder / "secret.mp4")
-    rows = hostile_rows(clips, server.server_port)
-    cases = {name: [(cell, "a ball falls")] for name, cell in rows.items()}
-    cases["a lone surrogate"] = [(b"ball-00001.mp4", b"a ball \xed\xa0\x80 falls")]
-    cases["the same name twice"] = [("ball-00001.mp4", "a ball falls")]
+    clips = some_clips(bench.chain, bench.folder / "clips", 2)
+    good = sorted(path.stem for path in clips.glob("*.mp4"))
+    shutil.copy(clips / f"{good[0]}.mp4", bench.folder / "secret.mp4")
+    rows = {name[:40]: f'"{name}","a ball falls"\r\n'.encode() for name in hostile_names(clips, server.server_port)}
+    rows["no UTF-8"], rows["twice"] = (f"{good[0]}.mp4,{text}\r\n".encode("latin-1") for text in ("caf\xe9", "a ball"))
     table = (clips / "metadata.csv").read_bytes()
-    for i, (name, extra) in enumerate(evenly([*cases.items()], share)):
-        lines = [[cell if isinstance(cell, bytes) else cell.encode() for cell in row] for row in extra]
-        (clips / "metadata.csv").write_bytes(table + b"".join(b'"%s","%s"\r\n' % tuple(line) for line in lines))
+    for name, row in evenly(rows.items(), share):
+        (clips / "metadata.csv").write_bytes(table + row)
         Server.asked.clear()
-        out = folder / f"out-{i}"
-        job = Job(command(chain, "shards", videos=clips, bad_rows="reject", out=out, workers=1, deadline=5.0), folder)
-        note = refused(job, "", (0,))
-        if not note:
-            kept = sorted(row["id"] for row in Shards(out, "prepare.py").rows)
-            note = "" if kept == good else f"read: {', '.join(set(kept) - set(good))}"
-        yield Case(name, f"asked for {Server.asked[0]}" if Server.asked else note)
+        out = bench.folder / "out"
+        note = bench.start("shards", videos=clips, bad_rows="reject", out=out, workers=1, deadline=5.0).refused(
+            codes=(0,)
+        )
+        if not note and (kept := sorted(row["id"] for row in Shards(out, "prepare.py").rows)) != good:
+            note = f"read: {kept}"
+        elif not note and not read_jsonl(out / "rejects.jsonl"):
+            note = "no reason is given"
+        yield name, f"a server was asked for {Server.asked[0]}" if Server.asked else note
+        shutil.rmtree(out, ignore_errors=True)
     server.shutdown()
-    outside = {"a caption outside": "a.txt", "a table outside": "metadata.csv"}
-    for name, file in outside.items():
-        home = folder / file
-        home.mkdir()
-        for clip in good:
-            shutil.copy(clips / f"{clip}.mp4", home)
-            (home / f"{clip}.txt").write_text("a ball falls")
-        (folder / "secret.txt").write_text("video,caption\nball-00001.mp4,red secret ball\n")
-        (home / (file if file == "metadata.csv" else f"{good[0]}.txt")).unlink(missing_ok=True)
-        (home / (file if file == "metadata.csv" else f"{good[0]}.txt")).symlink_to(folder / "secret.txt")
-        out = folder / f"out-{file}"
-        Job(command(chain, "shards", videos=home, bad_rows="reject", out=out, workers=1), folder).wait()
-        read = any("secret ball" in p.read_text(errors="replace") for p in out.glob("*.json*"))
-        yield Case(name, "it was read" if read else "")
+    (bench.folder / "secret.txt").write_text("video,caption\nball-00000.mp4,a red secret falls\n")
+    for name in evenly(("metadata.csv", f"{good[0]}.txt"), share):
+        home, out = bench.folder / "beside", bench.folder / "out"
+        shutil.copytree(clips, home, symlinks=True, ignore=lambda _, names: set(names) - {f"{n}.mp4" for n in good})
+        (home / f"{good[1]}.txt").write_text("a ball falls")
+        (home / name).symlink_to(bench.folder / "secret.txt")
+        bench.start("shards", videos=home, bad_rows="reject", out=out, workers=1).wait()
+        read = any("red secret" in path.read_text() for path in out.glob("shard-*.json"))
+        yield f"{name}, a link out", "it was read" if read else ""
+        shutil.rmtree(home)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def right_or_refused(decoder: video.Decoder, case: hostile.Case, frames: int, size=None, fps=None) -> str:
-    """Every picture of the first clip is the one that the file shows at its time, or there is a reason why there is none:
-    of a healthy file none, and of a file without such a clip always. Returns a note.
+    """Every picture of the first clip is the one that the file shows at its time, or there is a reason why there is no
+    clip. What is wrong, if not.
     """
     began, expected = time.monotonic(), case.expected(frames, fps)
     twice = sum(a == b for a, b in zip(expected or [], (expected or [])[1:])) if fps else 0
     unfit = case.must == "refuse" or expected is None or case.must == "read" and twice > 0.1 * frames
     try:
-        clip = decoder.read(case.path, frames, size, fps)[0]
-        wrong = case.wrong(clip.frames, expected, stretched=size is None)
+        wrong = case.wrong(decoder.read(case.path, frames, size, fps)[0].frames, expected, stretched=size is None)
         note = f"{wrong} wrong frames" if wrong else "it was read" if unfit else ""
     except video.BadVideo as error:
         note = "" if unfit or case.must == "either" else f"a healthy file was refused: {error}"
     return note or ("" if time.monotonic() - began < 10 else "it took more than 10 s")
 
 
-def v1(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """classes of videos, healthy, odd, damaged: every frame that is returned is the right one, or the file is refused"""
+def v1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """classes of videos, healthy, odd and damaged: every frame that is read is the right one, or the file is refused"""
     with video.Decoder(8.0) as decoder:
-        for name in evenly([*hostile.CASES], share):
-            case = hostile.make(name, folder)
+        for name in evenly(hostile.CASES, share):
+            case = hostile.make(name, bench.folder)
             notes = [right_or_refused(decoder, case, *way) for way in ((49, None, None), (17, (96, 120), 16))]
-            yield Case(name, "; ".join(note for note in notes if note))
+            yield name, "; ".join(filter(None, notes))
 
 
-def v2(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """random cuts and flipped bits: the reader lives, in time, and what it returns of a cut file is right; of flipped bits
-    docs/videos.md counts the frames that no decoder finds wrong
-    """
-    names = ("25 fps", "HEVC", "VP9", "AV1", "B-frames, MPEG-4", "MPEG-2, ts", "Motion JPEG", "alpha, FFV1")
-    names = names[: some(len(names), share)]
+def v2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """videos with random cuts and flipped bits: the reader lives, in time, and what it reads of a cut file is right"""
+    names = evenly(
+        ("25 fps", "HEVC", "VP9", "AV1", "B-frames, MPEG-4", "MPEG-2, ts", "Motion JPEG", "alpha, FFV1"), share
+    )
     with video.Decoder(8.0) as decoder:
         for name in names:
-            case = hostile.make(name, folder)
+            case = replace(hostile.make(name, bench.folder), must="either")
             whole = case.path.read_bytes()
-            for k in range(some(500, share) // len(names)):
-                case.path.write_bytes(hostile.spoil(whole, seed + k))
-                note = right_or_refused(decoder, dataclasses.replace(case, must="either"), 33)
-                yield Case(f"{name}, damage {seed + k}", "" if (seed + k) % 2 == 0 and "wrong" in note else note)
+            for k in draw.sample(range(10**6), len(some(500, share)) // len(names)):
+                case.path.write_bytes(hostile.spoil(whole, k))
+                note = right_or_refused(decoder, case, 33)
+                yield f"{name}, damage {k}", note if k % 2 or "wrong" not in note else ""
 
 
 class Spinning(video.Decoder):
     program = [sys.executable, "-c", hostile.SPIN]
 
 
-def v3(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
+def v3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """a decoder that spins for ever while it holds Python's lock: killed at its deadline, and the next file is read"""
-    healthy = hostile.make("B-frames", folder)
-    (folder / "spin.mp4").write_bytes(healthy.path.read_bytes())
+    healthy = hostile.make("B-frames", bench.folder)
+    shutil.copy(healthy.path, bench.folder / "spin.mp4")
     with Spinning() as decoder:
-        for i in range(some(100, share)):
+        for i in some(100, share):
             began, decoder.deadline, note = time.monotonic(), 0.3, "it was read"
             try:
-                decoder.read(folder / "spin.mp4", 49)
+                decoder.read(bench.folder / "spin.mp4", 49)
             except video.BadVideo as error:
                 note = "" if "0.3 s" in str(error) and time.monotonic() - began < 3 else str(error)
             decoder.deadline = 8.0
-            yield Case(f"time {i}", note or right_or_refused(decoder, healthy, 49))
+            yield f"time {i}", note or right_or_refused(decoder, healthy, 49)
 
 
-def v4(chain: Path, folder: Path, share: float, seed: int) -> Iterator[Case]:
-    """bombs: videos of gigabytes once decoded, a header of 100,000 tensors, a header that lies, 100 MB in one cell: refused
-    in a line (videos: or read) within 10 s and 1 GiB
+def small(seconds: float, peak: int) -> str:
+    return f"it took {seconds:.0f} s" if seconds > 20 else f"it took {peak / 2**30:.1f} GiB" if peak > 2**30 else ""
+
+
+def v4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
+    """bombs: videos of gigabytes once decoded, a header of 100,000 tensors, a header that lies, 100 MB in one cell: read
+    right or refused in a line, in 20 s and 1 GiB
     """
-    cases: dict[str, Job] = {}
-    clips = some_clips(chain, folder / "clips", 2, ("huge.mp4", "a" * 10**8))
-    cases["100 MB in a cell"] = lambda out: command(chain, "shards", videos=clips, out=out)
-    many = {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)}
-    header = json.dumps(many).encode()
-    heads = {"100,000 tensors": len(header).to_bytes(8, "little") + header + bytes(400_000)}
-    heads["a header of 2^60 bytes"] = (2**60).to_bytes(8, "little") + header[:1000]
-    for i, (name, raw) in enumerate(heads.items()):
-        base = folder / f"base-{i}"
-        shutil.copytree(chain / "base", base)
-        (base / "MANIFEST.json").unlink()
-        (base / "diffusion_pytorch_model.safetensors").write_bytes(raw)
-        cases[name] = lambda out, base=base: command(chain, "sft", base=base, out=out)
-    for name, start in cases.items():
-        began = time.monotonic()
-        job = Job(start(folder / f"out-{name}".replace(" ", "-")), folder)
-        note, used = refused(job, "", (2,)), job.peak - resident()
-        yield Case(name, note or limits(time.monotonic() - began, used))
+    header = {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)}
+    raw = json.dumps(header).encode()
+    files = {
+        "100,000 tensors": len(raw).to_bytes(8, "little") + raw + bytes(400_000),
+        "a header of 2^60 bytes": b"\0" * 7 + b"\x10{}",
+    }
+    jobs = {}
+    for name, content in files.items():
+        base = bench.folder / name
+        base.mkdir()
+        shutil.copy(bench.chain / "base/config.json", base)
+        (base / WEIGHTS).write_bytes(content)
+        jobs[name] = dict(name="sft", base=base)
+    clips = some_clips(bench.chain, bench.folder / "clips", 2, ("huge.mp4", "a" * 10**8))
+    jobs["100 MB in a cell"] = dict(name="shards", videos=clips)
+    for name, changes in jobs.items():
+        began, own = time.monotonic(), int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        job = bench.start(**changes, out=bench.folder / f"out {name}")
+        yield name, job.refused() or small(time.monotonic() - began, job.peak - own)
     with video.Decoder(8.0) as decoder:
-        for name in (n for n in hostile.CASES if n.startswith("bomb")):
-            case, began = hostile.make(name, folder), time.monotonic()
-            note = right_or_refused(decoder, dataclasses.replace(case, must="either"), 49)
-            peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{decoder._process.pid}/status").read_text())[1]) * 1024
-            yield Case(name, note or limits(time.monotonic() - began, peak))
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def limits(seconds: float, used: int) -> str:
-    return f"{seconds:.0f} s" if seconds > 10 else f"{used / 2**30:.1f} GiB" if used > 2**30 else ""
+        for name in (name for name in hostile.CASES if name.startswith("bomb")):
+            case, began = replace(hostile.make(name, bench.folder), must="either"), time.monotonic()
+            note = right_or_refused(decoder, case, 49)
+            status = Path(f"/proc/{decoder._process.pid}/status").read_text()
+            yield name, note or small(time.monotonic() - began, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
-ROWS: dict[str, tuple[Callable, str]] = {  # its function, and the goal at full size
-    "C1": (c1, "200 kills"), "C2": (c2, "every moment"), "C3": (c3, "20 signals"), "C4": (c4, "10 levels"),
-    "C5": (c5, "1,066 damaged"), "D1": (d1, "20 cuts"), "D2": (d2, "3 sizes"), "D3": (d3, "132 shapes"),
-    "F1": (f1, "24 faults"), "G1": (g1, "20 runs"), "N1": (n1, "13 cases"), "N2": (n2, "3 cases"), "S1": (s1, "5 pickles"),
-    "S2": (s2, "40 paths"), "V1": (v1, "30 classes"), "V2": (v2, "500 videos"), "V3": (v3, "100 times"),
-    "V4": (v4, "6 bombs"), "two jobs": (two_jobs, "24 pairs of jobs"),
+ROWS: dict[str, Callable[[Bench, float, random.Random], Iterator[Case]]] = {
+    "C1": c1, "C2": c2, "C3": c3, "C4": c4, "C5": c5, "D1": d1, "D2": d2, "D3": d3, "F1": f1, "G1": g1, "N1": n1, "N2": n2,
+    "S1": s1, "S2": s2, "V1": v1, "V2": v2, "V3": v3, "V4": v4, "two jobs": two_jobs,
 }  # fmt: skip
+ORDER = ("C5", "G1", "C1", "C2", "F1", "V3")  # the longest first, so that two at a time end together
 
 
 def make_chain(root: Path) -> Path:
-    """The smallest run of every stage, made by a process of its own: this one forks, so it starts no thread."""
-    job = Job(lambda rank: [helpers.run_stage(root, name) for name in helpers.STAGES if name != "eval"], root)
-    if any(job.wait(10 * LIMIT)):
-        raise RuntimeError(f"the chain of stages does not run: {job.said()}")
+    """The smallest run of every stage, in a process of its own: this one forks, so it starts no threads."""
+    job = Job(lambda: [helpers.run_stage(root, name) for name in helpers.STAGES if name != "eval"], root)
+    if job.wait(10 * LIMIT) != {0}:
+        raise RuntimeError(f"the chain of stages does not run: {job.said}")
     return root
 
 
-def tried(name: str, chain: Path, folder: Path, share: float, seed: int) -> tuple[str, list[Case], float]:
+def tried(name: str, chain: Path, folder: Path, share: float, seed: int) -> tuple[list[Case], float]:
     """A row's cases, and its seconds. An error in the row is a case that is lost."""
-    began, cases, home = time.monotonic(), [], folder / name.replace(" ", "-")
+    began, cases, home = time.monotonic(), [], folder / name
     home.mkdir()
     torch.set_num_threads(1)
     try:
-        for case in ROWS[name][0](chain, home, share, seed):
-            cases.append(case)
-    except Exception as error:
-        cases.append(Case("the row itself", f"{type(error).__name__}: {error}; {traceback.format_exc()[-400:]}"))
+        cases.extend(ROWS[name](Bench(chain, home), share, random.Random(seed)))
+    except Exception:
+        cases.append(("the row itself", traceback.format_exc()[-600:]))
     shutil.rmtree(home, ignore_errors=True)
-    return name, cases, time.monotonic() - began
+    return cases, time.monotonic() - began
 
 
-def line(name: str, cases: list[Case], seconds: float) -> str:
-    lost = sum(bool(case.note) for case in cases)
-    state = (
-        f"{len(cases):5d} tried {len(cases) - lost:5d} held {lost:4d} lost"
-        if cases
-        else "skipped: needs root, for a disk"
-    )
-    return f"{name:9s}{state}{seconds:7.0f} s"
-
-
-def page(found: dict[str, tuple[list[Case], float]], words: str, seconds: float) -> str:
-    total, lost = sum(len(cases) for cases, _ in found.values()), []
-    rows = ["| | what | goal | tried | held | lost | s |", "|---|---|---|---|---|---|---|"]
-    for name, (cases, spent) in found.items():
-        bad = [case for case in cases if case.note]
-        lost += [f"* {name}, {case.name}: {case.note}".replace("\n", " ")[:300] for case in bad[:5]]
-        what = " ".join(ROWS[name][0].__doc__.split())
-        rows.append(
-            f"| {name} | {what} | {ROWS[name][1]} | {len(cases) or 'skipped'} | {len(cases) - len(bad)} | {len(bad)} | {spent:.0f} |"
+def page(found: dict[str, tuple[list[Case], float]], words: str) -> str:
+    table, misses = ["| | what | tried | held | lost | s |", "|---|---|---|---|---|---|"], []
+    for row, (cases, spent) in found.items():
+        bad, what = [case for case in cases if case[1]], " ".join(ROWS[row].__doc__.split())
+        table.append(
+            f"| {row} | {what} | {len(cases) or 'skipped'} | {len(cases) - len(bad)} | {len(bad)} | {spent:.0f} |"
         )
-    misses = "\n".join(lost) or "None."
+        misses += [f"* {row}, {' '.join(f'{name}: {note}'.split())[:300]}" for name, note in bad[:5]]
+    machine = (
+        f"{platform.system()} {platform.release().split('-')[0]}, {os.cpu_count()} cores, torch {torch.__version__}"
+    )
     return f"""# What it withstands
 
-Written by `{words}`: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.system()}
-{platform.release().split("-")[0]}; Python {platform.python_version()}, torch {torch.__version__}; commit {commit()};
-{time.strftime("%Y-%m-%d")}. {total:,} cases in {seconds / 60:.0f} minutes, seed by seed the same but for the instants of kills.
+Written by `{words}` on {time.strftime("%Y-%m-%d")}: {machine}, commit {commit()}.
+{sum(len(cases) for cases, _ in found.values()):,} cases. The smallest chain of stages at the preset tiny; real commands, on one machine's CPU.
 
 A case holds if the next start of the same command ends in the bytes of a run that nothing disturbed, or the command
-refuses in one line that names the cause, with the exit code of the table in README. Nothing is asked of the reader's
-patience: a case that takes more than 60 s is lost.
+refuses in a line that names the cause, without a traceback, and with its exit code. One that takes more than 60 s is lost.
 
-{chr(10).join(rows)}
+{chr(10).join(table)}
 
 ## Lost
 
-The first five of each row.
-
-{misses}
+{chr(10).join(misses) or "Nothing."}
 
 ## Not covered
 
-* A GPU, NCCL, several machines, a network's file system: all of this ran on one machine's CPU and disk.
-* A power cut: files are synced before they are renamed, which a kill cannot tell from files that are not.
-* A process that is stopped (SIGSTOP) while it loads or saves: the others wait, and name it after a minute.
+* A GPU, NCCL, several machines, a network's file system.
+* A power cut: files are synced before they are renamed, but a kill does not show whether.
+* A process that is stopped (SIGSTOP) while all load or save: the others wait, and name it after a minute.
 * Flipped bits in a video that its decoder takes for pictures: `docs/videos.md` counts them.
+* Chains that nobody tried: rows draw their instants and damage anew each time; `--seed` repeats the damage.
 """
 
 
@@ -1078,34 +902,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help="rows to try, separated by commas")
     parser.add_argument("--share", type=float, default=1.0, help="share of each row's cases")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6, help="of the random instants and damage")
+    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6, help="of random instants and damage")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
-    parser.add_argument("--keep", action="store_true", help="leave docs/reliability.md as it is")
     cfg = parser.parse_args()
-    names = [name.strip() for name in cfg.rows.split(",")]
-    if unknown := [name for name in names if name not in ROWS]:
-        parser.error(f"--rows: expected some of {', '.join(ROWS)}, got {unknown[0]}")
+    names = cfg.rows.split(",")
+    if unknown := set(names) - ROWS.keys():
+        parser.error(f"--rows: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    torch.set_num_threads(1)
-    began, found = time.monotonic(), {}
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context("fork")) as pool,
-    ):
-        (chain := Path(scratch, "chain")).mkdir()
+    found: dict[str, tuple[list[Case], float]] = {}
+    pool = ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context("fork"))
+    with tempfile.TemporaryDirectory() as scratch, pool:
+        chain = Path(scratch, "chain")
+        chain.mkdir()
         make_chain(chain)
-        print(f"seed {cfg.seed}; the chain of stages took {time.monotonic() - began:.0f} s", flush=True)
-        for row in as_completed([pool.submit(tried, n, chain, Path(scratch), cfg.share, cfg.seed) for n in names]):
-            name, cases, seconds = row.result()
-            found[name] = cases, seconds
-            print(line(name, cases, seconds), flush=True)
-            for case in [case for case in cases if case.note][:5]:
-                print(f"         lost: {case.name}: {case.note}", flush=True)
-    found = {name: found[name] for name in names}
-    if set(names) == set(ROWS) and not cfg.keep:
+        print(f"seed {cfg.seed}", flush=True)
+        order = sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+        rows = {pool.submit(tried, name, chain, Path(scratch), cfg.share, cfg.seed): name for name in order}
+        for row in as_completed(rows):
+            cases, seconds = found[rows[row]] = row.result()
+            bad = [case for case in cases if case[1]]
+            count = (
+                f"{len(cases):5d} tried{len(cases) - len(bad):5d} held{len(bad):4d} lost"
+                if cases
+                else "skipped (no root)"
+            )
+            print(
+                f"{rows[row]:9s}{count}{seconds:6.0f} s",
+                *(f"   {n}: {note}" for n, note in bad[:5]),
+                sep="\n",
+                flush=True,
+            )
+    if cfg.rows == parser.get_default("rows"):
         words = "make torture" if cfg.share == 1 else f"python -m bench.torture --share {cfg.share:g}"
-        (ROOT / "docs/reliability.md").write_text(page(found, words, time.monotonic() - began), encoding="utf-8")
-    return int(any(case.note for cases, _ in found.values() for case in cases))
+        text = page({name: found[name] for name in names}, words)
+        (ROOT / "docs/reliability.md").write_text(text, encoding="utf-8")
+    return int(any(note for cases, _ in found.values() for _, note in cases))
 
 
 if __name__ == "__main__":
