@@ -1,7 +1,7 @@
 """Kills, signals, full disks, damage, NaN and hostile files against the real commands: what was tried, held and lost.
 
-    python -m bench.torture                              every row; writes docs/reliability.md; exit code 1 if one is lost
-    python -m bench.torture --rows C1,N1 --share 0.1     a tenth of the cases of two rows; writes nothing
+    python -m bench.torture                             every row; writes docs/reliability.md; exit code 1: some lost
+    python -m bench.torture --rows C1,N1 --share 0.1    a tenth of the cases of two rows; writes nothing
 
 A row is a function of a bench of its own, the share of its cases to try and a source of random numbers. Commands run in
 forked processes, so that a kill costs 0.2 s and not the seconds of an import: sys.argv, `program`, exit codes and what
@@ -74,8 +74,8 @@ class Job:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        agents = LaunchConfig(1, 1, ranks, f"{port}", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0,
-                              start_method="fork")  # fmt: skip
+        meeting = dict(run_id=port, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0")
+        agents = LaunchConfig(1, 1, ranks, **meeting, max_restarts=0, start_method="fork")
         self.pids = []
         for rank in range(1 if agent else ranks):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -121,7 +121,7 @@ class Job:
 
     def wait(self, seconds: float = LIMIT, *ranks: int) -> set[int | str]:
         """The exit codes, "alive" for a process that had not ended in time. All are gone then."""
-        until(lambda: self.poll(*ranks), seconds)
+        until(self.poll, *ranks, seconds=seconds)
         codes = {self.codes.get(rank, "alive") for rank in ranks or range(len(self.pids))}
         self.send(signal.SIGKILL)
         until(self.poll)
@@ -139,10 +139,10 @@ class Job:
         return "" if well else f"exit {', '.join(map(str, got))}, it said: {last}"
 
 
-def until(met: Callable[[], bool], seconds: float = LIMIT) -> bool:
-    """Waits until a condition is met. Whether it was."""
+def until(met: Callable[..., bool], *args, seconds: float = LIMIT) -> bool:
+    """Waits until met(*args). Whether it came to that."""
     end = time.monotonic() + seconds
-    while not (found := met()) and time.monotonic() < end:
+    while not (found := met(*args)) and time.monotonic() < end:
         time.sleep(0.005)
     return found
 
@@ -201,6 +201,11 @@ def saved(out: Path) -> int:
     return max((int(p.parent.name[5:]) for p in out.glob("checkpoints/step-*/MANIFEST.json")), default=0)
 
 
+def begun(job: Job, out: Path) -> bool:
+    """Whether its first step is logged, or it has ended."""
+    return logged(out) > 0 or job.poll()
+
+
 def some(full: int, share: float) -> range:
     return range(max(1, round(full * share)))
 
@@ -231,7 +236,7 @@ def dies_logging(step: int) -> Callable[[], None]:
 
 
 def c1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """`kill -9` at random instants of training and saving; every fifth run has two processes, of which one or both die"""
+    """`kill -9` at random instants of training and saving; every fifth run has two processes: one or both of them"""
     for i in some(200, share):
         name, ranks, out = TRAINED[i % 4], 1 + (i % 5 == 4), bench.folder / str(i)
         changes = dict(steps=12, save_every=3, out=out)
@@ -283,25 +288,25 @@ def c2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         yield f"moment {moment}", note or bench.goes_on("sft", **changes)
 
 
-def left(mark: str) -> int:
-    """Processes that have a word in the environment that they were started with."""
+def left(mark: str, count: int) -> bool:
+    """Whether so many processes have a word in the environment that they were started with."""
     found = 0
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
             found += mark.encode() in path.read_bytes()
-    return found
+    return found == count
 
 
 def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """SIGTERM and Ctrl-C: a checkpoint at the end of the step, one line, exit 143 or 130, and the next start goes on; every
-    fifth is torchrun of two. No decoder of prepare.py outlives it, whatever ends it
+    """SIGTERM and Ctrl-C: a checkpoint at the end of the step, one line, exit 143 or 130, and the next start goes on;
+    every fifth by torchrun. No decoder of prepare.py outlives it, whatever ends it
     """
     for i in some(20, share):
         name, ranks, number = TRAINED[i % 4], 1 + (i % 5 == 4), (signal.SIGTERM, signal.SIGINT)[i % 2]
         changes = dict(steps=40, save_every=1000, out=bench.folder / str(i))
         seconds = bench.straight(name, ranks, **changes)[1]
         job = bench.start(name, ranks, agent=ranks > 1, **changes)
-        until(lambda: logged(changes["out"]) or job.poll())
+        until(begun, job, changes["out"])
         time.sleep(draw.uniform(0, 0.7) * seconds)
         job.send(number)
         note = job.refused(
@@ -314,12 +319,12 @@ def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     clips = some_clips(bench.chain, bench.folder / "clips", 30)
     for number in evenly((signal.SIGTERM, signal.SIGINT, signal.SIGKILL), share):
         mark = f"TORTURE={os.getpid()}-{number}"
-        patch = lambda mark=mark: os.environ.update([mark.split("=")])  # noqa: E731
+        patch = partial(os.environ.update, [mark.split("=")])
         job = bench.start("shards", patch=patch, videos=clips, workers=2, out=bench.folder / number.name)
-        started = until(lambda: left(mark) == 2, 30)
+        started = until(left, mark, 2, seconds=30)
         job.send(number)
         note = job.refused(codes=(-number, 128 + number)) if started else "no decoder was started"
-        note = note or ("" if until(lambda: not left(mark), 2) else f"{left(mark)} decoders ran on for 2 s")
+        note = note or ("" if until(left, mark, 0, seconds=2) else "a decoder ran on for 2 s")
         yield f"{number.name} to prepare.py", note
 
 
@@ -330,9 +335,7 @@ def mount(folder: Path, size: int, options: str = "") -> None:
 
 
 def c4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """a disk that is full at ten levels (needs root, to mount one): a line, exit 2; with more space the same command ends
-    well
-    """
+    """a disk full at ten levels (needs root, to mount it): a line, exit 2; with more space the same command ends well"""
     for i in some(10, share):
         name, disk = ("base", "pairs")[i % 2], bench.folder / f"disk-{i}"
         changes = {**({} if name == "pairs" else SIX), "out": disk / "out"}
@@ -374,8 +377,8 @@ def damages(state: Path, share: float, draw: random.Random) -> Iterator[tuple[st
 
 
 def c5(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """damage to what a resume reads (the newest checkpoint's state, manifest and log, and run.json), cut, longer, empty, or
-    with one bit flipped: the file is named, and the run goes on from the checkpoint before or is refused
+    """damage to what a resume reads (the newest checkpoint's state, manifest and log, and run.json): cut, longer,
+    empty, one bit flipped. The file is named, and the run goes on from the checkpoint before or is refused
     """
     kept, out = bench.folder / "kept", bench.folder / "out"
     bench.start("sft", patch=dies_logging(5), out=out, **SIX).wait()
@@ -419,8 +422,8 @@ def d2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 
 
 def d3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """1 … 33 samples for 1, 2, 4 and 8 processes: all have forwards of equal number and size at each step, and each epoch
-    reads every sample once
+    """1 … 33 samples for 1, 2, 4 and 8 processes: all have forwards of equal number and size at each step, and each
+    epoch reads every sample once
     """
     for n, world in evenly([(n, world) for world in (1, 2, 4, 8) for n in range(1, 34)], share):
         steps = [shares(n, world, step) for step in range(n)]  # eight epochs
@@ -448,8 +451,8 @@ def strike(kind: str, place: str, bad: int) -> None:
 
 
 def f1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """an exception, `kill -9` or SIGSTOP in one process of torchrun's two or three: within 60 s the job is down, and has
-    named the rank
+    """an exception, `kill -9` or SIGSTOP in one process of torchrun's two or three: the job is down within 60 s, and
+    has named the rank
     """
     faults = [
         (kind, "step", bad, ranks) for ranks in (2, 3) for bad in (0, 1) for kind in ("exception", "kill -9", "SIGSTOP")
@@ -476,8 +479,8 @@ def f1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 
 
 def g1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """pairs and shards, made by up to four processes of which one is killed, five times over: none twice, none missing, the
-    bytes of one process
+    """pairs and shards, made by up to four processes of which one is killed, five times over: none twice, none missing,
+    the bytes of one process
     """
     clips = some_clips(bench.chain, bench.folder / "clips", 12)
     options = {"pairs": dict(shard_size=1), "shards": dict(shard_size=2, workers=1, videos=clips)}
@@ -496,8 +499,8 @@ def g1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 
 
 def two_jobs(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """two commands in one --out, at once or one after the other: one works, the other ends with a line and exit 2, the log
-    is not doubled; and an --out that is moved away ends its run with a line
+    """two commands in one --out, at once or one after the other: one works, the other ends with a line and exit 2, the
+    log is not doubled; and an --out that is moved away ends its run with a line
     """
     long = dict(steps=40, save_every=5)
     for i in some(24, share):
@@ -507,7 +510,8 @@ def two_jobs(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         jobs = [bench.start(name, **changes)]
         time.sleep(delay)
         jobs.append(bench.start(name, **changes))
-        until(lambda: all([job.poll() for job in jobs]))
+        for job in jobs:
+            until(job.poll)
         notes = [job.refused("" if job.codes == {0: 0} else "another", (0, 2)) for job in jobs]
         if [job.codes[0] for job in jobs].count(0) != 1 and "finished already" not in jobs[1].said:
             notes.append("both ended well, or neither")
@@ -515,7 +519,7 @@ def two_jobs(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     for name in evenly(TRAINED, share):
         out = bench.folder / f"gone-{name}"
         job = bench.start(name, out=out, steps=20_000, save_every=5)
-        until(lambda: logged(out) > 2 or job.poll())
+        until(begun, job, out)
         out.rename(bench.folder / f"moved-{name}")
         began, note = time.monotonic(), job.refused(re.escape(str(out)))
         yield f"--out of {name} moved", note or ("" if time.monotonic() - began < 5 else "it took more than 5 s")
@@ -534,14 +538,15 @@ def unsound(out: Path) -> str:
 
 
 def poisoned(bench: Bench, stage: str, file: str, tensor: str, value: float) -> Path:
-    """A sealed copy of a stage's folder in which one value of a tensor is not finite."""
+    """A sealed copy of a stage's folder in which a tensor, each sample's, is not finite."""
     at = bench.folder / f"poisoned-{stage}-{tensor.replace('*', '')}-{value}"
     shutil.copytree(bench.chain / stage, at)
     path = at / file
     with helpers.safe_open(path, "pt") as opened:
         header = opened.metadata()
     held = load_file(path)
-    held[next(name for name in held if re.search(tensor, name))].view(-1)[0] = value
+    spoilt = held[next(name for name in held if re.search(tensor, name))]
+    spoilt.view(len(spoilt), -1)[:, 0] = value
     header = (
         {"dynamicsboost": json.dumps({k: v for k, v in json.loads(header["dynamicsboost"]).items() if k != "sha256"})}
         if header
@@ -554,10 +559,12 @@ def poisoned(bench: Bench, stage: str, file: str, tensor: str, value: float) -> 
 
 
 POISON = [  # stage that reads it, its option, folder, file, tensor
-    ("sft", "data", "shards", "shard-00000.safetensors", "x0"), ("sft", "data", "shards", "shard-00001.safetensors", "text$"),
+    ("base", "data", "shards", "shard-00000.safetensors", "x0"),
+    ("sft", "data", "shards", "shard-00001.safetensors", "text$"),
     ("asymdpo", "pairs", "pairs", "shard-00000.safetensors", "chosen"),
     ("asymdpo", "pairs", "pairs", "shard-00001.safetensors", "rejected"), ("sft", "base", "base", WEIGHTS, "q.weight"),
-    ("asymdpo", "sft", "sft", "lora.safetensors", "B"), ("pairs", "continuation", "continuation", "lora.safetensors", "A"),
+    ("asymdpo", "sft", "sft", "lora.safetensors", "B"),
+    ("pairs", "continuation", "continuation", "lora.safetensors", "A"),
     ("pairs", "continuation", "continuation", "task_prompt.safetensors", ""),
 ]  # fmt: skip
 
@@ -575,16 +582,21 @@ def spoil(value: float, call: int, ever: bool, bad: int, gradient: bool) -> None
         at_call(sft, "flow_loss", call, act, ever)
 
 
-def keep_checkpoints() -> None:
-    """A patch: what is in checkpoints/ at the end stays, in kept/ beside the run."""
-    at_call(Run, "finish", 0, lambda finish, run, *args, **kwargs: (
-        run.group.main and shutil.copytree(run.folder / "checkpoints", run.folder.parent / "kept", dirs_exist_ok=True),
-        finish(run, *args, **kwargs)))  # fmt: skip
+def spoil_the_last(value: float, bad: int, gradient: bool) -> None:
+    """A patch: `spoil` the sixth step; what is in checkpoints/ at the end stays, in kept/ beside the run."""
+
+    def act(finish, run, *args, **kwargs):
+        if run.group.main:
+            shutil.copytree(run.folder / "checkpoints", run.folder.parent / "kept", dirs_exist_ok=True)
+        finish(run, *args, **kwargs)
+
+    spoil(value, 5, False, bad, gradient)
+    at_call(Run, "finish", 0, act)
 
 
 def n1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """NaN and infinity: an input is refused by name; in loss or gradient, of one process of two too, the step changes no
-    weight and is told; three in a row end the run with exit 3, its last checkpoint whole; nothing of it is sealed
+    """NaN and infinity: an input is refused by name; in loss or gradient, of one process of two too, the step changes
+    no weight and is told; three in a row end the run with exit 3, its last checkpoint whole; nothing of it is sealed
     """
     for i, (stage, option, folder, file, tensor) in enumerate(evenly(POISON, share)):
         at, out = poisoned(bench, folder, file, tensor, (math.nan, math.inf)[i % 2]), bench.folder / f"input-{i}"
@@ -595,10 +607,9 @@ def n1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     ]
     for i, (value, gradient, ranks) in enumerate(evenly(kinds, share)):
         what, out = f"{value} in {('loss', 'gradient')[gradient]} of {ranks}", bench.folder / f"step-{i}"
-        last = lambda: (spoil(value, 5, False, ranks - 1, gradient), keep_checkpoints())  # noqa: E731
-        note = bench.start("base", ranks, last, out=out, steps=6, save_every=5).refused("finite|NaN", (0,)) or unsound(
-            out
-        )
+        last = partial(spoil_the_last, value, ranks - 1, gradient)
+        job = bench.start("base", ranks, last, out=out, steps=6, save_every=5)
+        note = job.refused("finite|NaN", (0,)) or unsound(out)
         if not note:
             before, after = load_file(bench.folder / "kept/step-0000005/state.safetensors"), load_file(out / WEIGHTS)
             same = all(torch.equal(before[f"param/{name}"], a) for name, a in after.items())
@@ -641,6 +652,11 @@ class Evil:
         return self.call[0], self.call[1:]
 
 
+def read_pth(path: Path) -> None:
+    sys.argv = ["read", f"--base={path}"]
+    program(lambda cfg: [*Checkpoint(cfg.base).items()], sft.Config, "")
+
+
 def s1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """pickles that run code, as .pth of weights: refused by name, and nothing is run"""
     mark, path = str(bench.folder / "mark"), bench.folder / "evil.pth"
@@ -653,7 +669,7 @@ def s1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     for evil in evils:
         for held in (evil, {"w": torch.ones(2), "evil": evil}, pickle.dumps(evil)):
             path.write_bytes(held) if isinstance(held, bytes) else torch.save(held, path)
-            job = Job(partial(program, lambda cfg: [*Checkpoint(path).items()], sft.Config, ""), bench.folder)
+            job = Job(partial(read_pth, path), bench.folder)
             note = job.refused("evil.pth")
             yield f"{evil.call[0].__name__} in {type(held).__name__}", "it was run" if Path(mark).exists() else note
 
@@ -695,15 +711,15 @@ def hostile_names(home: Path, port: int) -> list[str]:
     return [
         *(f"{name}.mp4" for name in [*texts, *links, "fifo", "folder"]), *(f"{scheme}{secret}" for scheme in schemes),
         "out/secret.mp4", "./out/secret.mp4", str(secret), "../secret.mp4", "a/../../secret.mp4", "./../secret.mp4",
-        "..\\secret.mp4", "~/secret.mp4", f"{server}/a.mp4", f"hls+{server}/a.m3u8", f"tcp://127.0.0.1:{port}", "pipe:0",
-        "data:,a", "/dev/zero", "/dev/stdin", "-i", "", ".", "..", "a" * 300 + ".mp4", "a/" * 3000 + "b.mp4", "a\0b.mp4",
-        "%03d.mp4",
+        "..\\secret.mp4", "~/secret.mp4", f"{server}/a.mp4", f"hls+{server}/a.m3u8", f"tcp://127.0.0.1:{port}",
+        "pipe:0", "data:,a", "/dev/zero", "/dev/stdin", "-i", "", ".", "..", "a" * 300 + ".mp4", "a/" * 3000 + "b.mp4",
+        "a\0b.mp4", "%03d.mp4",
     ]  # fmt: skip
 
 
 def s2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """names in a table that lead elsewhere, playlists that FFmpeg would follow, links, devices, captions that are no text:
-    each row is rejected by itself, nothing outside is read, and no server is asked
+    """names in a table that lead elsewhere, playlists that FFmpeg would follow, links, devices, captions that are no
+    text: each row is rejected by itself, nothing outside is read, and no server is asked
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -803,8 +819,8 @@ def small(seconds: float, peak: int) -> str:
 
 
 def v4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """bombs: videos of gigabytes once decoded, a header of 100,000 tensors, a header that lies, 100 MB in one cell: read
-    right or refused in a line, in 20 s and 1 GiB
+    """bombs: videos of gigabytes once decoded, a header of 100,000 tensors, a header that lies, 100 MB in one cell:
+    read right or refused in a line, in 20 s and 1 GiB
     """
     header = {f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(100_000)}
     raw = json.dumps(header).encode()
@@ -836,8 +852,8 @@ def v4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 ROWS: dict[str, Callable[[Bench, float, random.Random], Iterator[Case]]] = {
-    "C1": c1, "C2": c2, "C3": c3, "C4": c4, "C5": c5, "D1": d1, "D2": d2, "D3": d3, "F1": f1, "G1": g1, "N1": n1, "N2": n2,
-    "S1": s1, "S2": s2, "V1": v1, "V2": v2, "V3": v3, "V4": v4, "two jobs": two_jobs,
+    "C1": c1, "C2": c2, "C3": c3, "C4": c4, "C5": c5, "D1": d1, "D2": d2, "D3": d3, "F1": f1, "G1": g1, "N1": n1,
+    "N2": n2, "S1": s1, "S2": s2, "V1": v1, "V2": v2, "V3": v3, "V4": v4, "two jobs": two_jobs,
 }  # fmt: skip
 ORDER = ("C5", "G1", "C1", "C2", "F1", "V3")  # the longest first, so that two at a time end together
 
@@ -871,16 +887,18 @@ def page(found: dict[str, tuple[list[Case], float]], words: str) -> str:
             f"| {row} | {what} | {len(cases) or 'skipped'} | {len(cases) - len(bad)} | {len(bad)} | {spent:.0f} |"
         )
         misses += [f"* {row}, {' '.join(f'{name}: {note}'.split())[:300]}" for name, note in bad[:5]]
+    count = sum(len(cases) for cases, _ in found.values())
     machine = (
         f"{platform.system()} {platform.release().split('-')[0]}, {os.cpu_count()} cores, torch {torch.__version__}"
     )
     return f"""# What it withstands
 
 Written by `{words}` on {time.strftime("%Y-%m-%d")}: {machine}, commit {commit()}.
-{sum(len(cases) for cases, _ in found.values()):,} cases. The smallest chain of stages at the preset tiny; real commands, on one machine's CPU.
+{count:,} cases, with the smallest chain of stages, at the preset tiny, on one machine's CPU.
 
-A case holds if the next start of the same command ends in the bytes of a run that nothing disturbed, or the command
-refuses in a line that names the cause, without a traceback, and with its exit code. One that takes more than 60 s is lost.
+A case holds if the next start of the same command ends in the bytes of a run that nothing disturbed, or the
+command refuses in a line that names the cause, without a traceback, with its exit code. One that takes more
+than 60 s is lost.
 
 {chr(10).join(table)}
 
@@ -894,7 +912,6 @@ refuses in a line that names the cause, without a traceback, and with its exit c
 * A power cut: files are synced before they are renamed, but a kill does not show whether.
 * A process that is stopped (SIGSTOP) while all load or save: the others wait, and name it after a minute.
 * Flipped bits in a video that its decoder takes for pictures: `docs/videos.md` counts them.
-* Chains that nobody tried: rows draw their instants and damage anew each time; `--seed` repeats the damage.
 """
 
 
