@@ -357,11 +357,12 @@ def c4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def damages(state: Path, share: float, draw: random.Random) -> Iterator[tuple[str, Path, bytes]]:
-    """What is done, to which file, and what it becomes: 1,064 and two for each file."""
+def damages(state: Path, share: float, draw: random.Random) -> Iterator[tuple[str, Path, bytes | None]]:
+    """What is done, to which file, and what it becomes, None: it is gone. 1,064 cases and three for each file."""
     newest = state / "checkpoints/step-0000004"
     files = [*(newest / name for name in ("state.safetensors", "MANIFEST.json", "metrics.jsonl")), state / "run.json"]
     for path in evenly(files, share):
+        yield f"{path.name} gone", path, None
         yield f"{path.name} empty", path, b""
         yield f"{path.name} and a byte", path, path.read_bytes() + b"\0"
     for i in some(64, share):
@@ -383,9 +384,10 @@ def c5(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     out.rename(kept)
     for name, path, raw in damages(kept, share, draw):
         shutil.copytree(kept, out)
-        (out / path.relative_to(kept)).write_bytes(raw)
+        place = out / path.relative_to(kept)
+        place.unlink() if raw is None else place.write_bytes(raw)
         job = bench.start("sft", out=out, **SIX)
-        note = job.refused(path.name if path.parent == kept else "step-0000004", (0, 2))
+        note = job.refused("run.json|other files" if path.parent == kept else "step-0000004", (0, 2))
         yield name, note or (bench.goes_on("sft", out=out, **SIX) if job.codes == {0: 0} else "")
         shutil.rmtree(out, ignore_errors=True)
 
@@ -396,11 +398,8 @@ def c5(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 def d1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """40 steps, cut after a random one and resumed: weights and log of 40 steps straight, bit for bit"""
     for i in some(20, share):
-        name, step, changes = (
-            TRAINED[i % 4],
-            draw.randint(1, 39),
-            dict(steps=40, save_every=7, out=bench.folder / "out"),
-        )
+        name, step = TRAINED[i % 4], draw.randint(1, 39)
+        changes = dict(steps=40, save_every=7, out=bench.folder / "out")
         note = bench.start(name, patch=dies_logging(step), **changes).refused(codes=(9,))
         yield f"{name}, cut after {step}", note or bench.goes_on(name, **changes)
 
