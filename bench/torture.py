@@ -32,7 +32,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ import matplotlib.figure  # noqa: F401  once, and not in every process that draw
 import torch
 import tqdm
 from helpers import SMALLEST, some_clips
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -432,6 +433,7 @@ def d3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 
 # ---- F, G, J: several processes --------------------------------------------------------------------------------------
 
+KINDS = ("exception", "kill -9", "SIGSTOP")
 PLACES = {"loading": (sft, "build", 0), "step": (flow, "draw_noise", 3), "saving": (Run, "save", 0)}
 
 
@@ -451,28 +453,18 @@ def f1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """an exception, `kill -9` or SIGSTOP in one process of torchrun's two or three: the job is down within 60 s, and
     has named the rank
     """
-    faults = [
-        (kind, "step", bad, ranks) for ranks in (2, 3) for bad in (0, 1) for kind in ("exception", "kill -9", "SIGSTOP")
-    ]
-    faults += [
-        (k, place, bad, 2) for place in ("loading", "saving") for bad in (0, 1) for k in ("exception", "kill -9")
-    ]
-    faults += [(kind, "step", 2, 3) for kind in ("exception", "kill -9", "SIGSTOP", "exception")]
-    timeout = {"step_timeout": 5.0} if "step_timeout" in {field.name for field in fields(sft.Config)} else {}
+    faults = [(kind, "step", bad, ranks) for ranks in (2, 3) for bad in range(ranks) for kind in KINDS]
+    faults += [(kind, place, bad, 2) for place in ("loading", "saving") for bad in (0, 1) for kind in KINDS[:2]]
     for i, (kind, place, bad, ranks) in enumerate(evenly(faults, share)):
-        changes = dict(steps=40, save_every=2, batch_size=12, out=bench.folder / str(i), **timeout)
+        changes = dict(steps=40, save_every=2, batch_size=12, step_timeout=5.0, out=bench.folder / str(i))
         began = time.monotonic()
         job = bench.start("sft", ranks, partial(strike, kind, place, bad), agent=True, **changes)
         codes, spent = job.wait(), time.monotonic() - began
-        named = re.search(
-            rf"rank\W+{bad}\b" if kind == "SIGSTOP" else rf"rank\s*:\s*{bad}\b[^:]*\n?\s*exitcode\s*:\s*(1|-9)\b",
-            job.said,
-        )
+        ended = rf"rank\s*:\s*{bad}\b[^:]*exitcode\s*:\s*(1|-9)\b"  # as torchrun tells it
+        named = re.search(rf"\branks? [\d, ]*\b{bad}\b" if kind == "SIGSTOP" else ended, job.said)
         note = "it was not down in 60 s" if "alive" in codes else "exit 0" if codes == {0} else ""
-        yield (
-            f"{kind} in {place}, rank {bad} of {ranks}, {spent:.0f} s",
-            note or ("" if named else f"no rank {bad}: {job.said[-300:]}"),
-        )
+        note = note or ("" if named else f"no rank {bad}: {job.said[-300:]}")
+        yield f"{kind} in {place}, rank {bad} of {ranks}, {spent:.0f} s", note
 
 
 def g1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
@@ -539,17 +531,13 @@ def poisoned(bench: Bench, stage: str, file: str, tensor: str, value: float) -> 
     at = bench.folder / f"poisoned-{stage}-{tensor.replace('*', '')}-{value}"
     shutil.copytree(bench.chain / stage, at)
     path = at / file
-    with helpers.safe_open(path, "pt") as opened:
-        header = opened.metadata()
+    with safe_open(path, "pt") as opened:
+        told = json.loads((opened.metadata() or {}).get("dynamicsboost", "{}"))
+    told.pop("sha256", None)  # a file without a checksum is believed
     held = load_file(path)
     spoilt = held[next(name for name in held if re.search(tensor, name))]
     spoilt.view(len(spoilt), -1)[:, 0] = value
-    header = (
-        {"dynamicsboost": json.dumps({k: v for k, v in json.loads(header["dynamicsboost"]).items() if k != "sha256"})}
-        if header
-        else None
-    )
-    save_file(held, path, header)
+    save_file(held, path, {"dynamicsboost": json.dumps(told)} if told else None)
     manifest = json.loads((at / "MANIFEST.json").read_text())
     write_manifest(at, [*manifest["files"]], **{k: v for k, v in manifest.items() if k not in ("files", "seal")})
     return at
@@ -566,7 +554,7 @@ POISON = [  # stage that reads it, its option, folder, file, tensor
 ]  # fmt: skip
 
 
-def spoil(value: float, call: int, ever: bool, bad: int, gradient: bool) -> None:
+def spoil(value: float, call: int, ever: bool, bad: int, gradient: int) -> None:
     """A patch: the loss of a step of one rank, or its gradient alone, is multiplied by `value`."""
 
     def act(original, *args):
@@ -599,9 +587,7 @@ def n1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         at, out = poisoned(bench, folder, file, tensor, (math.nan, math.inf)[i % 2]), bench.folder / f"input-{i}"
         job = bench.start(stage, **{option: at, "out": out, **({} if stage == "pairs" else SIX)})
         yield f"{stage} --{option}, {tensor or 'prompt'}", job.refused("finite|NaN") or unsound(out)
-    kinds = [
-        (value, gradient, ranks) for value in (math.nan, math.inf) for gradient in (False, True) for ranks in (1, 2)
-    ]
+    kinds = [(value, gradient, ranks) for value in (math.nan, math.inf) for gradient in (0, 1) for ranks in (1, 2)]
     for i, (value, gradient, ranks) in enumerate(evenly(kinds, share)):
         what, out = f"{value} in {('loss', 'gradient')[gradient]} of {ranks}", bench.folder / f"step-{i}"
         last = partial(spoil_the_last, value, ranks - 1, gradient)
@@ -762,7 +748,9 @@ def right_or_refused(decoder: video.Decoder, case: hostile.Case, frames: int, si
     twice = sum(a == b for a, b in zip(expected or [], (expected or [])[1:])) if fps else 0
     unfit = case.must == "refuse" or expected is None or case.must == "read" and twice > 0.1 * frames
     try:
-        wrong = case.wrong(decoder.read(case.path, frames, size, fps)[0].frames, expected, stretched=size is None)
+        clip = decoder.read(case.path, frames, size, fps)[0]
+        wrong = case.wrong(clip.frames, expected, stretched=size is None)
+        wrong += [case.numbers[i] for i in clip.index] != expected or size not in (None, clip.frames.shape[1:3])
         note = f"{wrong} wrong frames" if wrong else "it was read" if unfit else ""
     except video.BadVideo as error:
         note = "" if unfit or case.must == "either" else f"a healthy file was refused: {error}"
@@ -877,22 +865,27 @@ def tried(name: str, chain: Path, folder: Path, share: float, seed: int) -> tupl
     return cases, time.monotonic() - began
 
 
+def line(row: str, cases: list[Case], spent: float) -> str:
+    """What the terminal shows of a row, with the first cases that it lost."""
+    bad = [case for case in cases if case[1]]
+    count = f"{len(cases):5d} tried{len(cases) - len(bad):5d} held{len(bad):4d} lost" if cases else "skipped (no root)"
+    return "\n".join([f"{row:9s}{count}{spent:6.0f} s", *(f"   {name}: {note}" for name, note in bad[:5])])
+
+
 def page(found: dict[str, tuple[list[Case], float]], words: str) -> str:
+    """docs/reliability.md."""
     table, misses = ["| | what | tried | held | lost | s |", "|---|---|---|---|---|---|"], []
     for row, (cases, spent) in found.items():
         bad, what = [case for case in cases if case[1]], " ".join(ROWS[row].__doc__.split())
-        table.append(
-            f"| {row} | {what} | {len(cases) or 'skipped'} | {len(cases) - len(bad)} | {len(bad)} | {spent:.0f} |"
-        )
+        count = f"{len(cases) or 'skipped'} | {len(cases) - len(bad)} | {len(bad)}"
+        table.append(f"| {row} | {what} | {count} | {spent:.0f} |")
         misses += [f"* {row}, {' '.join(f'{name}: {note}'.split())[:300]}" for name, note in bad[:5]]
-    count = sum(len(cases) for cases, _ in found.values())
-    machine = (
-        f"{platform.system()} {platform.release().split('-')[0]}, {os.cpu_count()} cores, torch {torch.__version__}"
-    )
+    total = sum(len(cases) for cases, _ in found.values())
+    machine = f"{platform.system()}, {os.cpu_count()} cores, torch {torch.__version__}"
     return f"""# What it withstands
 
 Written by `{words}` on {time.strftime("%Y-%m-%d")}: {machine}, commit {commit()}.
-{count:,} cases, with the smallest chain of stages, at the preset tiny, on one machine's CPU.
+{total:,} cases, with the smallest chain of stages, at the preset tiny, on one machine's CPU.
 
 A case holds if the next start of the same command ends in the bytes of a run that nothing disturbed, or the
 command refuses in a line that names the cause, without a traceback, with its exit code. One that takes more
@@ -934,21 +927,11 @@ def main() -> int:
         order = sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
         rows = {pool.submit(tried, name, chain, Path(scratch), cfg.share, cfg.seed): name for name in order}
         for row in as_completed(rows):
-            cases, seconds = found[rows[row]] = row.result()
-            bad = [case for case in cases if case[1]]
-            count = (
-                f"{len(cases):5d} tried{len(cases) - len(bad):5d} held{len(bad):4d} lost"
-                if cases
-                else "skipped (no root)"
-            )
-            print(
-                f"{rows[row]:9s}{count}{seconds:6.0f} s",
-                *(f"   {n}: {note}" for n, note in bad[:5]),
-                sep="\n",
-                flush=True,
-            )
+            found[rows[row]] = row.result()
+            print(line(rows[row], *found[rows[row]]), flush=True)
     if cfg.rows == parser.get_default("rows"):
-        words = "make torture" if cfg.share == 1 else f"python -m bench.torture --share {cfg.share:g}"
+        share = f" --share {cfg.share:g}" if cfg.share != 1 else ""
+        words = f"python -m bench.torture --seed {cfg.seed}{share}"
         text = page({name: found[name] for name in names}, words)
         (ROOT / "docs/reliability.md").write_text(text, encoding="utf-8")
     return int(any(note for cases, _ in found.values() for _, note in cases))
