@@ -1,6 +1,7 @@
 # make demo    every stage of the method, for real, on two CPU cores; ends by naming a report to open
 # make tables  every baseline and ablation on six seeds, 1 h 10 min; writes docs/tables.md, .json and .png
 # make bench   what a pair costs and what it teaches, half an hour; writes docs/performance.md, .json and .png
+# make torture kills, damage, NaN and hostile files against the commands, half an hour; writes docs/reliability.md
 # make test    the tests
 # make lint    ruff
 # make clean   removes what demo and tables made in out/
@@ -18,7 +19,7 @@ MADE   := MANIFEST.json
 # The demo's models are so small that more threads make them slower: much so, where others use the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo tables bench test lint clean
+.PHONY: demo tables bench torture test lint clean
 demo: $(OUT)/report.html
 	@ln -sfn seed-$(SEED) out/demo
 	@echo "demo: open out/demo/report.html"
@@ -51,6 +52,9 @@ tables: | $(VENV)/runtime
 
 bench: | $(VENV)/runtime
 	$(PY) -m bench.pairs
+
+torture: $(VENV)/development
+	$(PY) -m bench.torture
 
 test: $(VENV)/development
 	$(PY) -m pytest -q tests

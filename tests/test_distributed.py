@@ -195,37 +195,6 @@ def test_a_slow_process_does_not_hold_up_the_others(slow, chain, single, tmp_pat
     assert f"{count}/{count}" in done.stderr, "the bar counts what all have made"
 
 
-KILLED = """
-import signal, time
-import make_pairs
-rank = int(os.environ["RANK"])
-write, made = make_pairs.write_shard, []
-def dies(*args):
-    if rank == 1 and made:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(*args)
-    made.append(1)
-    while rank == 0 and len(list((out / "pairs/claims").glob("*"))) < 3:
-        time.sleep(0.01)
-make_pairs.write_shard = dies
-run_stage(chain, "pairs", out=out / "pairs", shard_size=1)
-"""
-
-
-def test_the_claims_of_the_dead_are_taken_over(chain, single, tmp_path):
-    """kill -9 of one of two processes at its second shard ends the job; the next start, of another number of processes,
-    takes over what was claimed, without a wait, and ends in the same bytes.
-    """
-    done = start(chain, tmp_path, 2, KILLED)
-    assert done.returncode != 0 and not (tmp_path / "pairs" / "MANIFEST.json").exists()
-    stale = [int(p.name) for p in (tmp_path / "pairs" / "claims").iterdir() if not p.stat().st_size]
-    assert not all((tmp_path / "pairs" / f"shard-{k:05d}.json").exists() for k in stale)
-    for name in (".shard-00001.safetensors.1.tmp", ".tmpMHNqGM"):  # as a kill leaves them, the second by safetensors
-        (tmp_path / "pairs" / name).write_bytes(b"half")
-    run_stage(chain, "pairs", out=tmp_path / "pairs", shard_size=1)
-    assert contents(tmp_path / "pairs") == contents(single)
-
-
 def test_a_live_claim_is_left_alone(tmp_path):
     """What another process has claimed since the start is not done again; it counts as done when that one says so."""
     (tmp_path / "run.json").write_text(json.dumps(Run(sample.Config(out=str(tmp_path)), "sample", Group()).facts))

@@ -5,17 +5,15 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
 import helpers
 import pytest
 import torch
-from helpers import contents, copy, cut, flip_bit, metrics, refused, run_stage, some_clips, stage, stop_at
+from helpers import contents, copy, cut, flip_bit, metrics, refused, run_stage, some_clips, stop_at
 
 import make_pairs
 import prepare
@@ -78,28 +76,6 @@ def test_stopped_early_or_twice(logged, chain, straight, tmp_path, monkeypatch):
     assert contents(tmp_path / "sft") == contents(straight / "sft")
 
 
-def test_a_process_killed_at_any_moment_ends_like_a_straight_run(chain, tmp_path):
-    """kill -9 of a real process, at another moment each time this test runs."""
-    changes = dict(steps=20, save_every=3, out=tmp_path / "killed")
-    main, cfg = stage(chain, "asymdpo", **changes)
-    log, lines, deadline = tmp_path / "killed" / "metrics.jsonl", random.randint(3, 12), time.time() + 120
-    words = [sys.executable, *helpers.command_line("asymdpo", cfg)]
-    child = subprocess.Popen(words, env=helpers.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while time.time() < deadline and child.poll() is None:
-            if log.exists() and log.read_bytes().count(b"\n") >= lines:
-                break
-            time.sleep(0.005)
-        time.sleep(random.random() * 0.05)
-    finally:
-        os.kill(child.pid, signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert not (tmp_path / "killed" / "MANIFEST.json").exists()
-    main(cfg)
-    straight = run_stage(chain, "asymdpo", **{**changes, "out": tmp_path / "straight"})
-    assert contents(tmp_path / "killed") == contents(straight), f"killed after {lines} lines"
-
-
 def test_all_of_the_state_goes_to_the_parameters_device():
     """Fused AdamW on a GPU refuses a step that was left on the CPU; the meta device stands for the GPU."""
     there = {"w": torch.nn.Parameter(torch.ones(3))}
@@ -112,36 +88,6 @@ def test_all_of_the_state_goes_to_the_parameters_device():
     runtime.run._unpack(state, here, resumed)
     assert {a.device.type for a in resumed.state[here["w"]].values()} == {"meta"}
     assert resumed.state[here["w"]].keys() == optimizer.state[there["w"]].keys()
-
-
-DAMAGE = {
-    "cut short": lambda step: cut(step / "state.safetensors"),
-    "flipped bit": lambda step: flip_bit(step / "state.safetensors"),
-    "state gone": lambda step: (step / "state.safetensors").unlink(),
-    "manifest gone": lambda step: (step / "MANIFEST.json").unlink(),
-    "manifest cut": lambda step: cut(step / "MANIFEST.json"),
-}
-
-
-@pytest.mark.parametrize("how, damaged", [*((how, [4]) for how in DAMAGE), ("flipped bit", [2, 4])])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, damaged, chain, straight, stopped, tmp_path, capsys):
-    """It is named; the run goes on from the one before, or without one anew, and ends in the same bytes."""
-    copy(stopped, tmp_path, "sft")
-    for step in damaged:
-        DAMAGE[how](tmp_path / "sft" / "checkpoints" / f"step-000000{step}")
-    run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
-    said = capsys.readouterr().err
-    assert said.count("damaged checkpoint") == len(damaged) and "step-0000004" in said
-    assert contents(tmp_path / "sft") == contents(straight / "sft")
-
-
-def test_half_a_checkpoint_is_none(chain, straight, tmp_path, monkeypatch):
-    """Stopped while a checkpoint was written: what is there of it is not taken for one."""
-    with stop_at(monkeypatch, runtime.run, "write_manifest", 1), pytest.raises(KeyboardInterrupt):
-        run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
-    assert (tmp_path / "sft" / "checkpoints" / ".step-0000004.tmp" / "state.safetensors").exists()
-    run_stage(chain, "sft", out=tmp_path / "sft", **SIX)
-    assert contents(tmp_path / "sft") == contents(straight / "sft")
 
 
 @pytest.mark.parametrize("name", helpers.STAGES)
