@@ -92,12 +92,11 @@ class Group:
         return dict(zip(values, total.tolist()))
 
     def meet(self, where: str) -> None:
-        """Waits until all processes are here. Lost names those that do not come within `step_timeout`.
+        """Waits until all processes are here. where: what they meet for, in words.
 
-        Broken if one of them ended; `program` finds out which.
-
-        where: what the processes meet for, in words. By gloo on CUDA, too: a process that waits for others in NCCL can
-        neither be interrupted nor tell whom it waits for, so let all be here first.
+        Lost names those that do not come within `step_timeout`. Broken if one of them ended; `program` finds out which.
+        By gloo on CUDA, too: a process that waits in NCCL can neither be interrupted nor tell whom it waits for, so let
+        all be here first.
         """
         if self.size > 1:
             roll.gather(where, self.step_timeout)

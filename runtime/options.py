@@ -299,7 +299,7 @@ def _disk_error(error: OSError) -> str:
     name = error.filename2 or error.filename
     again = "run the same command again, what was finished is kept"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        named = f" writing {name}: {_space(error, name)}" if name else ""  # without: a file that was open, on any disk
+        named = f" writing {name}{_space(error, name)}" if name else ""  # without: a file that was open, on any disk
         return f"disk full{named}; free some space and {again}"
     if not isinstance(name, (str, os.PathLike)):
         return ""
@@ -308,8 +308,8 @@ def _disk_error(error: OSError) -> str:
 
 
 def _space(error: OSError, name: str) -> str:
-    """The space that a file needs, if that is known, and what is left there, in words."""
-    needed = f"{error.needed / 2**20:.1f} MiB needed, " if hasattr(error, "needed") else ""
+    """The space that a file needs, and what is left there, in words, if they are known."""
+    facts = [f"{error.needed / 2**20:.1f} MiB needed"] if hasattr(error, "needed") else []
     with contextlib.suppress(OSError):
-        return f"{needed}{shutil.disk_usage(Path(name).absolute().parent).free / 2**20:.1f} MiB free"
-    return f"{needed}and what is free is not known"
+        facts.append(f"{shutil.disk_usage(Path(name).absolute().parent).free / 2**20:.1f} MiB free")
+    return f": {', '.join(facts)}" if facts else ""

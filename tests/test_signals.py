@@ -116,13 +116,13 @@ def main(cfg):
         time.sleep(3 * group.main)  # longer than a step may take
         assert group.from_node_main("a shard" if group.main else None) == "a shard"
         time.sleep(60 * (group.rank == 1))
-        group.meet(2.0, "step 0")
+        group.meet("step 0")
     group.wait()
     with patient():
         for step in range(3):
             if step == 1 and group.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            group.meet(2.0, f"step {{step}}")
+            group.meet(f"step {{step}}")
             if told := group.sum({{"told": torch.tensor(asked_to_stop())}})["told"]:
                 print("saved", group.rank, step, flush=True)
                 raise Interrupted(int(told))
