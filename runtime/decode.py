@@ -16,6 +16,10 @@ refused if its picture stands still for more than 4 frames, or if a frame is mis
 
 FFmpeg also reads playlists, which name other files and servers. So PyAV opens containers alone, and decord, which has
 no such option, gets only those that no playlist can pass for.
+
+Colours become RGB by the matrix and the range that the file names; where it names no matrix, by BT.601's at any size,
+as other readers do. Wide primaries (BT.2020, P3) are taken for BT.709's. HDR is refused, but for Dolby Vision that says
+so nowhere else (profile 5).
 """
 
 import contextlib

@@ -70,7 +70,10 @@ def regular_file(path: str | Path) -> str:
 
 
 class Decoder(contextlib.AbstractContextManager):
-    """A process that reads videos. It is killed when a video takes too long, and started again for the next one."""
+    """A process that reads videos. It is killed when a video takes too long, and started again for the next one.
+
+    On Linux it also ends with the thread that started it, by reading a video.
+    """
 
     program = [sys.executable, str(Path(__file__).with_name("decode.py"))]
 
