@@ -167,9 +167,15 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     net = place(net, cfg, run.group)
 
     # ---- sample
+    run.claim()
+    for folder in {(run.folder / name).parent for name, _, _ in jobs}:  # a benchmark's names have folders
+        folder.mkdir(parents=True, exist_ok=True)  # not in the loop: there a folder that is missing was deleted
     call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
     levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
-    done = lambda i: unchanged(run.folder / jobs[i][0], run.folder)  # noqa: E731
+
+    def done(i: int) -> bool:
+        return unchanged(run.folder / jobs[i][0], run.folder)
+
     for i, own in run.share(len(jobs), "video", done, lockstep=cfg.shard):
         name, prompt, key = jobs[i]
         noise = flow.draw_noise(size, [key]).to(device)
@@ -179,7 +185,6 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
             if not (x0.isfinite().all() and pixels.isfinite().all()):  # a codec may clamp infinity
                 which = f"{run.folder / name}, {prompt[:80]!r} with --seed {cfg.seed}"
                 raise Diverged(f"{which}, is not written: it is not finite; a training of this model has diverged")
-            (run.folder / name).parent.mkdir(parents=True, exist_ok=True)  # a benchmark's names have folders
             video.write_mp4(run.folder / name, video.to_frames(pixels))
             checksum(run.folder / name, run.folder)  # remembered, for the next start
 
