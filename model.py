@@ -650,7 +650,7 @@ def read_json(text: str) -> dict:
 
 def noted(header: Mapping, key: str) -> set[str]:
     """The digests that stand in a header of ours under "merged" (LoRAs that are in the file's tensors) or under
-    "beneath" (those that were on the network when the file's LoRA was trained). Up to 0.9 there were none.
+    "beneath" (those that were on the network when the file's LoRA was trained). Up to 0.8 there were none.
     """
     digests = header.get(key)
     return {one for one in digests if isinstance(one, str)} if isinstance(digests, list) else set()
@@ -848,7 +848,7 @@ def export_lora(
 def read_lora_file(path: str | Path) -> tuple[dict[str, Tensor], dict, str]:
     """The tensors of a LoRA's file, whichever program wrote it; what `export_lora` noted in its header; their `digest`.
 
-    ValueError if it cannot be read, if the header's checksum is another (up to 0.9, and in other programs' files, there
+    ValueError if it cannot be read, if the header's checksum is another (up to 0.8, and in other programs' files, there
     is none), and for NaN and infinity.
     """
     if not Path(path).is_file():
