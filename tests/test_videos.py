@@ -18,6 +18,7 @@ import hostile
 import numpy as np
 import pytest
 
+from bench import torture
 from runtime import video
 
 LIMIT, DEADLINE = 10.0, 8.0  # s: what a file may take, and the decoder's own deadline
@@ -61,6 +62,14 @@ def test_number_is_read_from_no_other_picture():
     assert [hostile.number(hostile.picture(n), hostile.SHAPE) for n in range(256)] == list(range(256))
     for other in (a // 2 + b // 2, a[::-1], a[:, ::-1], a[::-1, ::-1], a[:, 40:], a.swapaxes(0, 1), a * 0):
         assert hostile.number(other, hostile.SHAPE) is None
+
+
+@pytest.mark.parametrize("name", [name for name in hostile.CASES if name.startswith(("B-frames, ", "a tag", "GIF"))])
+def test_right_or_refused(decoder, name, tmp_path):
+    """B-frames in every container, tags in Latin-1, formats that are not read. bench/torture.py reads all classes."""
+    case = hostile.make(name, tmp_path)
+    for way in WAYS:
+        assert torture.right_or_refused(decoder, case, *way) == ""
 
 
 @pytest.mark.parametrize("name", ["B-frames", "open GOP", "HEVC, open GOP", "MPEG-2", "VP9", "turned by 90°"])
