@@ -7,10 +7,10 @@ ended is told by its connections, which close. The first to find it out writes i
 import collections
 import contextlib
 import datetime
-import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,15 +43,36 @@ def start(backend: str, rank: int, size: int, seconds: float) -> None:
     global _store, _everybody
     limit = datetime.timedelta(seconds=seconds)
     store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # --max-restarts: torchrun's store still holds the addresses of those who died. On one node all know the count
-        # of restarts; on several it may differ, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    _store = dist.PrefixStore("roll", store)
+    store = _of_this_start(store, rank, size, seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     _everybody = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _store = dist.PrefixStore("roll", store)
     for other in set(range(size)) - {rank}:
         _watches[other] = dist.irecv(torch.zeros(1), group=_everybody, group_src=other, tag=_WATCH)
+
+
+def _of_this_start(store: dist.Store, rank: int, size: int, seconds: float) -> dist.Store:
+    """The part of the store that is this start's alone. Rank 0 names it, and tells each process that has come.
+
+    After a restart torchrun's store still holds what those who died wrote, their addresses for one; and on several
+    nodes nothing that torchrun says is the same for all and new. (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is the other way
+    out.)
+    """
+    name, late, end = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + seconds
+    if rank:
+        store.set(f"hello {rank}", name)
+        name = store.get(f"welcome {name}").decode()
+        store.set(f"here {name} {rank}", "")
+        return dist.PrefixStore(name, store)
+    while late:
+        for other in late:
+            if store.check([f"hello {other}"]):  # it may be an earlier start's, which hears nothing any more
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", name)
+        late = {other for other in late if not store.check([f"here {name} {other}"])}
+        if time.monotonic() > end:
+            raise Lost(f"waited {seconds:g} s for {_named(sorted(late))} to start")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def gather(
@@ -96,7 +117,8 @@ def explained(error: RuntimeError) -> Lost | None:
 
     It takes up to 20 s. All is lost: it closes the connections to the others.
     """
-    if not isinstance(error, (Broken, dist.DistError)) and "/gloo/" not in str(error) or not dist.is_initialized():
+    collective = isinstance(error, (Broken, dist.DistError)) or "/gloo/" in str(error) and not isinstance(error, Lost)
+    if not collective or _store is None:
         return None
     where, reason = error.args if isinstance(error, Broken) else ("a step", str(error))
     if ended := _ended():

@@ -135,7 +135,7 @@ def test_processes_that_hang_are_named(tmp_path):
     """One that sleeps for longer than a step may take is named by all, and torchrun starts all again. A signal to one
     process ends all after a step, and is not tried again. Long waits for other work end in nothing but a word.
     """
-    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     words = "--standalone", "--nproc_per_node", "3", "--max_restarts", "3"
     done = script("-m", "torch.distributed.run", *words, str(tmp_path / "worker.py"))
     *said, last = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
