@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from helpers import ROOT, refused, script
 
 from runtime import roll
@@ -93,6 +95,18 @@ def test_nonsense_for_torchruns_variables(monkeypatch):
             refused(text, start_group)
 
 
+def test_a_start_is_not_taken_for_the_one_before():
+    """What those wrote who died meets nobody. Who does not come is named."""
+    store = dist.HashStore()
+    store.set("hello 1", "dead")
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda rank: roll._of_this_start(store, rank, 2, 5.0), range(2))
+    one.set("address", "new")
+    assert other.get("address") == b"new" and not store.check(["address"])
+    with pytest.raises(roll.Lost, match="waited 0.1 s for rank 1 to start"):
+        roll._of_this_start(store, 0, 2, 0.1)
+
+
 # three processes, two starts: in each, something else happens to rank 1
 WORKER = f"""
 import dataclasses, os, signal, sys, time
@@ -124,7 +138,7 @@ def main(cfg):
                 os.kill(os.getpid(), signal.SIGTERM)
             group.meet(f"step {{step}}")
             if told := group.sum({{"told": torch.tensor(asked_to_stop())}})["told"]:
-                print("saved", group.rank, step, flush=True)
+                os.write(1, f"saved {{group.rank}} {{step}}\\n".encode())  # whole, where print mixes with the others'
                 raise Interrupted(int(told))
 
 program(main, Config, "")
@@ -138,7 +152,7 @@ def test_processes_that_hang_are_named(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     words = "--standalone", "--nproc_per_node", "3", "--max_restarts", "3"
     done = script("-m", "torch.distributed.run", *words, str(tmp_path / "worker.py"))
-    *said, last = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
+    *said, last = [line for line in done.stderr.splitlines() if line.startswith("[rank ")]
     assert said and all("error: step 0: waited 2 s for rank 1, stopped, stuck or slow" in line for line in said), said
     assert last.startswith("[rank 0] interrupted: run the same command again"), done.stderr
     assert sorted(done.stdout.split("\n")) == ["", "saved 0 1", "saved 1 1", "saved 2 1"] and done.returncode
