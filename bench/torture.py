@@ -304,7 +304,7 @@ def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """
     for i in some(20, share):
         name, ranks, number = TRAINED[i % 4], 1 + (i % 5 == 4), (signal.SIGTERM, signal.SIGINT)[i % 2]
-        changes = dict(steps=40, save_every=1000, out=bench.folder / str(i))
+        changes = dict(steps=24, save_every=1000, out=bench.folder / str(i))
         seconds = bench.straight(name, ranks, **changes)[1]
         job = bench.start(name, ranks, agent=ranks > 1, **changes)
         until(begun, job, changes["out"])
@@ -315,7 +315,7 @@ def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         else:  # the agent ends in a traceback of its own
             note = "" if job.wait() <= {0, 1} and re.search("interrupted|at the end", job.said) else job.said[-300:]
         step = logged(changes["out"])
-        if not note and step not in (saved(changes["out"]), 40):
+        if not note and step not in (saved(changes["out"]), 24):
             note = f"{step} steps were logged, the checkpoint is of step {saved(changes['out'])}"
         yield f"{number.name} to {name} of {ranks}, step {step}", note or bench.goes_on(name, ranks, **changes)
     clips = some_clips(bench.chain, bench.folder / "clips", 30)
