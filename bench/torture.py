@@ -71,6 +71,7 @@ class Job:
     """A command as `ranks` forked processes, or as one that is torchrun's agent and has them started."""
 
     def __init__(self, run: Callable[[], None], folder: Path, ranks: int = 1, agent: bool = False):
+        """run: what each process does, to exit 0 or as SystemExit says. folder: for what they say."""
         self.log, self.codes, self.peak = Path(tempfile.mkdtemp(dir=folder, prefix="said-")) / "log", {}, 0
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -89,6 +90,7 @@ class Job:
     def _child(self, run: Callable, env: dict) -> None:
         code = 1
         try:
+            os.setsid()
             os.environ.update({key: str(value) for key, value in env.items()})
             for number in (1, 2):
                 os.dup2(os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -111,20 +113,22 @@ class Job:
             if rank not in self.codes:
                 os.kill(self.pids[rank], number)
 
-    def poll(self, *ranks: int) -> bool:
-        """Whether these, or all, have ended."""
+    def poll(self) -> bool:
+        """Whether all have ended."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
                 ended, status, used = os.wait4(pid, os.WNOHANG)
                 if ended:
                     self.codes[rank], self.peak = os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
-        return self.codes.keys() >= set(ranks or range(len(self.pids)))
+        return len(self.codes) == len(self.pids)
 
-    def wait(self, seconds: float = LIMIT, *ranks: int) -> set[int | str]:
-        """The exit codes, "alive" for a process that had not ended in time. All are gone then."""
-        until(self.poll, *ranks, seconds=seconds)
-        codes = {self.codes.get(rank, "alive") for rank in ranks or range(len(self.pids))}
-        self.send(signal.SIGKILL)
+    def wait(self, seconds: float = LIMIT) -> set[int | str]:
+        """The exit codes, "alive" for a process that had not ended in time. All are gone then, and an agent's, too."""
+        until(self.poll, seconds=seconds)
+        codes = {self.codes.get(rank, "alive") for rank in range(len(self.pids))}
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         until(self.poll)
         return codes
 
