@@ -52,7 +52,7 @@ import asymdpo
 import flow
 import sft
 from runtime import video
-from runtime.files import commit, read_jsonl, write_manifest
+from runtime.files import commit, read_json, read_jsonl, read_text, write_manifest
 from runtime.group import Group
 from runtime.options import program
 from runtime.run import Run
@@ -134,7 +134,7 @@ class Job:
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log.exists() else ""
+        return self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n") if self.log.exists() else ""
 
     def refused(self, words: str = "", codes: tuple = (2,)) -> str:
         """It must end with such a code, without a traceback, and say these words. What is wrong, if not."""
@@ -542,7 +542,7 @@ def poisoned(bench: Bench, stage: str, file: str, tensor: str, value: float) -> 
     spoilt = held[next(name for name in held if re.search(tensor, name))]
     spoilt.view(len(spoilt), -1)[:, 0] = value
     save_file(held, path, {"dynamicsboost": json.dumps(told)} if told else None)
-    manifest = json.loads((at / "MANIFEST.json").read_text())
+    manifest = read_json(at / "MANIFEST.json")
     write_manifest(at, [*manifest["files"]], **{k: v for k, v in manifest.items() if k not in ("files", "seal")})
     return at
 
@@ -689,7 +689,7 @@ def hostile_names(home: Path, port: int) -> list[str]:
     links = {"link": secret, "link, relative": "../secret.mp4", "itself": "itself.mp4", "nowhere": "nothing.mp4",
              "device": "/dev/zero", "memory": "/proc/self/mem"}  # fmt: skip
     for name, text in texts.items():
-        (home / f"{name}.mp4").write_text(text)
+        (home / f"{name}.mp4").write_bytes(text.encode())
     for name, to in links.items():
         (home / f"{name}.mp4").symlink_to(to)
     (home / "out").symlink_to(home.parent)
@@ -731,14 +731,14 @@ def s2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         yield name, f"a server was asked for {Server.asked[0]}" if Server.asked else note
         shutil.rmtree(out, ignore_errors=True)
     server.shutdown()
-    (bench.folder / "secret.txt").write_text("video,caption\nball-00000.mp4,a red secret falls\n")
+    (bench.folder / "secret.txt").write_bytes(b"video,caption\nball-00000.mp4,a red secret falls\n")
     for name in evenly(("metadata.csv", f"{good[0]}.txt"), share):
         home, out = bench.folder / "beside", bench.folder / "out"
         shutil.copytree(clips, home, symlinks=True, ignore=lambda _, names: set(names) - {f"{n}.mp4" for n in good})
-        (home / f"{good[1]}.txt").write_text("a ball falls")
+        (home / f"{good[1]}.txt").write_bytes(b"a ball falls")
         (home / name).symlink_to(bench.folder / "secret.txt")
         bench.start("shards", videos=home, bad_rows="reject", out=out, workers=1).wait()
-        read = any("red secret" in path.read_text() for path in out.glob("shard-*.json"))
+        read = any("red secret" in read_text(path) for path in out.glob("shard-*.json"))
         yield f"{name}, a link out", "it was read" if read else ""
         shutil.rmtree(home)
         shutil.rmtree(out, ignore_errors=True)
@@ -828,14 +828,14 @@ def v4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     clips = some_clips(bench.chain, bench.folder / "clips", 2, ("huge.mp4", "a" * 10**8))
     jobs["100 MB in a cell"] = dict(name="shards", videos=clips)
     for name, changes in jobs.items():
-        began, own = time.monotonic(), int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        began, own = time.monotonic(), int(read_text(Path("/proc/self/statm")).split()[1]) * 4096
         job = bench.start(**changes, out=bench.folder / f"out {name}")
         yield name, job.refused() or small(time.monotonic() - began, job.peak - own)
     with video.Decoder(8.0) as decoder:
         for name in (name for name in hostile.CASES if name.startswith("bomb")):
             case, began = replace(hostile.make(name, bench.folder), must="either"), time.monotonic()
             note = right_or_refused(decoder, case, 49)
-            status = Path(f"/proc/{decoder._process.pid}/status").read_text()
+            status = read_text(Path(f"/proc/{decoder._process.pid}/status"))
             yield name, note or small(time.monotonic() - began, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)
 
 
