@@ -52,7 +52,7 @@ import asymdpo
 import flow
 import sft
 from runtime import video
-from runtime.files import commit, read_jsonl, write_manifest
+from runtime.files import commit, read_json, read_jsonl, read_text, write_manifest
 from runtime.group import Group
 from runtime.options import program
 from runtime.run import Run
@@ -71,6 +71,7 @@ class Job:
     """A command as `ranks` forked processes, or as one that is torchrun's agent and has them started."""
 
     def __init__(self, run: Callable[[], None], folder: Path, ranks: int = 1, agent: bool = False):
+        """run: what each process does, to exit 0 or as SystemExit says. folder: for what they say."""
         self.log, self.codes, self.peak = Path(tempfile.mkdtemp(dir=folder, prefix="said-")) / "log", {}, 0
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -89,6 +90,7 @@ class Job:
     def _child(self, run: Callable, env: dict) -> None:
         code = 1
         try:
+            os.setsid()
             os.environ.update({key: str(value) for key, value in env.items()})
             for number in (1, 2):
                 os.dup2(os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
@@ -111,26 +113,28 @@ class Job:
             if rank not in self.codes:
                 os.kill(self.pids[rank], number)
 
-    def poll(self, *ranks: int) -> bool:
-        """Whether these, or all, have ended."""
+    def poll(self) -> bool:
+        """Whether all have ended."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
                 ended, status, used = os.wait4(pid, os.WNOHANG)
                 if ended:
                     self.codes[rank], self.peak = os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
-        return self.codes.keys() >= set(ranks or range(len(self.pids)))
+        return len(self.codes) == len(self.pids)
 
-    def wait(self, seconds: float = LIMIT, *ranks: int) -> set[int | str]:
-        """The exit codes, "alive" for a process that had not ended in time. All are gone then."""
-        until(self.poll, *ranks, seconds=seconds)
-        codes = {self.codes.get(rank, "alive") for rank in ranks or range(len(self.pids))}
-        self.send(signal.SIGKILL)
+    def wait(self, seconds: float = LIMIT) -> set[int | str]:
+        """The exit codes, "alive" for a process that had not ended in time. All are gone then, and an agent's, too."""
+        until(self.poll, seconds=seconds)
+        codes = {self.codes.get(rank, "alive") for rank in range(len(self.pids))}
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         until(self.poll)
         return codes
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace").replace("\r", "\n") if self.log.exists() else ""
+        return self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n") if self.log.exists() else ""
 
     def refused(self, words: str = "", codes: tuple = (2,)) -> str:
         """It must end with such a code, without a traceback, and say these words. What is wrong, if not."""
@@ -304,7 +308,7 @@ def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """
     for i in some(20, share):
         name, ranks, number = TRAINED[i % 4], 1 + (i % 5 == 4), (signal.SIGTERM, signal.SIGINT)[i % 2]
-        changes = dict(steps=40, save_every=1000, out=bench.folder / str(i))
+        changes = dict(steps=24, save_every=1000, out=bench.folder / str(i))
         seconds = bench.straight(name, ranks, **changes)[1]
         job = bench.start(name, ranks, agent=ranks > 1, **changes)
         until(begun, job, changes["out"])
@@ -315,7 +319,7 @@ def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         else:  # the agent ends in a traceback of its own
             note = "" if job.wait() <= {0, 1} and re.search("interrupted|at the end", job.said) else job.said[-300:]
         step = logged(changes["out"])
-        if not note and step not in (saved(changes["out"]), 40):
+        if not note and step not in (saved(changes["out"]), 24):
             note = f"{step} steps were logged, the checkpoint is of step {saved(changes['out'])}"
         yield f"{number.name} to {name} of {ranks}, step {step}", note or bench.goes_on(name, ranks, **changes)
     clips = some_clips(bench.chain, bench.folder / "clips", 30)
@@ -538,7 +542,7 @@ def poisoned(bench: Bench, stage: str, file: str, tensor: str, value: float) -> 
     spoilt = held[next(name for name in held if re.search(tensor, name))]
     spoilt.view(len(spoilt), -1)[:, 0] = value
     save_file(held, path, {"dynamicsboost": json.dumps(told)} if told else None)
-    manifest = json.loads((at / "MANIFEST.json").read_text())
+    manifest = read_json(at / "MANIFEST.json")
     write_manifest(at, [*manifest["files"]], **{k: v for k, v in manifest.items() if k not in ("files", "seal")})
     return at
 
@@ -685,7 +689,7 @@ def hostile_names(home: Path, port: int) -> list[str]:
     links = {"link": secret, "link, relative": "../secret.mp4", "itself": "itself.mp4", "nowhere": "nothing.mp4",
              "device": "/dev/zero", "memory": "/proc/self/mem"}  # fmt: skip
     for name, text in texts.items():
-        (home / f"{name}.mp4").write_text(text)
+        (home / f"{name}.mp4").write_bytes(text.encode())
     for name, to in links.items():
         (home / f"{name}.mp4").symlink_to(to)
     (home / "out").symlink_to(home.parent)
@@ -727,14 +731,14 @@ def s2(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         yield name, f"a server was asked for {Server.asked[0]}" if Server.asked else note
         shutil.rmtree(out, ignore_errors=True)
     server.shutdown()
-    (bench.folder / "secret.txt").write_text("video,caption\nball-00000.mp4,a red secret falls\n")
+    (bench.folder / "secret.txt").write_bytes(b"video,caption\nball-00000.mp4,a red secret falls\n")
     for name in evenly(("metadata.csv", f"{good[0]}.txt"), share):
         home, out = bench.folder / "beside", bench.folder / "out"
         shutil.copytree(clips, home, symlinks=True, ignore=lambda _, names: set(names) - {f"{n}.mp4" for n in good})
-        (home / f"{good[1]}.txt").write_text("a ball falls")
+        (home / f"{good[1]}.txt").write_bytes(b"a ball falls")
         (home / name).symlink_to(bench.folder / "secret.txt")
         bench.start("shards", videos=home, bad_rows="reject", out=out, workers=1).wait()
-        read = any("red secret" in path.read_text() for path in out.glob("shard-*.json"))
+        read = any("red secret" in read_text(path) for path in out.glob("shard-*.json"))
         yield f"{name}, a link out", "it was read" if read else ""
         shutil.rmtree(home)
         shutil.rmtree(out, ignore_errors=True)
@@ -824,14 +828,14 @@ def v4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     clips = some_clips(bench.chain, bench.folder / "clips", 2, ("huge.mp4", "a" * 10**8))
     jobs["100 MB in a cell"] = dict(name="shards", videos=clips)
     for name, changes in jobs.items():
-        began, own = time.monotonic(), int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        began, own = time.monotonic(), int(read_text(Path("/proc/self/statm")).split()[1]) * 4096
         job = bench.start(**changes, out=bench.folder / f"out {name}")
         yield name, job.refused() or small(time.monotonic() - began, job.peak - own)
     with video.Decoder(8.0) as decoder:
         for name in (name for name in hostile.CASES if name.startswith("bomb")):
             case, began = replace(hostile.make(name, bench.folder), must="either"), time.monotonic()
             note = right_or_refused(decoder, case, 49)
-            status = Path(f"/proc/{decoder._process.pid}/status").read_text()
+            status = read_text(Path(f"/proc/{decoder._process.pid}/status"))
             yield name, note or small(time.monotonic() - began, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024)
 
 
