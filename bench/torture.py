@@ -50,6 +50,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import asymdpo
 import flow
+import make_pairs
 import sft
 from runtime import video
 from runtime.files import commit, read_json, read_jsonl, read_text, write_manifest
@@ -232,9 +233,9 @@ def at_call(owner, name: str, call: int, act: Callable, ever: bool = False) -> N
     setattr(owner, name, counted)
 
 
-def dies_logging(step: int) -> Callable[[], None]:
-    """A patch: the process ends where it would log the step after this one."""
-    return lambda: at_call(Run, "log", step, lambda *_, **__: os._exit(9))
+def dies(*args, **kwargs) -> None:
+    """An `at_call` in which the process ends."""
+    os._exit(9)
 
 
 # ---- C: kills, signals, full disks, damage ---------------------------------------------------------------------------
@@ -314,11 +315,12 @@ def c3(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         until(begun, job, changes["out"])
         time.sleep(draw.uniform(0, 0.7) * seconds)
         job.send(number)
+        codes, step = job.wait(), logged(changes["out"])
         if ranks == 1:
-            note = job.refused("interrupted" if job.wait() != {0} else "", (0, 128 + number))
+            note = job.refused("interrupted" if codes != {0} else "", (0, 128 + number))
         else:  # the agent ends in a traceback of its own
-            note = "" if job.wait() <= {0, 1} and re.search("interrupted|at the end", job.said) else job.said[-300:]
-        step = logged(changes["out"])
+            told = step == 24 or re.search("interrupted|at the end of this step", job.said)
+            note = "" if codes <= {0, 1} and told else job.said[-300:]
         if not note and step not in (saved(changes["out"]), 24):
             note = f"{step} steps were logged, the checkpoint is of step {saved(changes['out'])}"
         yield f"{number.name} to {name} of {ranks}, step {step}", note or bench.goes_on(name, ranks, **changes)
@@ -362,10 +364,8 @@ def c4(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def damages(state: Path, share: float, draw: random.Random) -> Iterator[tuple[str, Path, bytes | None]]:
-    """What is done, to which file, and what it becomes, None: it is gone. 1,064 cases and three for each file."""
-    newest = state / "checkpoints/step-0000004"
-    files = [*(newest / name for name in ("state.safetensors", "MANIFEST.json", "metrics.jsonl")), state / "run.json"]
+def damages(files: list[Path], flips: int, share: float, draw: random.Random) -> Iterator[tuple]:
+    """What is done, to which file, and what it becomes, None: it is gone."""
     for path in evenly(files, share):
         yield f"{path.name} gone", path, None
         yield f"{path.name} empty", path, b""
@@ -373,28 +373,42 @@ def damages(state: Path, share: float, draw: random.Random) -> Iterator[tuple[st
     for i in some(64, share):
         path, part = files[i % len(files)], draw.random()
         yield f"{path.name} cut at {part:.2%}", path, path.read_bytes()[: int(part * path.stat().st_size)]
-    for i in some(1000, share):
+    for i in some(flips, share):
         path, raw = files[i % len(files)], bytearray(files[i % len(files)].read_bytes())
         at, bit = draw.randrange(len(raw)), draw.randrange(8)
         raw[at] ^= 1 << bit
         yield f"{path.name}: bit {bit} of byte {at}", path, bytes(raw)
 
 
+STATE = ["state.safetensors", "MANIFEST.json", "metrics.jsonl"]  # of a checkpoint
+HALF_MADE = {  # stage -> its options, the call in which it dies, its files, and how many bits are flipped in them
+    "sft": (
+        SIX,
+        (Run, "log", 5),
+        [*(f"checkpoints/step-0000004/{n}" for n in STATE), "metrics.jsonl", "run.json"],
+        1000,
+    ),
+    "pairs": ({}, (make_pairs, "write_shard", 2), ["shard-00000.json", "shard-00001.safetensors", "run.json"], 200),
+}
+
+
 def c5(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """damage to what a resume reads (the newest checkpoint's state, manifest and log, and run.json): cut, longer,
-    empty, one bit flipped. The file is named, and the run goes on from the checkpoint before or is refused
+    """damage to what a half-made run believes (the newest checkpoint, the log, shards, run.json): gone, empty, longer,
+    cut, one bit flipped. A checkpoint is named and the one before is taken; the rest is made again, or refused by name
     """
-    kept, out = bench.folder / "kept", bench.folder / "out"
-    bench.start("sft", patch=dies_logging(5), out=out, **SIX).wait()
-    out.rename(kept)
-    for name, path, raw in damages(kept, share, draw):
-        shutil.copytree(kept, out)
-        place = out / path.relative_to(kept)
-        place.unlink() if raw is None else place.write_bytes(raw)
-        job = bench.start("sft", out=out, **SIX)
-        note = job.refused("run.json|other files" if path.parent == kept else "step-0000004", (0, 2))
-        yield name, note or (bench.goes_on("sft", out=out, **SIX) if job.codes == {0: 0} else "")
-        shutil.rmtree(out, ignore_errors=True)
+    for stage, (changes, call, names, flips) in HALF_MADE.items():
+        kept, changes = bench.folder / f"kept-{stage}", {**changes, "out": bench.folder / "out"}
+        bench.start(stage, patch=partial(at_call, *call, dies), **changes).wait()
+        changes["out"].rename(kept)
+        for what, path, raw in damages([kept / name for name in names], flips, share, draw):
+            shutil.copytree(kept, changes["out"])
+            place = changes["out"] / path.relative_to(kept)
+            place.unlink() if raw is None else place.write_bytes(raw)
+            job = bench.start(stage, **changes)
+            words = "step-0000004" if path.parent.name == "step-0000004" else ""
+            note = job.refused(words, (0, 2)) or (job.refused("run.json|other files") if job.codes == {0: 2} else "")
+            yield f"{stage}, {what}", note or (bench.goes_on(stage, **changes) if job.codes == {0: 0} else "")
+            shutil.rmtree(changes["out"], ignore_errors=True)
 
 
 # ---- D: the same run, cut, and by more processes ---------------------------------------------------------------------
@@ -405,7 +419,7 @@ def d1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     for i in some(20, share):
         name, step = TRAINED[i % 4], draw.randint(1, 39)
         changes = dict(steps=40, save_every=7, out=bench.folder / "out")
-        note = bench.start(name, patch=dies_logging(step), **changes).refused(codes=(9,))
+        note = bench.start(name, patch=partial(at_call, Run, "log", step, dies), **changes).refused(codes=(9,))
         yield f"{name}, cut after {step}", note or bench.goes_on(name, **changes)
 
 
