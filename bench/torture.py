@@ -79,7 +79,7 @@ class Job:
             port = str(free.getsockname()[1])
         meeting = dict(run_id=port, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0")
         agents = LaunchConfig(1, 1, ranks, **meeting, max_restarts=0, start_method="fork")
-        self.pids = []
+        self.pids, self.agent = [], agent
         for rank in range(1 if agent else ranks):
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -109,10 +109,10 @@ class Job:
             sys.stdout.flush()
             os._exit(code)
 
-    def send(self, number: int, *ranks: int) -> None:
-        for rank in ranks or range(len(self.pids)):
+    def send(self, number: int) -> None:
+        for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
-                os.kill(self.pids[rank], number)
+                os.kill(pid, number)
 
     def poll(self) -> bool:
         """Whether all have ended."""
@@ -207,6 +207,15 @@ def saved(out: Path) -> int:
     return max((int(p.parent.name[5:]) for p in out.glob("checkpoints/step-*/MANIFEST.json")), default=0)
 
 
+def kill_some(job: Job, draw: random.Random) -> None:
+    """`kill -9` to a process of the job, of several to one of them or to all, its agent too."""
+    pid = job.pids[0]
+    with contextlib.suppress(OSError):  # it has ended
+        started = read_text(Path(f"/proc/{pid}/task/{pid}/children")).split() if job.agent else []
+        one = int(draw.choice([*started, pid]))
+        os.killpg(pid, signal.SIGKILL) if one == pid else os.kill(one, signal.SIGKILL)
+
+
 def begun(job: Job, out: Path) -> bool:
     """Whether its first step is logged, or it has ended."""
     return logged(out) > 0 or job.poll()
@@ -242,18 +251,19 @@ def dies(*args, **kwargs) -> None:
 
 
 def c1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """`kill -9` at random instants of training and saving; every fifth run has two processes: one or both of them"""
+    """`kill -9` at random instants of training and saving; every fifth is torchrun of two: one of them or all"""
     for i in some(200, share):
         name, ranks, out = TRAINED[i % 4], 1 + (i % 5 == 4), bench.folder / str(i)
         changes = dict(steps=12, save_every=3, out=out)
         seconds, codes = bench.straight(name, ranks, **changes)[1], {0}
         while codes == {0}:  # it ended before it could be killed
             shutil.rmtree(out, ignore_errors=True)
-            job, delay = bench.start(name, ranks, **changes), draw.uniform(0, seconds)
-            time.sleep(delay)
-            job.send(signal.SIGKILL, *draw.choice([(0,), (ranks - 1,), ()]))
+            job = bench.start(name, ranks, agent=ranks > 1, **changes)
+            time.sleep(delay := draw.uniform(0, seconds + 0.5 * (ranks > 1)))
+            kill_some(job, draw)
             codes = job.wait()
-        step, lost = logged(out), logged(out) - saved(out)
+        step = logged(out)
+        lost = 0 if (out / "MANIFEST.json").exists() else step - saved(out)
         note = f"{lost} steps lost" if lost > 3 else "a process did not end" if "alive" in codes else ""
         yield f"{name} of {ranks}, killed at {delay:.2f} s, step {step}", note or bench.goes_on(name, ranks, **changes)
 
@@ -486,7 +496,7 @@ def f1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
 
 
 def g1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
-    """pairs and shards, made by up to four processes of which one is killed, five times over: none twice, none missing,
+    """pairs and shards, made by up to four processes of which some are killed, five times over: none twice, none lost,
     the bytes of one process
     """
     clips = some_clips(bench.chain, bench.folder / "clips", 12)
@@ -496,11 +506,11 @@ def g1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         changes = {**options[name], "out": bench.folder / "out"}
         seconds = bench.straight(name, **changes)[1]
         for ranks in draw.choices((1, 2, 3, 4), k=5):
-            job = bench.start(name, ranks, **changes)
-            time.sleep(draw.uniform(0, seconds + 0.1 * ranks))
-            job.send(signal.SIGKILL, draw.randrange(ranks))
+            job = bench.start(name, ranks, agent=ranks > 1, **changes)
+            time.sleep(draw.uniform(0, seconds + 0.5 * (ranks > 1)))
+            kill_some(job, draw)
             codes = job.wait()
-            kills += -signal.SIGKILL in codes
+            kills += codes != {0}
             note = note or ("a process did not end" if "alive" in codes else "")
         yield f"{name}, {kills} kills", note or bench.goes_on(name, draw.randint(1, 4), like=1, **changes)
 
