@@ -488,8 +488,9 @@ def f1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
         began = time.monotonic()
         job = bench.start("sft", ranks, partial(strike, kind, place, bad), agent=True, **changes)
         codes, spent = job.wait(), time.monotonic() - began
-        ended = rf"rank\s*:\s*{bad}\b[^:]*exitcode\s*:\s*(1|-9)\b"  # as torchrun tells it
-        named = re.search(rf"\branks? [\d, ]*\b{bad}\b" if kind == "SIGSTOP" else ended, job.said)
+        named = re.search(rf"\branks? [\d, ]*\b{bad}\b", job.said)  # by another process
+        if kind != "SIGSTOP":  # or by torchrun
+            named = named or re.search(rf"rank\s*:\s*{bad}\b[^:]*exitcode\s*:\s*(1|-9)\b", job.said)
         note = "it was not down in 60 s" if "alive" in codes else "exit 0" if codes == {0} else ""
         note = note or ("" if named else f"no rank {bad}: {job.said[-300:]}")
         yield f"{kind} in {place}, rank {bad} of {ranks}, {spent:.0f} s", note
