@@ -92,7 +92,7 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
-    step_timeout: float = option(600.0, above=0, neutral=True)  # seconds that a step waits for a process that is stuck
+    step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
     seed: int = 0  # of initialisation, order, noise and times
 
 

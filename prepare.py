@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
@@ -41,7 +40,7 @@ import torch
 from safetensors import safe_open
 
 from runtime import dataset, video
-from runtime.files import checksum, read_jsonl, unchanged, write_tensors
+from runtime.files import checksum, read_jsonl, read_sealed, unchanged, write_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
@@ -264,7 +263,7 @@ def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable
     """
     kept, rejected, cells = [], [], []
     for k in range(shards):
-        facts = json.loads((folder / f"{shard_name(k)}.json").read_text(encoding="utf-8"))
+        facts = read_sealed(folder / f"{shard_name(k)}.json")
         kept += [(folder / f"{shard_name(k)}.safetensors", i, row) for i, row in enumerate(facts["rows"])]
         rejected += facts["rejects"]
     for path, i, row in evenly(kept):

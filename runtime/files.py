@@ -384,15 +384,16 @@ def open_manifest(folder: str | Path, made_by: str) -> dict:
     except (UserError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / MANIFEST}: expected a manifest, got damaged text; make the folder again") from None
     stage = manifest.get("stage", "")
-    if stage and not re.search(rf"\b{re.escape(stage)}\b", made_by):
+    if stage and not re.search(rf"\b{re.escape(str(stage))}\b", made_by):
         raise UserError(f"{folder}: expected a folder made by {made_by}, got one made by {stage}")
     for name, (size, _) in files.items():
         try:
             path = inside(folder, name)
         except ValueError as error:
             raise UserError(f"{folder / MANIFEST}: {name!r}: {error}; make the folder again") from None
-        if not path.is_file() or path.stat().st_size != size:
-            got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        found = os.path.isfile(path)  # Path.is_file raises an error for a name that is too long
+        if not found or path.stat().st_size != size:
+            got = f"{path.stat().st_size} bytes" if found else "no such file"
             raise UserError(f"{path}: expected {size} bytes, got {got}; delete {folder} and run {made_by} again")
     return manifest
 

@@ -67,7 +67,8 @@ def option(default=None, *, least=None, above=None, most=None, choices=(), neutr
 def resolve(cfg, presets: dict[str, dict] | None = None):
     """cfg with every field that is None set to what its preset says, and every field checked.
 
-    UserError for an unknown preset, for a value that its field does not take, and for NaN and infinity.
+    UserError for an unknown preset, for a value that its field does not take, for NaN and infinity, and for text that
+    is not UTF-8.
     """
     if presets is not None:
         if cfg.preset not in presets:
@@ -77,6 +78,8 @@ def resolve(cfg, presets: dict[str, dict] | None = None):
         value = getattr(cfg, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{field.name}: expected a finite number, got {value}")
+        if isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):  # bytes of the command line
+            raise UserError(f"--{field.name}: expected UTF-8 text, got {value!r}")
         if value is not None and not _fits(value, field.metadata):
             raise UserError(f"--{field.name}: expected {_wanted(field)}, got {value!r}")
     return cfg

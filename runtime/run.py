@@ -102,8 +102,8 @@ class Run:
 
     def _hold(self, lock: int) -> None:
         """Locks the folder for this process, whose end frees it, whatever ends it."""
+        self._lock = self._lock or open(self.folder / LOCK, "a+b")
         try:
-            self._lock = self._lock or open(self.folder / LOCK, "a+b")
             fcntl.lockf(self._lock, lock | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             got = "another command is writing it, or what is left of one"
@@ -129,7 +129,10 @@ class Run:
             before = read_sealed(recipe, old=True)
         except UserError:
             raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}") from None
-        for part in ("stage", "config", "inputs") + ("draws", "times") * half_made:
+        if half_made and before.get("draws") != DRAWS:
+            other = "which another version of this program began, cannot be gone on with"
+            raise UserError(f"{self.folder}, {other}; use another --out or delete the folder")
+        for part in ("stage", "config", "inputs") + ("times",) * half_made:
             old, new = before.get(part), self.facts[part]
             if part == "config" and isinstance(old, dict):
                 old = {key: value for key, value in old.items() if key in new}  # up to 0.8 it held more
@@ -292,7 +295,7 @@ class Run:
             facts = {**self.facts, "commit": commit(), "seconds": round(self.seconds, 2), **facts}
             if self.skipped:
                 facts["skipped"] = len(self.skipped)
-                print(f"{self.stage}: {len(self.skipped)} steps changed nothing, as they were not finite")
+                print(f"{self.stage}: steps that were not finite and changed nothing: {len(self.skipped)}")
             write_manifest(self.folder, files + logged, **facts)
             self._tidy()
         self.group.wait()

@@ -181,6 +181,8 @@ class Shards:
                     raise LookupError(f"{len(tensor)} of {end - first} states")
             else:
                 tensor = file.get_slice(field)[place]
+        except UserError:
+            raise
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             got = f"expected {field} of sample {self._place[i]}, got: {error}"
             raise UserError(f"{self._path[i]}: {got}; make {self.folder} again") from None

@@ -41,6 +41,8 @@ def test_every_option_is_checked(name, chain, tmp_path):
 OPTIONS = {  # what is wrong -> stage, options, words that the error must have
     "unknown preset": ("sft", dict(preset="huge"), "--preset: expected one of .*tiny.*got 'huge'"),
     "micro_batch does not divide": ("sft", dict(micro_batch=3), "batch_size 4: expected a multiple"),
+    "text that is not UTF-8": ("shards", dict(negative="\udcff"), "--negative: expected UTF-8 text, got"),
+    "a timeout of ages": ("sft", dict(step_timeout=1e20), "--step_timeout: expected more than 0 and at most 1000000"),
     "unknown layers": ("sft", dict(layers="some"), "layers.*attn"),
     "LoRA of rank 0": ("continuation", dict(rank=0), "rank"),
     "frames not 4k+1": ("shards", dict(frames=48), "--frames: expected 4k\\+1 .*got 48; try 49"),
