@@ -244,7 +244,7 @@ class Run:
                 write_tensors(fresh / "state.safetensors", _pack(trained, optimizer))
                 (self.folder / LOG).touch()
                 shutil.copyfile(self.folder / LOG, fresh / LOG)
-                facts = dict(step=step, seconds=self.seconds, skipped=self.skipped)
+                facts = dict(step=step, seconds=self.seconds, skipped=self.skipped, draws=DRAWS)
                 write_manifest(fresh, ["state.safetensors", LOG], **facts)
                 shutil.rmtree(root / f"step-{step:07d}", ignore_errors=True)
                 os.replace(fresh, root / f"step-{step:07d}")
