@@ -20,7 +20,7 @@ import prepare
 import runtime.files
 import runtime.run
 import runtime.shards
-from runtime.files import CHECKED, read_manifest, read_sealed, write_json, write_manifest, write_tensors
+from runtime.files import CHECKED, read_manifest, read_sealed, write_json, write_manifest, write_sealed, write_tensors
 from runtime.group import Group
 from runtime.options import UserError
 from runtime.run import Run
@@ -437,7 +437,8 @@ def test_a_manifest_names_files_of_its_folder_alone(name, chain, tmp_path):
     (folder / "link.txt").symlink_to(tmp_path / "canary")
     manifest = json.loads((folder / "MANIFEST.json").read_text())
     manifest["files"][name] = FACTS
-    (folder / "MANIFEST.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "seal"}))
+    del manifest["seal"]
+    write_sealed(folder / "MANIFEST.json", manifest)
     refused("leaves the folder", read_manifest, folder, "sft.py")
 
 
