@@ -84,6 +84,9 @@ def gather(
     where: what they meet for, in words. Says after 1, 2, 4… minutes who is missing. Lost after `seconds`; Broken at
     once if one of them has ended.
     """
+    if _store is None:  # a program of one's own has started the processes
+        dist.barrier(group=group)
+        return
     ranks, meeting = (ranks, "node") if group else (range(dist.get_world_size()), "all")
     began, tell, waited = time.monotonic(), FIRST_WORD, 0.0
     try:
