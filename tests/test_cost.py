@@ -208,6 +208,7 @@ class Gathers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+dist.new_subgroups = lambda *args, **more: (None, [])  # gloo's, where others would have to answer
 for checkpointing in (False, True):
     net = model.DiT(model.PRESETS["tiny"])
     model.add_lora(net, 4, 4, "attn")
