@@ -287,7 +287,7 @@ def evenly(rows: list) -> list:
 
 def print_reasons(rejects: list[dict]) -> None:
     """Prints the commonest reasons with their counts. Reasons that differ only in a name or a number count as one."""
-    kinds = collections.Counter(re.sub(r"'.*'|-?\d[\d.]*", "…", row["reason"]) for row in rejects)
+    kinds = collections.Counter(re.sub(r"'.*'|(?<![\w-])-?\d[\d.]*", "…", row["reason"]) for row in rejects)
     for reason, count in kinds.most_common(10):
         print(f"{count:8d}  {reason}")
 

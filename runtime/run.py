@@ -129,10 +129,11 @@ class Run:
             before = read_sealed(recipe, old=True)
         except UserError:
             raise UserError(f"{recipe}: expected a run's recipe, got damaged text; delete {self.folder}") from None
-        if half_made and before.get("draws") != DRAWS:
-            other = "which another version of this program began, cannot be gone on with"
-            raise UserError(f"{self.folder}, {other}; use another --out or delete the folder")
-        for part in ("stage", "config", "inputs") + ("times",) * half_made:
+        way_out = "use another --out or delete the folder"
+        for part, other in (("draws", "another version of this program"), ("times", "files that have changed since")):
+            if half_made and before.get(part) != self.facts[part]:
+                raise UserError(f"{self.folder} was begun with {other}; {way_out}")
+        for part in ("stage", "config", "inputs"):
             old, new = before.get(part), self.facts[part]
             if part == "config" and isinstance(old, dict):
                 old = {key: value for key, value in old.items() if key in new}  # up to 0.8 it held more
@@ -141,9 +142,7 @@ class Run:
             if isinstance(old, dict) and isinstance(new, dict):
                 key = next(k for k in {**old, **new} if old.get(k) != new.get(k))
                 old, new, part = old.get(key), new.get(key), f"{part} {key}"
-            raise UserError(
-                f"{self.folder} was made with {part} = {old!r}, now {new!r}; use another --out or delete the folder"
-            )
+            raise UserError(f"{self.folder} was made with {part} = {old!r}, now {new!r}; {way_out}")
 
     @property
     def done(self) -> bool:

@@ -467,7 +467,7 @@ def test_what_makes_another_dataset(folder, monkeypatch, capsys):
     os.utime(video, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     run(folder, videos="moved")
     manifest = (folder.parent / "out/MANIFEST.json").rename("finished")
-    refused("times", run, folder, videos="moved")
+    refused("was begun with files that have changed since", run, folder, videos="moved")
     manifest.rename("out/MANIFEST.json")
     video.write_bytes((moved / "ball-00003.mp4").read_bytes())
     refused("was made with inputs items", run, folder, videos="moved")
@@ -556,3 +556,8 @@ def test_batch_order_reads_every_clip_once_an_epoch():
     assert [i for step in range(10) for i in batches(10, 3, step, ("sft", 0))] == order[:30]
     for other in (("sft", 1), ("asymdpo", 0)):
         assert batches(10, 10, 0, other) != batches(10, 10, 0, ("sft", 0))
+
+
+def test_reasons_that_differ_in_a_number_are_one(capsys):
+    prepare.print_reasons([{"reason": f"'{n}.txt': expected UTF-8 text, got {n}.5 bytes"} for n in range(3)])
+    assert capsys.readouterr().out == "       3  …: expected UTF-8 text, got … bytes\n"

@@ -313,7 +313,7 @@ def test_what_other_draws_began_is_not_gone_on_with(chain, tmp_path):
     (out / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key not in ("draws", "seal")}))
     run_stage(chain, "pairs", out=out)
     (out / "MANIFEST.json").unlink()
-    refused("run, which another version of this program began, cannot", run_stage, chain, "pairs", out=out)
+    refused("was begun with another version of this program", run_stage, chain, "pairs", out=out)
 
 
 def test_a_folder_that_cannot_be_written(chain, tmp_path, monkeypatch):
