@@ -278,7 +278,7 @@ def _leave(line: str, code: int) -> None:
             bar.close()
     if line:
         where = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{where}{line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{where}{line}\n")  # at once: print would let another process come before the line's end
     if code != 4:
         _no_restart()
     if dist.is_initialized():  # Python's own end would wait for collectives that the others never join
