@@ -390,7 +390,8 @@ def open_manifest(folder: str | Path, made_by: str) -> dict:
         try:
             path = inside(folder, name)
         except ValueError as error:
-            raise UserError(f"{folder / MANIFEST}: {name!r}: {error}; make or download the folder again, as files") from None
+            again = "make or download the folder again, as files"
+            raise UserError(f"{folder / MANIFEST}: {name!r}: {error}; {again}") from None
         found = os.path.isfile(path)  # Path.is_file raises an error for a name that is too long
         if not found or path.stat().st_size != size:
             got = f"{path.stat().st_size} bytes" if found else "no such file"
