@@ -61,6 +61,10 @@ def _of_this_start(store: dist.Store, rank: int, size: int, seconds: float) -> d
     name, late, end = uuid.uuid4().hex, set(range(1, size)), time.monotonic() + seconds
     if rank:
         store.set(f"hello {rank}", name)
+        while not store.check([f"welcome {name}"]):  # store.get would wait, too, but answer no signal
+            if time.monotonic() > end:
+                raise Lost(f"waited {seconds:g} s for rank 0 to start")
+            time.sleep(0.01)
         name = store.get(f"welcome {name}").decode()
         store.set(f"here {name} {rank}", "")
         return dist.PrefixStore(name, store)

@@ -1,6 +1,5 @@
 """Several processes with gloo against one: the same result, and none waits for a slow or a dead one."""
 
-import json
 import shutil
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from helpers import ROOT, contents, environment, metrics, refused, run_stage, sc
 from safetensors.torch import load_file
 
 import sample
+from runtime.files import write_sealed
 from runtime.group import Group, start_group
 from runtime.run import Run
 
@@ -197,7 +197,7 @@ def test_a_slow_process_does_not_hold_up_the_others(slow, chain, single, tmp_pat
 
 def test_a_live_claim_is_left_alone(tmp_path):
     """What another process has claimed since the start is not done again; it counts as done when that one says so."""
-    (tmp_path / "run.json").write_text(json.dumps(Run(sample.Config(out=str(tmp_path)), "sample", Group()).facts))
+    write_sealed(tmp_path / "run.json", Run(sample.Config(out=str(tmp_path)), "sample", Group()).facts)
     (tmp_path / ".lock").touch()
     run = Run(sample.Config(out=str(tmp_path)), "sample", Group(rank=1))
     pieces = run.share(6, unit="piece", done=lambda i: i == 5)

@@ -150,9 +150,15 @@ def test_names_of_figures_are_escaped():
         assert html.escape(IMAGE) in shown and "<img" not in shown
 
 
-@pytest.mark.parametrize("value", [IMAGE, None, math.nan, math.inf])
+FIGURES = [("table", "SFT", "valid"), ("clips",), ("labels", "pairs"), ("sweep_rows", 3, "score"), ("seconds",)]
+
+
 @pytest.mark.parametrize(
-    "place", [("table", "SFT", "valid"), ("clips",), ("labels", "pairs"), ("sweep_rows", 3, "score"), ("seconds",)]
+    "place, value",
+    [  # no manifest with NaN can be written
+        *((place, value) for place in FIGURES[:-1] for value in (IMAGE, None, math.nan, math.inf)),
+        *((FIGURES[-1], value) for value in (IMAGE, None)),
+    ],
 )
 def test_a_figure_that_is_no_number_is_refused(chain, tmp_path, place, value):
     """By its place, in a file whose manifest fits."""

@@ -20,6 +20,7 @@ from tiny import balls
 def ends(monkeypatch, capsys, main) -> tuple[int, str]:
     """The exit code and the error output of a program."""
     monkeypatch.setattr(sys, "argv", ["balls"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & may have switched it off
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.raises(SystemExit) as caught:
         program(main, balls.Config, "")
