@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -294,8 +295,10 @@ def main(cfg: Config) -> None:
     with contextlib.ExitStack() as stack, run.progress(cfg.clips, unit="clip") as bar:
         each, rows = map, []
         if cfg.workers != 1:  # a pool of one process would be left behind if this one were killed
-            pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"))
-            each = functools.partial(stack.enter_context(pool).map, chunksize=16)
+            deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for this one
+            pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"), **deaf)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            each = functools.partial(pool.map, chunksize=16)
         for row in each(functools.partial(write_clip, cfg), range(cfg.clips)):
             rows.append(row)
             bar.update()
