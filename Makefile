@@ -1,7 +1,7 @@
 # make demo    every stage of the method, for real, on two CPU cores; ends by naming a report to open
 # make tables  every baseline and ablation on six seeds, 1 h 10 min; writes docs/tables.md, .json and .png
 # make bench   what a pair costs and what it teaches, half an hour; writes docs/performance.md, .json and .png
-# make torture kills, damage, NaN and hostile files against the commands, half an hour; writes docs/reliability.md
+# make torture kills, damage, NaN and hostile files against the commands, ten minutes; writes docs/reliability.md
 # make test    the tests
 # make lint    ruff
 # make clean   removes what demo and tables made in out/

@@ -927,7 +927,7 @@ def page(found: dict[str, tuple[list[Case], float]], words: str) -> str:
 
 Written by `{words}` on {time.strftime("%Y-%m-%d")}: commit {commit()},
 {machine}. {total:,} cases, {total - lost:,} held, {lost} lost, with the smallest chain of stages at
-the preset tiny. `make torture` tries every row in half an hour and writes this page; `python -m
+the preset tiny. `make torture` tries every row in ten minutes and writes this page; `python -m
 bench.torture --rows C1,N1 --share 0.1` a tenth of two rows. `make test` tries a few cases of each.
 
 A case holds if the next start of the same command ends in the bytes of a run that nothing
