@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -374,8 +373,7 @@ def run_seeds(cfg, rows: dict, always: tuple[str, ...], measure: Callable) -> tu
     # glibc gives large blocks back to the system and faults them in again, step after step: 15 % of a DPO run
     os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
     jobs = [(measure, Path(cfg.out) / f"seed-{seed}", seed, names) for seed in seeds]
-    # Ctrl-C is for this process alone: the others end with it
-    with multiprocessing.get_context("spawn").Pool(cfg.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with multiprocessing.get_context("spawn").Pool(cfg.workers) as pool:
         return seeds, names, list(tqdm(pool.imap(run_seed, jobs), total=len(jobs), unit="seed"))
 
 
