@@ -26,48 +26,13 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime import video
-from runtime.files import checksum, read_manifest, read_text, unchanged, write_jsonl
+from runtime.files import checksum, read_manifest, unchanged, write_jsonl
 from runtime.group import Group, place, start_group
-from runtime.options import Diverged, UserError, option, program, resolve, user_errors
+from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
+from sampling import PRESETS, Options, encode_text, load_codec, read_prompts, sample_latents, write_video
 from tiny import codec as codecs
-from tiny import words
-from wan import grids, lora, text, vae
-
-WAN = dict(  # Wan2.1's command line: 50 steps, shift 5, guidance 5; its README: shift 8 … 12, guidance 6 for the 1.3B
-    frames=49, height=288, width=512, nfe=50, t_shift=5.0, guidance=5.0, solver="unipc", grid="wan",
-    negative=text.NEGATIVE,
-)  # fmt: skip
-TINY = dict(frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0, solver="unipc", grid="even", negative="")
-PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to sample with."""
-
-    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
-    base: str = "out/demo/base"  # model folder; for 1.3b, 14b the release's folder, or diffusers'
-    vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
-    text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
-    lora: str = ""  # folders with lora.safetensors, or such files, separated by commas
-    data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
-    samples: int = option(1, least=1)  # samples a prompt
-    frames: int | None = option()  # pictures, of the form 4k+1
-    height: int | None = option()  # px
-    width: int | None = option()  # px
-    nfe: int | None = option(least=1)  # solver steps
-    solver: str | None = option(choices=tuple(flow.SOLVERS))  # how the steps are taken
-    grid: str | None = option(choices=grids.GRIDS)  # noise levels: this project's own, or Wan2.1's or diffusers'
-    t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
-    guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
-    negative: str | None = option()  # prompt of the unconditional branch; 1.3b, 14b: Wan's own
-    dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
-    shard: bool = option(False, neutral=True)  # split the network's weights over a node's processes: less memory
-    compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
-    seed: int = 0  # of the noise
-
-    continuation = video = ""  # options of sample.py alone
+from wan import lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +46,6 @@ class Config(Options):
     n_cond: int = option(4, least=1)  # given latent frames: n of them are 1 + 4(n − 1) pictures
     fps: float = option(16.0, least=0, most=1000)  # pictures a second taken from --video; 0: every frame
     out: str = option("out/samples", neutral=True)  # folder to write
-
-
-def read_prompts(cfg) -> list[str]:
-    """The prompts that were asked for. UserError if there are none, or if one is empty."""
-    # not splitlines, which also ends a line at U+2028 and others that may stand within a prompt
-    prompts = read_text(Path(cfg.prompts)).removesuffix("\n").split("\n") if cfg.prompts else [cfg.prompt]
-    if not prompts or not all(p.strip() for p in prompts):
-        raise UserError("expected --prompt, or --prompts with a prompt on each line, got an empty one")
-    return prompts
 
 
 def latent_frames(cfg) -> int:
@@ -111,21 +67,6 @@ def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
     inputs |= {"data": cfg.data if cfg.preset == "tiny" else "", "lora": lora.lora_files(cfg.lora)}
     inputs["prompts"] = ""  # which file they are read from does not count
     return Run(cfg, stage, group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
-
-
-def load_codec(cfg, device: torch.device) -> tuple[vae.VAE | codecs.LinearVAE, torch.device]:
-    """The codec between latents and pictures, and the device that it runs on: the tiny preset's stays on the CPU."""
-    if cfg.preset != "tiny":
-        return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
-    read_manifest(cfg.data, "prepare.py")
-    return codecs.load(cfg.data), torch.device("cpu")
-
-
-def encode_text(cfg, prompts: list[str], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The states (S, text_dim) of each prompt, and of the negative one if guidance needs it. Drops the encoder."""
-    encoder = words.WordVectors() if cfg.preset == "tiny" else text.TextEncoder(cfg.text or cfg.base, device=device)
-    negative = encoder.encode([cfg.negative])[0] if cfg.guidance != 1 else None
-    return dict(zip(prompts, encoder.encode(prompts))), negative
 
 
 def given_frames(cfg, codec, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -170,22 +111,16 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     run.claim()
     for folder in {(run.folder / name).parent for name, _, _ in jobs}:  # a benchmark's names have folders
         folder.mkdir(parents=True, exist_ok=True)  # not in the loop: there a folder that is missing was deleted
-    call, solve = flow.guided(net, cfg.guidance, negative), flow.SOLVERS[cfg.solver]
-    levels = grids.time_grid(cfg.nfe, cfg.t_shift, cfg.grid)
+    call = flow.guided(net, cfg.guidance, negative)
 
     def done(i: int) -> bool:
         return unchanged(run.folder / jobs[i][0], run.folder)
 
     for i, own in run.share(len(jobs), "video", done, lockstep=cfg.shard):
         name, prompt, key = jobs[i]
-        noise = flow.draw_noise(size, [key]).to(device)
-        x0 = solve(call, noise, states[prompt][None].to(device), levels, *(a.to(device) for a in given))
+        x0 = sample_latents(cfg, call, size, key, states[prompt].to(device), given)
         if own:
-            pixels = codec.decode(x0.to(codec_device))[0]
-            if not (x0.isfinite().all() and pixels.isfinite().all()):  # a codec may clamp infinity
-                which = f"{run.folder / name}, {prompt[:80]!r} with --seed {cfg.seed}"
-                raise Diverged(f"{which}, is not written: it is not finite; a training of this model has diverged")
-            video.write_mp4(run.folder / name, video.to_frames(pixels))
+            write_video(run.folder / name, x0, codec, codec_device, f"{prompt[:80]!r} with --seed {cfg.seed}")
             checksum(run.folder / name, run.folder)  # remembered, for the next start
 
 
