@@ -22,7 +22,7 @@ noise and the same t.
 What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside),
 plus λ's term.
 
-In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py
+In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py or prepare.py --pairs
 Out   lora.safetensors (on top of base + SFT), metrics.jsonl
 Cost  two forwards and backwards of the policy and two forwards of the reference a pair
 """
@@ -71,7 +71,7 @@ class Config:
     preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
     sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
-    pairs: str = "out/demo/pairs"  # folder of make_pairs.py
+    pairs: str = "out/demo/pairs"  # folder of make_pairs.py, or of prepare.py --pairs
     out: str = option("out/demo/asymdpo", neutral=True)  # folder to write
     beta: float | None = option(above=0)  # DPO temperature
     form: str | None = option(choices=("outside", "inside"))  # where 1/K stands: see the equations above
@@ -254,11 +254,12 @@ def main(cfg: Config) -> None:
         return
     for name in starts:
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
-    pairs = Shards(cfg.pairs, "make_pairs.py")
+    pairs = Shards(cfg.pairs, "make_pairs.py or prepare.py --pairs")
     frames = pairs.shape("chosen")[1]
     usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
     if not usable:
-        raise UserError(f"{cfg.pairs}: expected winners with generated frames for --region 3, got none")
+        got = "expected winners with generated frames for --region 3, got none; give --region 23"
+        raise UserError(f"{cfg.pairs}: {got}")
     plan = epochs(len(usable), cfg, "pairs")
     if group.main and (sentence := repeated(cfg, len(usable))):
         print(sentence, file=sys.stderr)

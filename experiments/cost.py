@@ -279,7 +279,7 @@ class Job:
 def latents(folder: str, field: str, split: str | None = None) -> tuple[tuple[int, ...], int, str]:
     """Shape and number of the latents in a folder of shards, or SHAPE and CLIPS if none is Wan's; and words."""
     made = Path(folder).is_dir()
-    shards = Shards(folder, "prepare.py or make_pairs.py", split, hashed=False) if made else None
+    shards = Shards(folder, "prepare.py, prepare.py --pairs or make_pairs.py", split, hashed=False) if made else None
     if shards and shards.shape(field)[0] == SHAPE[0]:
         return shards.shape(field), len(shards), f"{len(shards):,} latents {shards.shape(field)} in {folder}"
     return SHAPE, CLIPS.get(split, CLIPS["align"]), f"latents {SHAPE} assumed, as there are none of Wan's in {folder}"

@@ -54,7 +54,7 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     codec, device = sample.load_codec(dataclasses.replace(cfg, data=cfg.shards) if own else cfg, group.device)
-    shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs")
+    shards = Shards(cfg.shards, "prepare.py, prepare.py --pairs, make_pairs.py or experiments.pairs")
     fields = [name for name in shards.fields() if name != "x0"] or ["x0"]  # of a pair its sides
     channels, frames = shards.shape(fields[0])[:2]
     if channels != codec.channels:
