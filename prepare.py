@@ -86,9 +86,7 @@ class Config:
     base: str = ""  # folder of Wan2.1's VAE, text encoder and tokenizer, as released or as diffusers has it
     vae: str = ""  # file or folder of the VAE, if it is not in --base; tiny: shards whose codec is to be used
     text: str = ""  # folder of the text encoder and its tokenizer, if they are not in --base
-    videos: str | None = option(
-        neutral=True
-    )  # folder of videos and captions; with --pairs the table's own, if not given
+    videos: str | None = option(neutral=True)  # folder of videos and captions; not given with --pairs: the table's
     metadata: str = option("", neutral=True)  # csv of captions outside the folder; its rows without a video are skipped
     links_out: bool = option(False, neutral=True)  # follow links out of --videos, as in Hugging Face's cache
     pairs: str = option("", neutral=True)  # csv of your own pairs: chosen,rejected,caption and, if need be, start

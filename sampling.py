@@ -68,7 +68,7 @@ def load_codec(cfg, device: torch.device) -> tuple[vae.VAE | codecs.LinearVAE, t
     """The codec between latents and pictures, and the device that it runs on: the tiny preset's stays on the CPU."""
     if cfg.preset != "tiny":
         return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
-    read_manifest(cfg.data, "prepare.py")
+    read_manifest(cfg.data, "prepare.py or prepare.py --pairs")
     return codecs.load(cfg.data), torch.device("cpu")
 
 

@@ -92,7 +92,8 @@ def folder_rows(folders: tuple[Folder, Folder], captions: str = "") -> Iterator[
     for i, folder in enumerate(folders):
         if alone := sorted(videos[i].keys() - videos[1 - i].keys()):
             some = ", ".join(map(repr, alone[:NAMED])) + ", …" * (len(alone) > NAMED)
-            folders[0].passed.append(f"{len(alone)} videos of {folder.root} that {folders[1 - i].root} lacks: {some}")
+            count = f"{len(alone)} of {len(videos[i])} videos of {folder.root}"
+            folders[0].passed.append(f"{count} that {folders[1 - i].root} lacks: {some}")
 
 
 def _by_stem(found: Iterable[tuple[str, object]]) -> dict[str, list]:
