@@ -304,11 +304,13 @@ def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable
         if "split" in row:
             fields, facts = ["x0"], f"{row['split']}, motion {row['motion']:.1f}, from {row['start']:.1f} s"
         else:
-            fields, facts = pairs.SIDES, f"chosen above rejected, different from picture {row['start']}"
+            fields, facts = pairs.SIDES, f"chosen above rejected, from picture {row['start']}"
         with safe_open(path, "pt") as shard:
             latents = [shard.get_slice(field)[i : i + 1].to(device) for field in fields]
         frames = [video.to_frames(codec.decode(x0)[0])[[0, cfg.frames // 2, -1]] for x0 in latents]
-        cells.append((np.concatenate(frames, axis=1), f"{row['id']}: {facts}: {row['caption']}"))
+        gap = np.full_like(frames[0][:, : cfg.height // 32], 255)
+        shown = np.concatenate(frames if len(frames) == 1 else [frames[0], gap, frames[1]], axis=1)
+        cells.append((shown, f"{row['id']}: {facts}: {row['caption']}"))
     video.contact_sheet(folder / "kept.png", f"kept: {len(cells)} of {len(kept)}", cells)
     if wants_pairs(cfg):
         return ["kept.png"]
