@@ -222,8 +222,8 @@ class Shards:
     def shape(self, field: str) -> tuple[int, ...]:
         """Shape of one sample's field. UserError if samples have none of that name."""
         if field not in (found := self.fields()):
-            got = f"got {', '.join(found)}, made by {self.manifest.get('stage', 'others')}"
-            raise UserError(f"{self.folder}: expected samples with {field}, {got}")
+            got = f"got one made by {self.manifest.get('stage', 'others')}, with {', '.join(found)}"
+            raise UserError(f"{self.folder}: expected a folder of samples with {field}, {got}")
         return tuple(self._sample(0)[0].get_slice(field).get_shape()[1:])
 
 

@@ -81,7 +81,7 @@ def test_a_table_of_pairs_trains(chain, mine, tmp_path, capsys):
     cfg = asymdpo.Config(**folders, pairs=str(made.folder), out=str(tmp_path / "3"), region="3", **DPO)
     refused("winners with generated frames for --region 3, got none; give --region 23", asymdpo.main, cfg)
     cfg = asymdpo.Config(**folders, pairs=str(chain / "shards"), out=str(tmp_path / "3"), **DPO)
-    refused("expected samples with chosen, got x0, made by prepare", asymdpo.main, cfg)
+    refused("expected a folder of samples with chosen, got one made by prepare, with x0", asymdpo.main, cfg)
     cfg = sft.Config(data=str(made.folder), out=str(tmp_path / "3"))
     refused("folder made by prepare.py, got one made by prepare.py --pairs", sft.main, cfg)
     decode.main(decode.Config(shards=str(made.folder), clips=1, out=str(tmp_path / "look")))
@@ -116,20 +116,11 @@ def test_two_folders_are_pairs_by_name(chain, mine, tmp_path, capsys, monkeypatc
     assert [row["id"] for row in run(chain, tmp_path / "again", **folders).rows] == ["0", "1", "2"]
     assert contents(tmp_path / "again") == contents(tmp_path / "once")
     (root / "good/metadata.csv").write_text("video,caption\n0.mp4,other words\n")
-    refused(
-        r"good row 1 \('0.mp4', '0.mp4'\): its two videos have different captions",
-        run,
-        chain,
-        tmp_path / "bad",
-        **folders,
-    )
-    with open(tmp_path / "captions.csv", "w") as f:
-        f.write("video,caption\n1.mp4,a ball falls\n")
-    shutil.rmtree(root / "bad")
-    shutil.copytree(mine / "bad", root / "bad")
-    refused(
-        r"row 1 .*: its caption is empty", run, chain, tmp_path / "bad", **folders, metadata=tmp_path / "captions.csv"
-    )
+    bad = {**folders, "out": tmp_path / "bad"}
+    refused(r"good row 1 \('0.mp4', '0.mp4'\): its two videos have different captions", run, chain, **bad)
+    (root / "bad/2.txt").unlink()
+    (root / "captions.csv").write_text(f"video,caption\n0.mp4,{CAPTION}\n")
+    refused(r"good row 3 .*: its caption is empty", run, chain, **bad, metadata=root / "captions.csv")
 
 
 BAD = {  # a row -> why it is refused
