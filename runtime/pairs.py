@@ -114,7 +114,7 @@ def find_pair(
     folders: tuple[Folder, Folder], row: dict[str, str], seen: set, pictures: int, check_caption: Callable
 ) -> Pair:
     """The pair of a row; `seen` collects the videos and ids. ValueError: the row is unusable. pictures: of a clip."""
-    names, paths = [], []
+    names, videos = [], []
     for side, folder in zip(SIDES, folders):
         try:
             if (name := folder.find(row.get(side, ""))) is None:
@@ -122,18 +122,18 @@ def find_pair(
         except ValueError as error:
             raise ValueError(f"its {side} video: {error}") from None
         names.append(name)
-        paths.append(folder.root / name)
+        videos.append(folder.root / name)
     caption = row.get("caption", "").strip()
     check_caption(caption)
-    if filecmp.cmp(*paths, shallow=False):
+    if filecmp.cmp(*videos, shallow=False):
         raise ValueError("its two videos are the same file, or equal ones: they teach nothing")
     stems = [plain(os.path.splitext(name)[0]) for name in names]
     pair = Pair(stems[0] if stems[0] == stems[1] else " over ".join(stems), *names, caption, start_of(row, pictures))
-    if (videos := frozenset(paths)) in seen:
+    if frozenset(videos) in seen:
         raise ValueError("its two videos are another row's pair")
     if pair.id in seen:
         raise ValueError("its names differ from another pair's only in the ending or in the spelling of an accent")
-    seen |= {videos, pair.id}
+    seen |= {frozenset(videos), pair.id}
     return pair
 
 
