@@ -1,5 +1,6 @@
 """The report: complete, self-contained, judged from its figures; and it works when a browser opens it."""
 
+import dataclasses
 import html
 import json
 import math
@@ -16,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import page, trails
+import asymdpo
+from experiments import figures, page, trails
 from runtime.files import MANIFEST, open_manifest, write_manifest
 from runtime.options import UserError
 from runtime.shards import Shards
@@ -85,6 +87,32 @@ def test_pictures_for_the_readme(demo):
     with Image.open(demo / "demo.png") as still, Image.open(demo / "demo.gif") as moving:
         assert still.width == 800 and moving.n_frames == 25
     assert (demo / "demo.gif").stat().st_size < 1.5 * 2**20
+
+
+# ---- the figures of docs/method.md -----------------------------------------------------------------------------------
+
+
+def test_figures_of_the_method(chain, tmp_path, capsys):
+    figures.main(figures.Config(demo=str(chain), out=str(tmp_path / "docs")))
+    assert ", of pair ball-" in capsys.readouterr().out
+    for name in ("continuation", "pairs", "loss"):
+        with (
+            Image.open(tmp_path / "docs" / f"method-{name}.png") as drawn,
+            Image.open(helpers.ROOT / "docs" / f"method-{name}.png") as shown,
+        ):
+            assert drawn.width == shown.width == 800 and np.ptp(np.asarray(drawn.convert("L"))) > 200
+
+
+@pytest.mark.parametrize("form, K", [("inside", 1), ("outside", 9)])
+def test_curve_and_push_are_the_loss(form, K):
+    """At S = 0 the loss is ln 2, or ln 2 / K; the push on frames before N1 is 0, and λ = 1 doubles the winner's."""
+    cfg = asymdpo.Config(beta=5.0, form=form, sft_weight=0.0)
+    assert figures.curve(cfg, np.array([-1.0, 0.0, 1.0]), 4, 13) == pytest.approx(
+        [math.log1p(math.exp(x * K)) / K for x in (-1, 0, 1)], rel=1e-5
+    )
+    plain, own = (figures.push(dataclasses.replace(cfg, sft_weight=w), 4, 11, 13) for w in (0.0, 1.0))
+    assert (plain[:, :4] == 0).all() and plain[:, 4:] == pytest.approx(np.outer([-1, 1], np.full(9, 5 / 2 / 9)))
+    assert own == pytest.approx(plain * [[2], [1]])
 
 
 # ---- the ball's path -------------------------------------------------------------------------------------------------
