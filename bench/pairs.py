@@ -216,7 +216,7 @@ def attention(found: Found) -> str:
             cells += [shown(both[0]), shown(interval(both[1] - both[0]))] if known else ["", ""]
         lines.append(cells)
     heads = [
-        f"{m}{part}" for m in ("score", "of the generated frames", "next frame, px") for part in ("", ": prefix − full")
+        f"{m}{part}" for m in ("score", "score: generated frames only", "next frame, px") for part in ("", ": prefix − full")
     ]
     return table(["given", *heads], lines)
 

@@ -143,7 +143,7 @@ def test_ball_that_stands_still_is_marked_where_it_does():
     track = path(20, 20)
     track[:, 20:] = track[:, 20:21]
     clip = watched(track)
-    assert not clip.valid and clip.mark == "✗ stands still"
+    assert not clip.valid and clip.mark == "✗ frozen"
     assert clip.bad[20:].all()
 
 
@@ -228,7 +228,7 @@ def summary_of(gain=0.12, longer=0.06, noise=0.1, bought=0.85) -> dict:
     }
 
 
-SHARES = "95 % of its clips are physically valid, SFT’s 83 %"
+SHARES = "95 % of its clips are valid, SFT’s 83 %"
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ FAULTS = {"freeze": 0.4, "cut": 0.3}  # shares of the clips of `train`
 CREEP = 0.1  # the part of its speed that a freezing ball keeps: prepare.py would leave out a picture that stands still
 
 METRICS = ("score", "valid", "traj", "shape", "dyn", "frozen", "jump")
-MISSING = 16.0  # px that a missing ball counts for in the trajectory error
-VALID = 3.0  # px: the trajectory error that a valid clip has at most
+MISSING = 16.0  # px that a missing ball counts for in traj
+VALID = 3.0  # px: the traj that a valid clip has at most
 JUMP = 5.0  # px/frame: no ball is faster than 2.3, and the codec adds less than 1
 STILL, STILL_FRAMES = 0.2, 8  # px/frame, as the mean over so many frames: no ball is slower than 0.35
 
