@@ -215,10 +215,8 @@ def attention(found: Found) -> str:
             known = not np.isnan(both).any()
             cells += [shown(both[0]), shown(interval(both[1] - both[0]))] if known else ["", ""]
         lines.append(cells)
-    heads = [
-        f"{m}{part}" for m in ("score", "score: generated frames only", "next frame, px") for part in ("", ": prefix − full")
-    ]
-    return table(["given", *heads], lines)
+    names = ("score", "score: generated frames only", "next frame, px")
+    return table(["given", *(f"{name}{part}" for name in names for part in ("", ": prefix − full"))], lines)
 
 
 def headline(found: Found, counted: dict) -> str:
