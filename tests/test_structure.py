@@ -16,7 +16,7 @@ from runtime.options import field_comments, parse, resolve
 
 STAGES = ["prepare", "sft", "continuation", "make_pairs", "asymdpo", "sample"]
 COMMANDS = ["tiny.balls", "wan.export", *(f"experiments.{name}" for name in (
-    "evaluate", "pairs", "labels", "baselines", "distill", "tables", "page", "benchmarks", "decode"
+    "evaluate", "pairs", "labels", "baselines", "distill", "tables", "page", "benchmarks", "decode", "figures"
 ))]  # fmt: skip
 ROOMS = {"kernels", "flow", "model", "sampling", "runtime", "wan", "tiny", "experiments", "bench", "tests", "scripts"}
 MAY_IMPORT = {  # room -> rooms of the project that it imports
