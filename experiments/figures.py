@@ -68,7 +68,7 @@ def draw_continuation(figure: Figure, codec, clip, made, n: int) -> None:
     strip(axes, 2, codec, x_t, f"what Φ reads in training, here at t = {NOISED:g}", grey, frames)
     strip(axes, 6, codec, made, f"what Φ makes of the first {n} frames (hatched: generated)", grey, n)
     words = f"to generate\nt′ = t = {NOISED:g}\nloss: mean of ‖v − $v_\\Phi$‖²"
-    spans(axes, 3.5, 7.3, (0, n, R1, "given\nt′ = 0\nno loss"), (n, frames, R3, words))
+    spans(axes, 3.5, 7.45, (0, n, R1, "given\nt′ = 0\nno loss"), (n, frames, R3, words))
 
 
 def draw_pairs(figure: Figure, codec, rows: list[dict], chosen, rejected, n1: int, n2: int) -> None:
@@ -143,7 +143,7 @@ def main(cfg: Config) -> None:
     ended = -float(np.mean([one["rewards/margins"] for one in metrics[-max(1, len(metrics) // 4) :]]))
 
     drawn = {
-        "continuation": (5, draw_continuation, codec, clip, rejected, n1),
+        "continuation": (5.1, draw_continuation, codec, clip, rejected, n1),
         "pairs": (5.6, draw_pairs, codec, pairs.rows, chosen, rejected, n1, n2),
         "loss": (7, draw_loss, trained, ended, n1, n2, frames),
     }
