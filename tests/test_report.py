@@ -261,11 +261,11 @@ def test_verdict_without_longer_training():
 def test_share_of_the_gap_that_is_closed():
     table = {"SFT": row(0.8, -1.0), page.OURS: row(0.9, -0.8, 1.04), page.REAL: row(1.0, -0.2, 1.1)}
     said = page.gap_closed(table).replace("\N{NO-BREAK SPACE}", " ")
-    assert "closes 50 % in the share of valid clips and 25 % in score: score −1.00 → −0.80 (real −0.20)" in said
+    assert "closes 50 % in valid clips and 25 % in score: score −1.00 → −0.80 (real −0.20)" in said
     assert said.endswith("dynamic degree 1.00 → 1.04 (real 1.10).")
     table[page.OURS] |= {"shape": 0.03, "dyn": 0.9}
     assert page.gap_closed(table).endswith(" It is worse than SFT in dynamic degree, shape.")
-    assert "nothing (there is no gap) in the share" in page.gap_closed({**table, page.REAL: row(0.8)})
+    assert "nothing (there is no gap) in valid clips" in page.gap_closed({**table, page.REAL: row(0.8)})
 
 
 def test_control_is_coloured_by_its_interval():
