@@ -20,8 +20,11 @@ ACTIVATED = ". .venv/bin/activate"
 
 
 def lines(page: str) -> list[str]:
-    """The lines of a page's code blocks; one that is continued is one."""
-    return "\n".join(re.findall(r"^ {4}(.*)$", text(page), re.M)).replace("\\\n", " ").splitlines()
+    """The lines of a page's code blocks; one that is continued is one, and its variables have their values."""
+    code = "\n".join(re.findall(r"^ {4}(.*)$", text(page), re.M)).replace("\\\n", " ")
+    for name, value in (("BASE", "Wan2.1-T2V-1.3B"), *re.findall(r'^([A-Z]+)="(.*)"$', code, re.M)):
+        code = code.replace(f"${name}", value)
+    return code.splitlines()
 
 
 def text(page: str) -> str:
@@ -37,7 +40,7 @@ def spans(page: str) -> list[str]:
 
 def words_of(line: str) -> list[str] | None:
     """What starts a command of ours, then its script, or -m and a module, and its options; None for another line."""
-    line = re.sub(r"^(\w+=\S+ )+", "", line).replace("$BASE", "Wan2.1-T2V-1.3B")
+    line = re.sub(r"^(\w+=\S+ )+", "", line)
     start = OURS.match(line)
     return start and [start[1], *shlex.split(line[start.end() :], comments=True)]
 
@@ -64,7 +67,8 @@ def test_every_command_is_looked_at():
             for part in re.split(r" +# | && ", line)[: 1 + line.count(" && ")]:
                 known = part in (ACTIVATED, "export BASE=Wan2.1-T2V-1.3B")
                 known = known or part.split()[0] == "make" and part.split()[1] in targets
-                known = known or re.fullmatch(r"hf download Wan-AI/(Wan2\.1-T2V-1\.3B) --local-dir \1", part)
+                known = known or re.fullmatch(r"hf download Wan-AI/(Wan2\.\d-T2V-\w+(\.3B)?) --local-dir \1", part)
+                known = known or re.fullmatch(r"hf upload USER/NAME out/\w+", part)
                 assert known, f"{page}: {part}"
 
 
