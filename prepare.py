@@ -82,7 +82,7 @@ SHOWN = 24  # clips on a contact sheet
 class Config:
     """Stage 0: encodes a folder of captioned videos."""
 
-    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
+    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan2.1's encoders
     base: str = ""  # folder of Wan2.1's VAE, text encoder and tokenizer, as released or as diffusers has it
     vae: str = ""  # file or folder of the VAE, if it is not in --base; tiny: shards whose codec is to be used
     text: str = ""  # folder of the text encoder and its tokenizer, if they are not in --base
@@ -96,10 +96,10 @@ class Config:
     frames: int | None = option(least=5)  # pictures in a clip, of the form 4k+1
     fps: float = option(16.0, least=0, most=1000)  # pictures a second; 0: every frame of the file, whatever its rate
     clips: int = option(1, least=1)  # clips of a video, at most, spread evenly over it; 1: its beginning
-    height: int | None = option(least=1)  # px
-    width: int | None = option(least=1)  # px
+    height: int | None = option(least=1, most=8192)  # px
+    width: int | None = option(least=1, most=8192)  # px
     motion: str = option("frames", choices=("frames", "column"))  # score of the frames, or of the csv's column
-    min_motion: float = 0.0  # reject clips with a lower motion score
+    min_motion: float = option(0.0, least=0)  # reject clips with a lower motion score
     train: float | None = option(least=0, most=1)  # share of the videos for base and continuation model
     align: float | None = option(least=0, most=1)  # share for pairs and cold start; the rest is for evaluation
     negative: str | None = option()  # prompt of guidance's unconditional branch, and of dropped captions
@@ -425,4 +425,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

@@ -17,6 +17,7 @@ Cost  nfe forwards a sample, twice that with guidance
 
 import dataclasses
 import hashlib
+import sys
 from pathlib import Path
 
 import torch
@@ -26,12 +27,13 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime import video
-from runtime.files import checksum, read_manifest, unchanged, write_jsonl
+from runtime.files import checksum, nearest, read_manifest, unchanged, write_jsonl
 from runtime.group import Group, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from sampling import PRESETS, Options, encode_text, load_codec, read_prompts, sample_latents, write_video
 from tiny import codec as codecs
+from tiny import words
 from wan import lora
 
 
@@ -55,10 +57,18 @@ def latent_frames(cfg) -> int:
 def check(cfg) -> None:
     """UserError for a size of video that the preset does not take, and for options that do not go together."""
     video.check_size(cfg.frames, cfg.height, cfg.width, codecs.PATCH if cfg.preset == "tiny" else 16)
-    most = latent_frames(cfg) - 1
-    if (cfg.video or cfg.continuation) and not (cfg.continuation and Path(cfg.video).is_file() and cfg.n_cond <= most):
-        got = f"{cfg.continuation!r}, {cfg.video!r} and {cfg.n_cond}"
-        raise UserError(f"expected --continuation with --video, a file, and --n_cond from 1 to {most}, got {got}")
+    if bool(cfg.continuation) != bool(cfg.video):
+        one, other = ("continuation", "video") if cfg.video else ("video", "continuation")
+        raise UserError(f"--{one}: expected it with --{other} {getattr(cfg, other)}, got nothing")
+    if cfg.video and not Path(cfg.video).is_file():
+        got = "a folder" if Path(cfg.video).is_dir() else f"no such file{nearest(cfg.video)}"
+        raise UserError(f"--video: {cfg.video}: expected a file, got {got}")
+    if cfg.video and cfg.n_cond >= latent_frames(cfg):
+        most = f"{latent_frames(cfg) - 1}, for one of the {latent_frames(cfg)} latent frames to be made"
+        raise UserError(f"--n_cond: expected at most {most}, got {cfg.n_cond}")
+    for field in dataclasses.fields(cfg):
+        if field.name in ("n_cond", "fps") and not cfg.video and getattr(cfg, field.name) != field.default:
+            raise UserError(f"--{field.name}: expected it with --video alone, which it is about, got no --video")
 
 
 def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
@@ -143,6 +153,8 @@ def main(cfg: Config) -> None:
         return
     if cfg.continuation:
         read_manifest(cfg.continuation, "continuation.py")
+    if cfg.preset == "tiny" and (sentence := words.unknown(prompts, cfg.data)) and group.main:
+        print(f"sample: warning: {sentence}", file=sys.stderr)
 
     # ---- sample
     pairs = [(p, s, prompt) for p, prompt in enumerate(prompts) for s in range(cfg.samples)]
@@ -152,4 +164,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

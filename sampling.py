@@ -14,7 +14,7 @@ from torch import Tensor
 import flow
 from runtime import video
 from runtime.files import read_manifest, read_text
-from runtime.options import Diverged, UserError, option
+from runtime.options import SEED, Diverged, UserError, option
 from tiny import codec as codecs
 from tiny import words
 from wan import grids, text, vae
@@ -31,17 +31,17 @@ PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 class Options:
     """What to sample with."""
 
-    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
+    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan2.1's encoders
     base: str = "out/demo/base"  # model folder; for 1.3b, 14b the release's folder, or diffusers'
     vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
     text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas
     data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
     samples: int = option(1, least=1)  # samples a prompt
-    frames: int | None = option()  # pictures, of the form 4k+1
-    height: int | None = option()  # px
-    width: int | None = option()  # px
-    nfe: int | None = option(least=1)  # solver steps
+    frames: int | None = option(least=1)  # pictures, of the form 4k+1
+    height: int | None = option(least=1, most=8192)  # px
+    width: int | None = option(least=1, most=8192)  # px
+    nfe: int | None = option(least=1, most=1000)  # solver steps
     solver: str | None = option(choices=tuple(flow.SOLVERS))  # how the steps are taken
     grid: str | None = option(choices=grids.GRIDS)  # noise levels: this project's own, or Wan2.1's or diffusers'
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
@@ -50,17 +50,20 @@ class Options:
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
     shard: bool = option(False, neutral=True)  # split the network's weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
-    seed: int = 0  # of the noise
+    seed: int = option(0, **SEED)  # of the noise
 
     continuation = video = ""  # options of sample.py alone
 
 
 def read_prompts(cfg) -> list[str]:
-    """The prompts that were asked for. UserError if there are none, or if one is empty."""
+    """The prompts that were asked for. UserError if there are none, and for blank lines among them."""
+    if bool(cfg.prompt) == bool(cfg.prompts):
+        raise UserError(f"expected --prompt or --prompts, got {'both' if cfg.prompt else 'neither'}")
     # not splitlines, which also ends a line at U+2028 and others that may stand within a prompt
     prompts = read_text(Path(cfg.prompts)).removesuffix("\n").split("\n") if cfg.prompts else [cfg.prompt]
-    if not prompts or not all(p.strip() for p in prompts):
-        raise UserError("expected --prompt, or --prompts with a prompt on each line, got an empty one")
+    if blank := [str(number) for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
+        where = f"line {', '.join(blank[:5])}{', …' if len(blank) > 5 else ''}"
+        raise UserError(f"{cfg.prompts} {where}: expected a prompt on each line, got a blank one; delete it")
     return prompts
 
 

@@ -489,4 +489,5 @@ if __name__ == "__main__":
     parser.add_argument("stage", choices=STAGES)
     name = parser.parse_args(sys.argv[1:2]).stage
     sys.argv[:2] = [f"experiments.cost {name}"]
-    program(functools.partial(main, name), importlib.import_module(name).Config, __doc__)
+    stage = importlib.import_module(name)
+    program(functools.partial(main, name), stage.Config, __doc__, stage.PRESETS)

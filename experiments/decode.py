@@ -60,13 +60,15 @@ def main(cfg: Config) -> None:
     if channels != codec.channels:
         expected = f"expected latents of {codec.channels} channels for this codec, got {channels}"
         raise UserError(f"{cfg.shards}: {expected}; choose the --preset that made them")
+    if cfg.clips > len(shards):
+        raise UserError(f"--clips: expected at most {len(shards)}, all of {cfg.shards}, got {cfg.clips}")
     cuts = segment_cuts(frames, cfg.segments)
 
     # ---- decode
     parts = {None: slice(None)}  # segment -> its pictures
     if cfg.segments > 1:
         parts |= {s: pixel_frames(*cut) for s, cut in enumerate(zip(cuts, cuts[1:]))}
-    rate, count = max(1, round(shards.manifest.get("fps", 16))), min(cfg.clips or len(shards), len(shards))
+    rate, count = max(1, round(shards.manifest.get("fps", 16))), cfg.clips or len(shards)
     chosen = [round(place * (len(shards) - 1) / max(1, count - 1)) for place in range(count)]
     jobs = [(i, field, [video_name(i, shards.rows[i], field, s) for s in parts]) for i in chosen for field in fields]
     for job, _ in run.share(len(jobs), "video", lambda job: all(unchanged(run.folder / name) for name in jobs[job][2])):

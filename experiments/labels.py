@@ -36,7 +36,7 @@ import flow
 from experiments.pairs import CLIP, SIDES
 from runtime.files import read_csv, read_manifest, write_jsonl
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve
+from runtime.options import SEED, UserError, option, program, resolve
 from runtime.run import Run
 from runtime.shards import Shards, pixel_frames
 from tiny import balls
@@ -56,7 +56,7 @@ class Config:
     tie: float = option(0.0, least=0)  # scores that differ by no more than this are a tie
     data: str = "out/demo/shards"  # folder of prepare.py with the tiny world's codec; file, real: none
     out: str = option("out/baseline/labels", neutral=True)  # folder to write
-    seed: int = 0  # of the flips
+    seed: int = option(0, **SEED)  # of the flips
 
 
 def segment_cuts(frames: int, segments: int) -> list[int]:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from runtime.files import csv_rows, inside, read_text
+from runtime.files import csv_rows, inside, nearest, read_text
 from runtime.options import UserError
 
 VIDEOS = (  # endings of the containers that runtime/decode.py reads
@@ -29,7 +29,7 @@ class Folder:
         """UserError if path is no folder."""
         path = Path(path)
         if not path.is_dir():
-            got = "a file" if path.exists() else "no such folder"
+            got = "a file" if path.exists() else f"no such folder{nearest(path)}"
             raise UserError(f"{path}: expected a folder of videos, got {got}")
         self.root, self.links_out, self.passed = path.resolve(), links_out, []
         self._own = set()  # files without any link on their way

@@ -194,6 +194,15 @@ def parse(config: type, argv: list[str], doc: str, presets: dict[str, dict] | No
     return resolve(config(**given))
 
 
+def arguments(config: type, doc: str, presets: dict[str, dict] | None = None):
+    """`parse` of the command line, for what is no `program`. A mistake ends the process in one line, with exit code 2."""
+    try:
+        return parse(config, sys.argv[1:], doc, presets)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def _no_option(word: str, spelled: str, names: list[str]) -> str:
     """What is wrong with a word that stands in an option's place."""
     if not spelled.startswith(("-", "–", "—")):

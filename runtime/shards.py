@@ -265,7 +265,13 @@ def micro_batches(n: int, step: int, cfg, run: Run, generator: Callable) -> list
     return [order[i : i + micro] for i in range(first, first + per_process, micro)]
 
 
-def epochs(n: int, cfg, unit: str) -> str:
-    """What a training run reads of its n samples: "625 steps × 32 = 20,000 pairs, 10.0 epochs of 2,000"."""
+def epochs(n: int, cfg, unit: str, asked: int | None = None) -> str:
+    """What a training run reads of its n samples: "625 steps × 32 = 20,000 pairs, 10.0 epochs of 2,000".
+
+    UserError if more samples a step were asked for than there are: a preset may take one twice, where there are few.
+    """
+    if asked and asked > n:
+        twice = f"each would be {asked / n:.1f} times in a step, with the same noise"
+        raise UserError(f"--batch_size: expected at most {n:,}, as there are no more {unit}, got {asked:,}: {twice}")
     read = cfg.steps * cfg.batch_size
     return f"{cfg.steps:,} steps × {cfg.batch_size} = {read:,} {unit}, {read / n:.1f} epochs of {n:,}"

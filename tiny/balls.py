@@ -30,7 +30,7 @@ import numpy as np
 from runtime import video
 from runtime.files import checksum, unchanged, whole_file
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import SEED, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from tiny.codec import GROUP, PATCH
 
@@ -59,8 +59,8 @@ class Config:
     out: str = option("out/demo/clips", neutral=True)  # folder to write
     clips: int = option(2100, least=7)  # number of clips: 4 in 7 for train, 2 for align, 1 for eval
     faults: float = option(1.0, least=0, most=1)  # 1: the train clips as the web has them; 0: all good
-    seed: int = 0  # of the random motions
-    workers: int = option(0, least=0, neutral=True)  # processes; 0: one for each core
+    seed: int = option(0, **SEED)  # of the random motions
+    workers: int | None = option(least=1, neutral=True)  # processes; not given: one for each core
 
 
 # ---- physics ---------------------------------------------------------------------------------------------------------
