@@ -151,7 +151,8 @@ def size_of_B(net: model.DiT) -> float:
 def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     """The base with the cold start on it, frozen, and a fresh LoRA: LoRA off is the reference."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = load_adapted(cfg.base, [Path(folder) / "lora.safetensors" for folder in listed(cfg.sft, "sft")], dtype, group.device)
+    starts = [Path(folder) / "lora.safetensors" for folder in listed(cfg.sft, "sft")]
+    net = load_adapted(cfg.base, starts, dtype, group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.pairs, shape)
     seed = int(flow.generator("asymdpo", "lora", cfg.seed).integers(2**32))  # another A in each stage
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)

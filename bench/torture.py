@@ -627,9 +627,9 @@ def n1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """NaN and infinity: an input is refused by name; in loss or gradient, of one process of two too, the step changes
     no weight and is told; three in a row end the run with exit 3, its last checkpoint whole; nothing of it is sealed
     """
-    for i, (stage, option, folder, file, tensor) in enumerate(evenly(POISON, share)):
+    for i, (stage, flag, folder, file, tensor) in enumerate(evenly(POISON, share)):
         at, out = poisoned(bench, folder, file, tensor, (math.nan, math.inf)[i % 2]), bench.folder / f"input-{i}"
-        job = bench.start(stage, **{option: at, "out": out, **({} if stage == "pairs" else SIX)})
+        job = bench.start(stage, **{flag: at, "out": out, **({} if stage == "pairs" else SIX)})
         yield f"{stage} --{option}, {tensor or 'prompt'}", job.refused("finite|NaN") or unsound(out)
     kinds = [(value, gradient, ranks) for value in (math.nan, math.inf) for gradient in (0, 1) for ranks in (1, 2)]
     for i, (value, gradient, ranks) in enumerate(evenly(kinds, share)):

@@ -50,7 +50,7 @@ class Config:
     pairs: str = "out/baseline/pairs"  # folder of experiments.pairs
     scorer: str = option("exact", choices=("exact", "noisy", "appearance", "real", "file"))  # who says so
     scores: str = ""  # file: the csv
-    column: str = "reward_Overall"  # file: its column with the score; by default VideoAlign's sum of all aspects
+    column: str = "reward_Overall"  # column with the score; by default VideoAlign's sum of all aspects
     segments: int = option(1, least=1)  # pieces of a clip, each with a label of its own; DenseDPO: 5
     flip: float = option(0.3, least=0, most=1)  # noisy: share of the labels that are turned round
     tie: float = option(0.0, least=0)  # scores that differ by no more than this are a tie

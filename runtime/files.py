@@ -405,7 +405,8 @@ def open_manifest(folder: str | Path, made_by: str) -> dict:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         state = "has no MANIFEST.json: it is unfinished" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; run {made_by} first{nearest(folder)}")
+        run = f"run {made_by} first{nearest(folder)}"
+        raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; {run}")
     try:
         manifest = read_sealed(folder / MANIFEST, old=True)
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}

@@ -118,14 +118,17 @@ def _wanted(field: dataclasses.Field, cfg=None) -> str:
     """The values that a field takes, in words; empty: every value."""
     if choices := field.metadata.get("choices"):
         return f"one of {', '.join(choices)}"
-    return " and ".join(f"{LIMITS[name][0]} {words}" for name, _, words in _limits(field, cfg))
+    limits = {name: words for name, _, words in _limits(field, cfg)}
+    if limits.keys() == {"least", "most"}:
+        return f"from {limits['least']} to {limits['most']}"
+    return " and ".join(f"{LIMITS[name][0]} {words}" for name, words in limits.items())
 
 
 def _shown(value) -> str:
     """A default, a preset's value or a limit, as a line of --help has it."""
     if isinstance(value, float):
         return f"{value:.12g}"
-    return repr(value) if value == "" else f"{value}" if len(f"{value}") <= 24 else f"{value}"[:16] + "…"
+    return repr(value) if value == "" else f"{value}" if len(f"{value}") <= 24 else f"{value}"[:8] + "…"
 
 
 def neutral(config: type) -> set[str]:
@@ -195,7 +198,7 @@ def parse(config: type, argv: list[str], doc: str, presets: dict[str, dict] | No
 
 
 def arguments(config: type, doc: str, presets: dict[str, dict] | None = None):
-    """`parse` of the command line, for what is no `program`. A mistake ends the process in one line, with exit code 2."""
+    """`parse` of the command line, for what is no `program`: a mistake ends it in one line, with exit code 2."""
     try:
         return parse(config, sys.argv[1:], doc, presets)
     except UserError as error:
@@ -221,10 +224,10 @@ def _help(config: type, doc: str, presets: dict[str, dict]) -> str:
         facts += [", ".join(f"{k} {_shown(v[field.name])}" for k, v in presets.items() if field.name in v)]
         facts += [f"default {_shown(field.default)}"] if str(field.default) not in ("None", "", "False") else []
         told = "; ".join(filter(None, facts))
-        head = f"  --{field.name} {_metavar(field, kinds[field.name], comment)}".ljust(24)
-        first = textwrap.wrap(comment + (f" ({told})" if told else ""), width - 24)
-        lines += [head] if len(head) > 24 else [head + first.pop(0)] if first else [head]
-        lines += [" " * 24 + line for line in first]
+        head = f"  --{field.name} {_metavar(field, kinds[field.name], comment)}"
+        body = textwrap.wrap(comment + (f" ({told})" if told else ""), width - 24) or [""]
+        lines += [f"{head:24}{body.pop(0)}"] if len(head) < 24 else [head]
+        lines += [" " * 24 + line for line in body]
     return "\n".join(line.rstrip() for line in lines)
 
 

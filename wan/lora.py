@@ -34,7 +34,8 @@ def lora_file(entry: str) -> Path:
         read_manifest(path, "sft.py, asymdpo.py, experiments.baselines, experiments.distill or wan.export")
     file = path / "lora.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: expected a LoRA file, or a folder with lora.safetensors, got no such file{nearest(path)}")
+        expected = "expected a LoRA file, or a folder with lora.safetensors"
+        raise UserError(f"{file}: {expected}, got no such file{nearest(path)}")
     if (path / "task_prompt.safetensors").is_file() or read_header(file).get("task") == "continuation":
         raise UserError(f"{path}: expected a text-to-video LoRA, got a continuation model's")
     return file
