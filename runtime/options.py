@@ -88,9 +88,12 @@ def resolve(cfg, presets: dict[str, dict] | None = None):
             raise UserError(f"--{field.name}: expected UTF-8 text, got {value!r}")
         if isinstance(value, str) and value and not value.strip():
             raise UserError(f"--{field.name}: expected text, got {value!r}, which is blank; to leave it empty give ''")
-        others = cfg if getattr(given, field.name) is not None else None
-        if value is not None and not _fits(value, field, others):
-            raise UserError(f"--{field.name}: expected {_wanted(field, others)}, got {value!r}")
+        if value is not None and not _fits(value, field):
+            raise UserError(f"--{field.name}: expected {_wanted(field)}, got {value!r}")
+    for field in dataclasses.fields(cfg):  # then the limits that are other options
+        value = getattr(given, field.name)
+        if value is not None and not _fits(value, field, cfg):
+            raise UserError(f"--{field.name}: expected {_wanted(field, cfg)}, got {value!r}")
     return cfg
 
 
@@ -192,7 +195,7 @@ def parse(config: type, argv: list[str], doc: str, presets: dict[str, dict] | No
         except ValueError:
             kind = {int: "a whole number", float: "a number", str: "a value"}[kinds[name]]
             wanted = ", ".join(filter(None, (kind, _wanted(fields[name]))))
-            got = repr(value) if value and not value.startswith("--") else "nothing"
+            got = "nothing" if value is None or value.startswith("--") and not equals else repr(value[:80])
             raise UserError(f"--{name}: expected {wanted}, got {got}") from None
     return resolve(config(**given))
 
@@ -211,7 +214,7 @@ def _no_option(word: str, spelled: str, names: list[str]) -> str:
     if not spelled.startswith(("-", "–", "—")):
         return f"{word[:80]!r}: expected an option; quote a value that has blanks (--help lists all options)"
     near = difflib.get_close_matches(spelled.strip("-–—").replace("-", "_"), names, 1)
-    return f"{spelled[:80]}: no such option; {f'did you mean --{near[0]}? (' if near else '('}--help lists all)"
+    return f"{spelled[:80]}: no such option{f'; did you mean --{near[0]}?' if near else ''} (--help lists all)"
 
 
 def _help(config: type, doc: str, presets: dict[str, dict]) -> str:
