@@ -76,7 +76,7 @@ def test_vbench_from_its_folder(tmp_path):
     assert sorted(prompts) == ["a", "b", "c"] and "custom_input" not in command
     assert len(command.split("'")[1].split()) == 6
     (tmp_path / "scene.txt").unlink()
-    with pytest.raises(UserError, match="scene.txt.*No such file"):
+    with pytest.raises(UserError, match="scene.txt.*no such file"):
         benchmarks.vbench(benchmarks.Config(vbench=str(tmp_path)), tmp_path)
 
 
