@@ -70,7 +70,7 @@ class Config:
 
     preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
-    sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
+    sft: str = option("out/demo/sft", empty=True)  # LoRAs of the cold start, separated by commas; empty: none
     pairs: str = "out/demo/pairs"  # folder of make_pairs.py, or of prepare.py --pairs
     out: str = option("out/demo/asymdpo", neutral=True)  # folder to write
     beta: float | None = option(above=0)  # DPO temperature

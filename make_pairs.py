@@ -57,7 +57,7 @@ class Config:
     preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
-    continuation: str = "out/demo/continuation"  # folder of continuation.py; "": the model as it is continues clips
+    continuation: str = option("out/demo/continuation", empty=True)  # folder of continuation.py; empty: the base itself
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/pairs", neutral=True)  # folder to write

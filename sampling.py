@@ -36,7 +36,7 @@ class Options:
     vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
     text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas
-    data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec
+    data: str = option("out/demo/shards", empty=True)  # tiny: folder of prepare.py that holds the codec
     samples: int = option(1, least=1)  # samples a prompt
     frames: int | None = option(least=1)  # pictures, of the form 4k+1
     height: int | None = option(least=1, most=8192)  # px

@@ -58,7 +58,7 @@ class Config:
 
     preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
-    sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
+    sft: str = option("out/demo/sft", empty=True)  # LoRAs of the cold start, separated by commas; empty: none
     pairs: str = "out/baseline/pairs"  # folder of experiments.pairs
     labels: str = "out/baseline/labels"  # folder of experiments.labels
     out: str = option("out/baseline/dpo", neutral=True)  # folder to write

@@ -35,7 +35,7 @@ class Config:
     shards: str = "out/demo/pairs"  # folder of prepare.py, make_pairs.py or experiments.pairs
     base: str = ""  # 1.3b, 14b: the release's folder, or diffusers'
     vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
-    data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec, if --shards does not
+    data: str = option("out/demo/shards", empty=True)  # tiny: folder with the codec, if --shards has none
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
     clips: int = option(0, least=0)  # number of them, evenly chosen; 0: all
     segments: int = option(1, least=1)  # pieces that each is cut into, in files of their own; 1: none

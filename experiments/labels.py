@@ -54,7 +54,7 @@ class Config:
     segments: int = option(1, least=1)  # pieces of a clip, each with a label of its own; DenseDPO: 5
     flip: float = option(0.3, least=0, most=1)  # noisy: share of the labels that are turned round
     tie: float = option(0.0, least=0)  # scores that differ by no more than this are a tie
-    data: str = "out/demo/shards"  # folder of prepare.py with the tiny world's codec; file, real: none
+    data: str = option("out/demo/shards", empty=True)  # folder of prepare.py with the tiny world's codec; or none
     out: str = option("out/baseline/labels", neutral=True)  # folder to write
     seed: int = option(0, **SEED)  # of the flips
 

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import difflib
 import errno
+import glob
 import hashlib
 import itertools
 import json
@@ -332,15 +333,16 @@ def nearest(path: str | Path) -> str:
 
     Empty if something is there, and for an absolute path that is like no other.
     """
-    path = Path(path)
-    if path.exists():
-        return ""
-    here = next(folder for folder in path.absolute().parents if folder.is_dir())
-    missing, *below = path.absolute().relative_to(here).parts
-    found = list(itertools.islice((p for depth in ("*", "*/*") for p in Path().glob(f"{depth}/{path.name}")), 1))
+    path, found = Path(path), []
     with contextlib.suppress(OSError):
+        if path.exists():
+            return ""
+        named = (p for depth in ("*", "*/*") for p in sorted(Path().glob(f"{depth}/{glob.escape(path.name)}")))
+        here = next(folder for folder in path.absolute().parents if folder.is_dir())
+        missing, *below = path.absolute().relative_to(here).parts
         alike = difflib.get_close_matches(missing, sorted(os.listdir(here)), 1, 0.75)
-        found += [p for name in alike if (p := Path(os.path.relpath(here.joinpath(name, *below)))).exists()]
+        like = (p for name in alike if (p := Path(os.path.relpath(here.joinpath(name, *below)))).exists())
+        found += itertools.islice(itertools.chain(named, like), 1)
     if found:
         return f"; did you mean {found[0]}?"
     if re.fullmatch(WAN, path.name):

@@ -55,14 +55,15 @@ def user_errors():
         raise UserError(str(error)) from None
 
 
-def option(default=None, *, least=None, above=None, most=None, choices=(), neutral=False):
+def option(default=None, *, least=None, above=None, most=None, choices=(), empty=False, neutral=False):
     """A field of a Config with the values that it may take: --help, the check and the error tell them.
 
     default None: the preset's value. least, most: inclusive limits; above: an exclusive one; a limit may be the name of
-    another option, which binds a value that was given, not a preset's own. choices: all there are.
+    another option, which binds a value that was given, not a preset's own. choices: all there are. empty: text may be
+    empty though its default is not.
     neutral: the option changes how a run goes, not what it makes, so a run may go on with another value of it.
     """
-    facts = {"least": least, "above": above, "most": most, "choices": choices, "neutral": neutral}
+    facts = {"least": least, "above": above, "most": most, "choices": choices, "empty": empty, "neutral": neutral}
     return dataclasses.field(default=default, metadata=facts)
 
 
@@ -72,8 +73,8 @@ SEED = dict(least=0, most=2**32 - 1)  # of option: what every generator of rando
 def resolve(cfg, presets: dict[str, dict] | None = None):
     """cfg with every field that is None set to what its preset says, and every field checked.
 
-    UserError for an unknown preset, for a value that its field does not take, for NaN and infinity, for text that is
-    not UTF-8, and for text of blanks alone.
+    UserError for an unknown preset, for a value that its field does not take, for NaN and infinity, and for text that
+    is not UTF-8, is blank, or is empty where the field has a default, as a shell's unset variable leaves it.
     """
     given = cfg
     if presets is not None:
@@ -88,6 +89,8 @@ def resolve(cfg, presets: dict[str, dict] | None = None):
             raise UserError(f"--{field.name}: expected UTF-8 text, got {value!r}")
         if isinstance(value, str) and value and not value.strip():
             raise UserError(f"--{field.name}: expected text, got {value!r}, which is blank; to leave it empty give ''")
+        if value == "" and field.default and not field.metadata.get("empty"):
+            raise UserError(f"--{field.name}: expected a value, got ''")
         if value is not None and not _fits(value, field):
             raise UserError(f"--{field.name}: expected {_wanted(field)}, got {value!r}")
     for field in dataclasses.fields(cfg):  # then the limits that are other options

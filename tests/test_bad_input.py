@@ -99,6 +99,7 @@ LINES = {  # command, and what is given -> the line that it must end in
     "asymdpo --steps": "--steps: expected a whole number, at least 1, got nothing",
     "asymdpo --steps --lr 1": "--steps: expected a whole number, at least 1, got nothing",
     "asymdpo --out": "--out: expected a value, got nothing",
+    "asymdpo --out ''": "--out: expected a value, got ''",
     "asymdpo --beta ''": "--beta: expected a number, more than 0, got ''",
     "asymdpo --lr -1": "--lr: expected more than 0, got -1.0",
     "asymdpo --lr nan": "--lr: expected a finite number, got nan",

@@ -131,7 +131,7 @@ def test_two_processes(chain, tmp_path):
         ("phygenbench", "p.json", "[{", "p.json: expected JSON, got damaged text"),
         ("phygenbench", "p.json", '{"caption": "a cat"}', "expected a table with a prompt in each row"),
         ("phygenbench", "p.json", r'[{"caption": "a \ud800 cat"}]', "row 1: expected a text in its column prompt or"),
-        ("phygenbench", "nowhere.csv", None, "nowhere.csv.*No such file"),
+        ("phygenbench", "nowhere.csv", None, "nowhere.csv.*[Nn]o such file"),
     ],
 )
 def test_mistakes_are_named(chain, tmp_path, option, name, content, words):
