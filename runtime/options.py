@@ -29,7 +29,7 @@ import textwrap
 import threading
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -79,7 +79,7 @@ def resolve(cfg, presets: dict[str, dict] | None = None):
     given = cfg
     if presets is not None:
         if cfg.preset not in presets:
-            raise UserError(f"--preset: expected one of {', '.join(presets)}, got {cfg.preset!r}")
+            raise UserError(f"--preset: expected {_one_of(presets)}, got {cfg.preset!r}")
         cfg = dataclasses.replace(cfg, **{k: v for k, v in presets[cfg.preset].items() if getattr(cfg, k) is None})
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -123,11 +123,17 @@ def _fits(value, field: dataclasses.Field, cfg=None) -> bool:
 def _wanted(field: dataclasses.Field, cfg=None) -> str:
     """The values that a field takes, in words; empty: every value."""
     if choices := field.metadata.get("choices"):
-        return f"one of {', '.join(choices)}"
+        return _one_of(choices)
     limits = {name: words for name, _, words in _limits(field, cfg)}
     if limits.keys() == {"least", "most"}:
         return f"from {limits['least']} to {limits['most']}"
     return " and ".join(f"{LIMITS[name][0]} {words}" for name, words in limits.items())
+
+
+def _one_of(choices: Iterable[str]) -> str:
+    """a, b or c"""
+    *first, last = choices
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def _shown(value) -> str:
