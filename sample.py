@@ -146,7 +146,9 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
     check(cfg)
-    prompts = read_prompts(cfg)
+    if bool(cfg.prompt) == bool(cfg.prompts):
+        raise UserError(f"expected --prompt or --prompts, got {'both' if cfg.prompt else 'neither'}")
+    prompts = read_prompts(cfg.prompts) if cfg.prompts else [cfg.prompt]
     group = start_group(implementation)
     run = start(cfg, "sample", group, prompts)
     if run.done:

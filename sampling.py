@@ -55,15 +55,13 @@ class Options:
     continuation = video = ""  # options of sample.py alone
 
 
-def read_prompts(cfg) -> list[str]:
-    """The prompts that were asked for. UserError if there are none, and for blank lines among them."""
-    if bool(cfg.prompt) == bool(cfg.prompts):
-        raise UserError(f"expected --prompt or --prompts, got {'both' if cfg.prompt else 'neither'}")
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file, a line each. UserError if there are none, and for blank lines among them."""
     # not splitlines, which also ends a line at U+2028 and others that may stand within a prompt
-    prompts = read_text(Path(cfg.prompts)).removesuffix("\n").split("\n") if cfg.prompts else [cfg.prompt]
+    prompts = read_text(Path(path)).removesuffix("\n").split("\n")
     if blank := [str(number) for number, prompt in enumerate(prompts, 1) if not prompt.strip()]:
         where = f"line {', '.join(blank[:5])}{', …' if len(blank) > 5 else ''}"
-        raise UserError(f"{cfg.prompts} {where}: expected a prompt on each line, got a blank one; delete it")
+        raise UserError(f"{path} {where}: expected a prompt on each line, got a blank one; delete it")
     return prompts
 
 

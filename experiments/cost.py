@@ -408,7 +408,7 @@ def make_pairs(stage, cfg, gpus: int) -> Job:
 
 def sample(stage, cfg, gpus: int) -> Job:
     stage.check(cfg)
-    samples = cfg.samples * (len(stage.read_prompts(cfg)) if cfg.prompt or cfg.prompts else 1)
+    samples = cfg.samples * (len(stage.read_prompts(cfg.prompts)) if cfg.prompts else 1)
     shape = (SHAPE[0], stage.latent_frames(cfg), cfg.height // vae.VAE.side, cfg.width // vae.VAE.side)
     branches = 1 + (cfg.guidance != 1)  # one batch
     if cfg.continuation:

@@ -330,14 +330,11 @@ def test_a_folder_that_is_none_of_videos(name, tmp_path):
 
 
 def test_scripts_end_in_one_line_and_code_2(chain, tmp_path):
-    """As programs, from another folder: nothing but the line on stderr, no traceback, exit code 2."""
-    for line in (
-        helpers.command_line("asymdpo", stage(chain, "asymdpo", out=tmp_path / "out", pairs=str(tmp_path))[1]),
-        [str(helpers.ROOT / "sample.py"), "--prompt", " "],
-    ):
-        done = script(*line, cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == "", done
-        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    """As a program, from another folder: nothing but the line on stderr, no traceback, exit code 2."""
+    cfg = stage(chain, "asymdpo", out=tmp_path / "out", pairs=str(tmp_path))[1]
+    done = script(*helpers.command_line("asymdpo", cfg), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "", done
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 SPEAKING = """

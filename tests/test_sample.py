@@ -65,10 +65,7 @@ def test_spelling_is_not_another_run(chain, tmp_path, monkeypatch, capsys):
 def test_a_line_is_a_prompt(tmp_path):
     """Whatever else ends a line in Unicode, and without a byte order mark."""
     (tmp_path / "prompts.txt").write_bytes("\ufeffa ball\u2028falls\r\na\x85b\x0cc".encode())
-    assert sample.read_prompts(sample.Config(prompts=str(tmp_path / "prompts.txt"))) == [
-        "a ball\u2028falls",
-        "a\x85b\x0cc",
-    ]
+    assert sample.read_prompts(str(tmp_path / "prompts.txt")) == ["a ball\u2028falls", "a\x85b\x0cc"]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
