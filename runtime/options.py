@@ -222,7 +222,7 @@ def _no_option(word: str, spelled: str, names: list[str]) -> str:
     """What is wrong with a word that stands in an option's place."""
     if not spelled.startswith(("-", "–", "—")):
         return f"{word[:80]!r}: expected an option; quote a value that has blanks (--help lists all options)"
-    near = difflib.get_close_matches(spelled.strip("-–—").replace("-", "_"), names, 1)
+    near = difflib.get_close_matches(spelled.strip("-–—").replace("-", "_"), [*names, "help"], 1)
     return f"{spelled[:80]}: no such option{f'; did you mean --{near[0]}?' if near else ''} (--help lists all)"
 
 
