@@ -91,7 +91,7 @@ class Config:
     links_out: bool = option(False, neutral=True)  # follow links out of --videos, as in Hugging Face's cache
     pairs: str = option("", neutral=True)  # csv of your own pairs: chosen,rejected,caption and, if need be, start
     chosen: str = option("", neutral=True)  # or two folders: the better videos
-    rejected: str = option("", neutral=True)  # and the worse ones, of the same names
+    rejected: str = option("", neutral=True)  # and the folder of the worse ones, of the same names
     out: str = option("out/demo/shards", neutral=True)  # folder to write
     frames: int | None = option(least=5)  # pictures in a clip, of the form 4k+1
     fps: float = option(16.0, least=0, most=1000)  # pictures a second; 0: every frame of the file, whatever its rate
