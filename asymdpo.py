@@ -79,7 +79,7 @@ class Config:
     reference_free: bool = False  # leave the reference out, as in the loss as printed
     sft_weight: float | None = option(least=0)  # λ: weight of the winner's own loss; 1: DPO's own pull on it at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps

@@ -59,7 +59,7 @@ class Config:
     split: str = option("train", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/continuation", neutral=True)  # folder to write
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     prompts: str | None = option(choices=("text", "frame", "off"))  # where the task prompts are added
     attention: str | None = option(choices=model.ATTENTION)  # prefix: given frames see given frames alone; full: all
     batch_size: int | None = option(least=1)  # clips a step, over all processes

@@ -52,7 +52,7 @@ class Config:
     base: str = ""  # model folder to put the LoRA on; empty: from scratch, all weights
     out: str = option("out/demo/base", neutral=True)  # folder to write
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=0)  # LoRA rank, alpha = rank; 0: train all weights
+    rank: int | None = option(least=0, most=1024)  # LoRA rank, alpha = rank; 0: train all weights
     batch_size: int | None = option(least=1)  # clips a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # clips a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps

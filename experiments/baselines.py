@@ -66,7 +66,7 @@ class Config:
     beta: float | None = option(above=0)  # DPO temperature; flow halves it
     sft_weight: float | None = option(least=0)  # λ: weight of the clip's own loss; 1: DPO's pull on a winner at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps

@@ -52,7 +52,7 @@ class Config:
     substeps: int = option(3, least=1)  # the teacher's steps in a window
     guidance: float = option(1.0, least=0)  # the teacher's; what comes out is sampled without
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # clips a step
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # peak learning rate of AdamW

@@ -155,6 +155,8 @@ def csv_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[dict[s
                     wrong = "its text is not UTF-8"
                 if cells or wrong:
                     yield dict(zip(header, cells)), wrong
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a UTF-8 csv table, got no such file{nearest(path)}") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: expected a UTF-8 csv table, got: {error}") from None
 

@@ -116,6 +116,9 @@ LINES = {  # command, and what is given -> the line that it must end in
     "tiny.balls --workers 0": "--workers: expected at least 1, got 0",
     "sample --t_shift -1": "--t_shift: expected more than 0, got -1.0",
     "sample": "expected --prompt or --prompts, got neither",
+    "sample --prompts sone.txt": "sone.txt: expected a text file, got no such file; did you mean some.txt?",
+    "prepare --videos models --metadata some.tx": "some.tx: expected a UTF-8 csv table, got no such file; did you mean "
+    "some.txt?",
     "sample --prompt a --prompts some.txt": "expected --prompt or --prompts, got both",
     "sample --prompts some.txt": "some.txt line 2, 4: expected a prompt on each line, got a blank one; delete it",
     "sample --prompt a --continuation ' '": "--continuation: expected text, got ' ', which is blank; to leave it empty "
