@@ -339,7 +339,9 @@ def nearest(path: str | Path) -> str:
     with contextlib.suppress(OSError):
         if path.exists():
             return ""
-        named = (p for depth in ("*", "*/*") for p in sorted(Path().glob(f"{depth}/{glob.escape(path.name)}")))
+        named = (
+            p for depth in ("[!.]*", "[!.]*/[!.]*") for p in sorted(Path().glob(f"{depth}/{glob.escape(path.name)}"))
+        )
         here = next(folder for folder in path.absolute().parents if folder.is_dir())
         missing, *below = path.absolute().relative_to(here).parts
         alike = difflib.get_close_matches(missing, sorted(os.listdir(here)), 1, 0.75)
