@@ -262,17 +262,16 @@ class Machine:
     @property
     def assumed(self) -> list[str]:
         """What nobody gave, in words; a value that is the default counts as not given."""
-        names = {field.name: getattr(self, field.name) == field.default for field in dataclasses.fields(Machine)}
-        names["node"] &= self.gpus > 1
         words = {
             "gpus": f"{self.gpus} GPUs",
-            "node": f"{self.ways} of them a node",
+            "node": f"{self.ways} of them a node" * (self.gpus > 1),
             "gpu_gib": f"{self.gpu_gib:g} GiB of a GPU",
             "tflops": f"{self.tflops:g} TFLOP/s of it in bfloat16",
         }
-        given = [name for name in words if names[name]]
-        like = f"as of 8 x A800-80GB; change with {', '.join('--' + name for name in given)}"
-        own = [f"{', '.join(words[name] for name in given)}: {like}"] if given else []
+        default = {field.name for field in dataclasses.fields(Machine) if getattr(self, field.name) == field.default}
+        unset = [name for name in words if words[name] and name in default]
+        like = f"as of 8 x A800-80GB; change with {', '.join('--' + name for name in unset)}"
+        own = [f"{', '.join(words[name] for name in unset)}: {like}"] if unset else []
         own += [f"{100 * UTILISATION:g} % of that peak are reached", f"{RESERVE} GiB are left to CUDA and NCCL"]
         if self.gpus > 1:
             own += [f"a GPU sends {NVLINK / 1e9:g} GB/s in its node (an A800's NVLink)"]
@@ -532,9 +531,13 @@ def prepare(stage, cfg, machine: Machine) -> Job:
     shown = measure_vae(cfg.dtype, "decode", *latent)  # a few clips, for kept.png
     encoder = encoder | {"activations": max(encoder["activations"], shown["activations"])}
     count, dtype = together(encoder, measure_text()), "bfloat16" if cfg.dtype == "bfloat16" else "TF32"
+    assumed = [f"{clips:,} clips, as there is no {missing}"] if missing else []
+    assumed += [f"TF32, which cuDNN runs float32 in, has {PEAK['TF32'] / PEAK['bfloat16']:g} of bfloat16's peak"] * (
+        dtype == "TF32"
+    )
     return Job(
         f"{clips:,} clips of {cfg.frames} x {cfg.height} x {cfg.width}",
-        [f"{clips:,} clips, as there is no {missing}"] if missing else [],
+        assumed,
         machine,
         clips,
         share=1,
