@@ -251,7 +251,7 @@ def parts() -> str:
     lines = []
     for preset in ("1.3b", "14b"):
         nowhere = dict(data="out/nowhere", continuation="out/nowhere")  # the sizes assumed, whatever folders there are
-        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, **nowhere), gpus=8)
+        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, **nowhere), cost.Machine())
         cfg = resolve(make_pairs.Config(preset=preset), make_pairs.PRESETS)
         counts = cost.pair(cfg, cost.SHAPE, "prefix")
         shares = [f"{100 * counts[part] / counts['flop']:.0f} %" for part in ("keys", "losers", "winners")]

@@ -65,7 +65,7 @@ def test_every_command_is_looked_at():
             if words_of(line) or not SHELL.match(line):
                 continue
             for part in re.split(r" +# | && ", line)[: 1 + line.count(" && ")]:
-                known = part in (ACTIVATED, "export BASE=Wan2.1-T2V-1.3B")
+                known = part == ACTIVATED or re.fullmatch(r"export BASE=Wan2\.1-T2V-(1\.3B|14B)", part)
                 known = known or part.split()[0] == "make" and part.split()[1] in targets
                 known = known or re.fullmatch(r"hf download Wan-AI/(Wan2\.\d-T2V-\w+(\.3B)?) --local-dir \1", part)
                 known = known or re.fullmatch(r"hf upload USER/NAME out/\w+", part)
@@ -82,13 +82,14 @@ def test_python_is_the_environments():
 @pytest.mark.parametrize("page, words", ALL + MENTIONED, ids=lambda a: a if isinstance(a, str) else " ".join(a[1:4]))
 def test_options_exist(page, words):
     name, options = module_of(words[1:])
-    if name == "experiments.cost":  # the stage's own options follow its name
-        name, options = options[0], options[1:]
-    source = text(f"{name.replace('.', '/')}.py")
-    if "class Config" not in source:  # not imported, as that takes seconds
-        assert all(f'"{option}"' in source for option in options if option.startswith("--"))
-        return
-    config = importlib.import_module(name).Config
+    if name == "experiments.cost":  # the stage's own options follow its name, beside those of the machine
+        config, options = importlib.import_module(name).options_of(options[0]), options[1:]
+    else:
+        source = text(f"{name.replace('.', '/')}.py")
+        if "class Config" not in source:  # not imported, as that takes seconds
+            assert all(f'"{option}"' in source for option in options if option.startswith("--"))
+            return
+        config = importlib.import_module(name).Config
     if options and options[-1] in (f"--{field.name}" for field in dataclasses.fields(config)):
         options = options[:-1]  # a sentence names it without a value
     parse(config, options, "")
