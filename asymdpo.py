@@ -46,6 +46,7 @@ from runtime.options import SEED, UserError, listed, option, program, resolve, u
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
+from wan.experts import check_times
 from wan.lora import load_adapted
 
 WAN = dict(
@@ -60,6 +61,7 @@ PRESETS = {  # see docs/method.md
     ),
     "1.3b": WAN,
     "14b": WAN,
+    "a14b": WAN,
 }  # fmt: skip
 BUCKETS = 4  # t in [0, ¼), [¼, ½), [½, ¾), [¾, 1]: what is logged is split by these
 
@@ -88,6 +90,8 @@ class Config:
     decay: str | None = option(choices=("none", "cosine"))  # what the learning rate does after the warm-up
     t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    t_min: float = option(0.0, least=0, most=1)  # least training time, after the warp: a14b's high noise takes 0.875
+    t_max: float = option(1.0, above="t_min", most=1)  # and most: low noise takes 0.875
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
@@ -242,6 +246,7 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg, asked = resolve(cfg, PRESETS), cfg.batch_size
+    check_times(cfg)
     group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
     starts = listed(cfg.sft, "sft")
@@ -275,7 +280,7 @@ def main(cfg: Config) -> None:
             keys = [(run.stage, cfg.seed, step, pairs.rows[i]["id"]) for i in index]
             chosen, rejected, text = pairs.get("chosen", index), pairs.get("rejected", index), pairs.text(index)
             noise = flow.draw_noise(chosen.shape[1:], keys)
-            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
+            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift, t_min=cfg.t_min, t_max=cfg.t_max)
             n1, n2 = (torch.tensor([pairs.rows[i][n] for i in index], device=group.device) for n in ("n1", "n2"))
             prediction = predict(net, *(a.to(group.device) for a in (chosen, rejected, text, noise, t)))
             losses, parts = asymdpo_loss(cfg, prediction, n1, n2)

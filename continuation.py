@@ -33,6 +33,7 @@ from runtime.options import SEED, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
+from wan.experts import check_times
 
 WAN = dict(
     rank=196, batch_size=16, lr=8e-5, steps=20_000,  # the paper's, as its readers report: 4 epochs of 80,000 clips
@@ -46,6 +47,7 @@ PRESETS = {  # see docs/method.md
     ),
     "1.3b": WAN,
     "14b": WAN,
+    "a14b": WAN,
 }  # fmt: skip
 
 
@@ -69,6 +71,8 @@ class Config:
     warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up; then a cosine to 0
     t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    t_min: float = option(0.0, least=0, most=1)  # least training time, after the warp: a14b's high noise takes 0.875
+    t_max: float = option(1.0, above="t_min", most=1)  # and most: low noise takes 0.875
     caption_dropout: float | None = option(least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
@@ -119,6 +123,7 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg, asked = resolve(cfg, PRESETS), cfg.batch_size
+    check_times(cfg)
     group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
     run = Run(cfg, "continuation", group, {"data": cfg.data, "base": cfg.base})
@@ -142,7 +147,7 @@ def main(cfg: Config) -> None:
             x0 = clips.get("x0", index)
             text = flow.drop_captions(clips.states(index), keys, cfg.caption_dropout, negative)
             noise = flow.draw_noise(x0.shape[1:], keys)
-            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
+            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift, t_min=cfg.t_min, t_max=cfg.t_max)
             cond_mask = draw_cond_mask(keys, x0.shape[2])
             losses = continuation_loss(net, *(a.to(group.device) for a in (x0, text, noise, t, cond_mask)))
             training.backward(losses, [clips.rows[i]["id"] for i in index])

@@ -35,14 +35,40 @@ def draw_noise(shape: Sequence[int], keys: Sequence[tuple]) -> Tensor:
     return torch.stack([torch.from_numpy(draw) for draw in draws])
 
 
-def draw_t(keys: Sequence[tuple], mean: float | None = None, std: float = 1.0, t_shift: float = 1.0) -> Tensor:
+def draw_t(
+    keys: Sequence[tuple],
+    mean: float | None = None,
+    std: float = 1.0,
+    t_shift: float = 1.0,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+) -> Tensor:
     """Training times (len(keys),) float32 in (0, 1), one for each key.
 
-    They are uniform without a mean and logit-normal(mean, std) with one; `shift_t` is then applied to them.
+    They are uniform without a mean and logit-normal(mean, std) with one; `shift_t` is then applied to them. t_min,
+    t_max: of that distribution the part between them, as if every time outside were drawn again. 0 ≤ t_min < t_max ≤ 1.
     """
     draw = np.random.Generator.random if mean is None else np.random.Generator.standard_normal
     t = torch.tensor([draw(generator("t", *key), dtype=np.float32) for key in keys])
-    return shift_t(t if mean is None else torch.sigmoid(mean + std * t), t_shift)
+    whole = t_min <= 0 and t_max >= 1
+    if not whole:
+        t = _truncated(t, mean, std, [shift_t(torch.tensor(end).double(), 1 / t_shift) for end in (t_min, t_max)])
+    t = shift_t(t if mean is None else torch.sigmoid(mean + std * t), t_shift).float()
+    return t if whole else t.clamp(t_min, t_max)  # what rounding takes out of it
+
+
+def _truncated(draws: Tensor, mean: float | None, std: float, ends: Sequence[Tensor]) -> Tensor:
+    """Draws, uniform or standard normal, as `draw_t` makes them, moved into the times between two ends, in float64.
+
+    F⁻¹(F(a) + (F(b) − F(a))·F(draw)) with F, the draws' distribution function, between the draws a, b of the ends.
+    """
+    low, high = ends
+    if mean is None:
+        return low + (high - low) * draws.double()
+    low, high = ((torch.logit(end) - mean) / std for end in ends)
+    side = -1 if low > 0 else 1  # in the upper tail F is 1 up to rounding: there the lower one, mirrored, is taken
+    low, high, drawn = (torch.erfc(-x / math.sqrt(2)) / 2 for x in (side * low, side * high, draws.double()))
+    return side * torch.special.ndtri(low + (high - low) * drawn)
 
 
 def shift_t(t: Tensor, t_shift: float) -> Tensor:

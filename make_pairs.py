@@ -37,7 +37,8 @@ from runtime.group import place, start_group
 from runtime.options import SEED, Diverged, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
-from wan.lora import load_adapted, load_continuation, lora_files
+from wan.experts import bases, each, load_networks
+from wan.lora import lora_files
 
 # Shift and guidance are Wan's own; steps and interval were chosen, as no reader reports them. Wan's own, 50 steps with
 # guidance in each (--nfe 50 --guidance_low 0 --guidance_high 1), cost eight times as much, and in the tiny world they
@@ -47,6 +48,7 @@ PRESETS = {
     "tiny": dict(nfe=4, t_shift=4.0, guidance=1.0, guidance_low=0.0, guidance_high=1.0, shard_size=256),
     "1.3b": WAN | dict(shard_size=8),
     "14b": WAN | dict(shard_size=3),
+    "a14b": WAN | dict(shard_size=3, t_shift=12.0, guidance=4.0),  # Wan2.2's own, the guidance that of high noise
 }
 
 
@@ -55,9 +57,12 @@ class Config:
     """Stage 2: samples the two sides of every clip's pair."""
 
     preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
-    base: str = "out/demo/base"  # model folder
+    base: str = "out/demo/base"  # model folder; a14b: the release's
+    base_low: str = ""  # a14b: low noise, if --base names high noise alone
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
+    lora_low: str = ""  # a14b: those of low noise; --lora is for high noise
     continuation: str = option("out/demo/continuation", empty=True)  # folder of continuation.py; empty: the base itself
+    continuation_low: str = ""  # a14b: that of low noise
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/pairs", neutral=True)  # folder to write
@@ -130,9 +135,11 @@ def continue_clips(net, x0, text, n_cond, keys, cfg, negative=None):
         some = [i for i, given in enumerate(n_cond) if given == n]
         clips, texts = x0[some], text[some]
         if cfg.guidance == 1:
-            phi = model.Continuation(net, clips, texts, n)
+            wrap = functools.partial(model.Continuation, x0=clips, text=texts, n=n)
         else:
-            phi = model.Continuation(net, clips.repeat(2, 1, 1, 1, 1), flow.both_branches(texts, negative), n)
+            both = clips.repeat(2, 1, 1, 1, 1), flow.both_branches(texts, negative)
+            wrap = functools.partial(model.Continuation, x0=both[0], text=both[1], n=n)
+        phi = each(net, wrap)
         given = torch.full((len(some),), n)
         made[some] = solve(phi, clips, texts, given, [keys[i] for i in some], cfg, negative)
     return made
@@ -192,25 +199,26 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
     check(cfg)
+    bases(cfg)
     group = start_group(implementation)
-    loras = lora_files(cfg.lora)
-    inputs = {"data": cfg.data, "base": cfg.base, "lora": loras, "continuation": cfg.continuation}
+    inputs = {name: getattr(cfg, name) for name in ("data", "base", "base_low", "continuation", "continuation_low")}
+    inputs |= {name: lora_files(getattr(cfg, name)) for name in ("lora", "lora_low")}
     run = Run(cfg, "make_pairs", group, inputs)
     if run.done:
         return
-    if cfg.continuation:
-        read_manifest(cfg.continuation, "continuation.py")
+    for folder in filter(None, (cfg.continuation, cfg.continuation_low)):
+        read_manifest(folder, "continuation.py")
     clips, count = read_clips(cfg)
     shape = clips.shape("x0")
     window = windows(cfg, shape[1])
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    if cfg.continuation:
-        net = load_continuation(cfg.base, cfg.continuation, dtype, group.device, loras)
-    else:
-        net = load_adapted(cfg.base, loras, dtype, group.device)
-    net = place(net, cfg, group)
-    with user_errors():
-        model.check_fits(net, cfg.preset, cfg.base, cfg.data, shape)
+
+    def finish(net: model.DiT, base: str) -> model.DiT:
+        with user_errors():
+            model.check_fits(net, cfg.preset, base, cfg.data, shape)
+        return place(net, cfg, group)
+
+    net = load_networks(cfg, dtype, group.device, finish)
     negative = clips.negative() if cfg.guidance != 1 else None
 
     # ---- sample

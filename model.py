@@ -72,6 +72,7 @@ PRESETS = {
     "1.3b": DiTConfig(1536, 8960, 12, 30),
     "14b": DiTConfig(5120, 13824, 40, 40),
 }
+PRESETS["a14b"] = PRESETS["14b"]  # each of Wan2.2-T2V-A14B's two experts: Wan-Video/Wan2.2, configs/wan_t2v_A14B.py
 
 
 class LowRank(nn.Module):
@@ -762,6 +763,21 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+# Wan2.2-T2V-A14B's two networks, for noisy times and for the others: in Wan's release, wan/configs/wan_t2v_A14B.py of
+# Wan-Video/Wan2.2; in diffusers', pipelines/wan/pipeline_wan.py
+EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+
+
+def weights_path(path: str | Path) -> Path:
+    """path, or the transformer/ in it, as diffusers has it. ValueError for a release of two networks."""
+    path = Path(path)
+    for high, low in EXPERTS:
+        if (path / high).is_dir() and (path / low).is_dir():
+            got = f"got the two experts of Wan2.2-T2V-A14B: choose {path / high} or {path / low}"
+            raise ValueError(f"{path}: expected one network, {got}")
+    return path / "transformer" if (path / "transformer").is_dir() else path
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:
     """The model of `open_model`'s files on a device, frozen; its matrix products run in dtype."""
     net, read = open_model(path)
@@ -775,8 +791,7 @@ def open_model(path: str | Path) -> tuple[DiT, Callable[..., Tensor]]:
     The layouts are told apart by the tensors' names. ValueError for other architectures (image-to-video among them),
     damaged files, and tensors that do not fit; from `read`, for NaN and infinity.
     """
-    path = Path(path)
-    path = path / "transformer" if (path / "transformer").is_dir() else path
+    path = weights_path(path)
     source, merged = {}, set()  # Wan's name -> the file, opened, and the name in it
     for file in [path] if path.is_file() else weight_files(path):
         try:

@@ -15,9 +15,9 @@ centre. Videos that cannot be trusted are left out and listed (see runtime/decod
 split: train (base and continuation model), align (pairs and cold start) or, where --train and --align leave some, eval.
 The table's column `split` says which, if it has one, else a hash of the video's id.
 
-The presets 1.3b and 14b make the same shards with Wan2.1's VAE and text encoder from --base. The preset tiny fits a
-linear codec on the train clips, stores it beside the shards, and encodes text by a fixed vector for each word. With
---vae it takes the codec of other shards.
+The other presets make the same shards with Wan's VAE and text encoder from --base. The preset tiny fits a linear codec
+on the train clips, stores it beside the shards, and encodes text by a fixed vector for each word. With --vae it takes
+the codec of other shards.
 
 Your own pairs, in place of make_pairs.py's:
 
@@ -72,7 +72,7 @@ TINY = dict(
     frames=49, height=64, width=64, train=0.6, align=0.2,  # a fifth to evaluate on
     shard_size=250, negative="", videos="out/demo/clips",
 )  # fmt: skip
-PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
+PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN, "a14b": WAN}
 SPLITS = ("train", "align", "eval")
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
@@ -82,7 +82,7 @@ SHOWN = 24  # clips on a contact sheet
 class Config:
     """Stage 0: encodes a folder of captioned videos."""
 
-    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan2.1's encoders
+    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan's encoders
     base: str = ""  # folder of Wan2.1's VAE, text encoder and tokenizer, as released or as diffusers has it
     vae: str = ""  # file or folder of the VAE, if it is not in --base; tiny: shards whose codec is to be used
     text: str = ""  # folder of the text encoder and its tokenizer, if they are not in --base

@@ -16,6 +16,7 @@ Cost  nfe forwards a sample, twice that with guidance
 """
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from pathlib import Path
@@ -31,10 +32,10 @@ from runtime.files import checksum, nearest, read_manifest, unchanged, write_jso
 from runtime.group import Group, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from sampling import PRESETS, Options, encode_text, load_codec, read_prompts, sample_latents, write_video
+from sampling import PRESETS, Options, encode_text, guidances, load_codec, read_prompts, sample_latents, write_video
 from tiny import codec as codecs
 from tiny import words
-from wan import lora
+from wan import experts, lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Config(Options):
     prompt: str = ""  # a prompt
     prompts: str = ""  # or a text file with one on each line
     continuation: str = ""  # folder of continuation.py, to continue --video
+    continuation_low: str = ""  # a14b: that of low noise
     video: str = ""  # file of the video whose first frames are given
     n_cond: int = option(4, least=1)  # given latent frames: n of them are 1 + 4(n − 1) pictures
     fps: float = option(16.0, least=0, most=1000)  # pictures a second taken from --video; 0: every frame
@@ -72,9 +74,15 @@ def check(cfg) -> None:
 
 
 def start(cfg, stage: str, group: Group, prompts: list[str]) -> Run:
-    """The folder to write, whose videos depend on the prompts and on every file that cfg names, not on its path."""
+    """The folder to write, whose videos depend on the prompts and on every file that cfg names, not on its path.
+
+    UserError for another number of networks than the preset has.
+    """
+    experts.bases(cfg)
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text", "continuation", "video")}
     inputs |= {"data": cfg.data if cfg.preset == "tiny" else "", "lora": lora.lora_files(cfg.lora)}
+    inputs |= {"base_low": cfg.base_low, "continuation_low": cfg.continuation_low}
+    inputs |= {"lora_low": lora.lora_files(cfg.lora_low)}
     inputs["prompts"] = ""  # which file they are read from does not count
     return Run(cfg, stage, group, inputs, prompts=hashlib.sha256(repr(prompts).encode()).hexdigest())
 
@@ -104,24 +112,23 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     states, negative = encode_text(cfg, list(dict.fromkeys(prompt for _, prompt, _ in jobs)), device)
     codec, codec_device = load_codec(cfg, device)
     given = given_frames(cfg, codec, codec_device) if cfg.continuation else ()
-    loras = lora.lora_files(cfg.lora)
-    if cfg.continuation:
-        net = lora.load_continuation(cfg.base, cfg.continuation, dtype, device, loras)
-    else:
-        net = lora.load_adapted(cfg.base, loras, dtype, device)
     size = (codec.channels, latent_frames(cfg), cfg.height // codec.side, cfg.width // codec.side)
-    with user_errors():
-        model.check_fits(net, cfg.preset, cfg.base, cfg.data, size)
-    if net.task_prompt and size[1] > len(net.task_prompt.cond):
-        raise UserError(f"--frames: expected at most {4 * len(net.task_prompt.cond) - 3}, as in --continuation")
 
-    net = place(net, cfg, run.group)
+    def finish(net: model.DiT, base: str) -> model.DiT:
+        with user_errors():
+            model.check_fits(net, cfg.preset, base, cfg.data, size)
+        if net.task_prompt and size[1] > len(net.task_prompt.cond):
+            raise UserError(f"--frames: expected at most {4 * len(net.task_prompt.cond) - 3}, as in --continuation")
+        return place(net, cfg, run.group)
+
+    net = experts.load_networks(cfg, dtype, device, finish)
 
     # ---- sample
     run.claim()
     for folder in {(run.folder / name).parent for name, _, _ in jobs}:  # a benchmark's names have folders
         folder.mkdir(parents=True, exist_ok=True)  # not in the loop: there a folder that is missing was deleted
-    call = flow.guided(net, cfg.guidance, negative)
+    wraps = (functools.partial(flow.guided, guidance=weight, negative=negative) for weight in guidances(cfg))
+    call = experts.each(net, *wraps)
 
     def done(i: int) -> bool:
         return unchanged(run.folder / jobs[i][0], run.folder)

@@ -24,18 +24,23 @@ WAN = dict(  # Wan2.1's command line: 50 steps, shift 5, guidance 5; its README:
     negative=text.NEGATIVE,
 )  # fmt: skip
 TINY = dict(frames=49, height=64, width=64, nfe=12, t_shift=4.0, guidance=1.0, solver="unipc", grid="even", negative="")
-PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
+A14B = WAN | dict(  # github.com/Wan-Video/Wan2.2, wan/configs/wan_t2v_A14B.py
+    nfe=40, t_shift=12.0, guidance=4.0, guidance_low_noise=3.0,
+)  # fmt: skip
+PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN, "a14b": A14B}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to sample with."""
 
-    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan2.1's encoders
-    base: str = "out/demo/base"  # model folder; for 1.3b, 14b the release's folder, or diffusers'
-    vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
-    text: str = ""  # 1.3b, 14b: folder of the text encoder and its tokenizer, if they are not in --base
+    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan's encoders
+    base: str = "out/demo/base"  # model folder; of Wan the release's folder, or diffusers'
+    base_low: str = ""  # a14b: low noise, if --base names high noise alone
+    vae: str = ""  # file or folder of Wan's VAE, if it is not in --base
+    text: str = ""  # folder of Wan's text encoder and its tokenizer, if they are not in --base
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas
+    lora_low: str = ""  # a14b: those of low noise; --lora is for high noise
     data: str = option("out/demo/shards", empty=True)  # tiny: folder of prepare.py that holds the codec
     samples: int = option(1, least=1)  # samples a prompt
     frames: int | None = option(least=1)  # pictures, of the form 4k+1
@@ -46,13 +51,14 @@ class Options:
     grid: str | None = option(choices=grids.GRIDS)  # noise levels: this project's own, or Wan2.1's or diffusers'
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
-    negative: str | None = option()  # prompt of the unconditional branch; 1.3b, 14b: Wan's own
+    guidance_low_noise: float | None = option(least=0)  # a14b: that of low noise
+    negative: str | None = option()  # prompt of the unconditional branch
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
     shard: bool = option(False, neutral=True)  # split the network's weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     seed: int = option(0, **SEED)  # of the noise
 
-    continuation = video = ""  # options of sample.py alone
+    continuation = continuation_low = video = ""  # options of sample.py alone
 
 
 def read_prompts(path: str) -> list[str]:
@@ -73,10 +79,15 @@ def load_codec(cfg, device: torch.device) -> tuple[vae.VAE | codecs.LinearVAE, t
     return codecs.load(cfg.data), torch.device("cpu")
 
 
+def guidances(cfg) -> tuple[float, float]:
+    """The guidance weights of high and low noise."""
+    return cfg.guidance, cfg.guidance if cfg.guidance_low_noise is None else cfg.guidance_low_noise
+
+
 def encode_text(cfg, prompts: list[str], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
     """The states (S, text_dim) of each prompt, and of the negative one if guidance needs it. Drops the encoder."""
     encoder = words.WordVectors() if cfg.preset == "tiny" else text.TextEncoder(cfg.text or cfg.base, device=device)
-    negative = encoder.encode([cfg.negative])[0] if cfg.guidance != 1 else None
+    negative = encoder.encode([cfg.negative])[0] if {*guidances(cfg)} != {1} else None
     return dict(zip(prompts, encoder.encode(prompts))), negative
 
 

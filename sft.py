@@ -29,6 +29,7 @@ from runtime.options import SEED, UserError, option, program, resolve, user_erro
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
+from wan.experts import check_times
 
 WAN = dict(
     rank=128, batch_size=32, lr=1e-5, steps=375,  # the paper's, as one reader reports: 0.6 epochs of 20,000 clips
@@ -38,6 +39,7 @@ PRESETS = {  # the LoRA cold start; see docs/method.md
     "tiny": dict(layers="all", rank=32, batch_size=32, steps=2000, lr=3e-3, warmup=50, t_mean=1.0),
     "1.3b": WAN,
     "14b": WAN,
+    "a14b": WAN,
 }
 FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=1500, lr=4e-3, warmup=100, t_mean=1.0)}
 
@@ -60,6 +62,8 @@ class Config:
     warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up; then a cosine to 0
     t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
+    t_min: float = option(0.0, least=0, most=1)  # least training time, after the warp: a14b's high noise takes 0.875
+    t_max: float = option(1.0, above="t_min", most=1)  # and most: low noise takes 0.875
     caption_dropout: float = option(0.0, least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
@@ -104,6 +108,7 @@ def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     scratch = not cfg.base and cfg.preset in FROM_SCRATCH
     cfg, asked = resolve(cfg, FROM_SCRATCH if scratch else PRESETS), cfg.batch_size
+    check_times(cfg)
     if not cfg.base and (cfg.rank or not scratch):
         raise UserError("expected --base for a LoRA: only the tiny model is trained from scratch, with all its weights")
     group = start_group(implementation, cfg.step_timeout)
@@ -129,7 +134,7 @@ def main(cfg: Config) -> None:
             x0 = clips.get("x0", index)
             text = flow.drop_captions(clips.states(index), keys, cfg.caption_dropout, negative)
             noise = flow.draw_noise(x0.shape[1:], keys)
-            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift)
+            t = flow.draw_t(keys, cfg.t_mean, t_shift=cfg.t_shift, t_min=cfg.t_min, t_max=cfg.t_max)
             losses = flow_loss(net, *(a.to(group.device) for a in (x0, text, noise, t)))
             training.backward(losses, [clips.rows[i]["id"] for i in index])
         lr = learning_rate(step, cfg)

@@ -37,7 +37,8 @@ from torch import Tensor
 
 import flow
 import model
-from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, predict, size_of_B
+from asymdpo import BUCKETS, averages, build, explain, learning_rate, predict, size_of_B
+from asymdpo import PRESETS as DPO
 from experiments.pairs import CLIP
 from kernels.modulate import implementation
 from kernels.region_dpo import frame_errors
@@ -49,6 +50,7 @@ from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
 from sft import flow_loss
 
+PRESETS = {name: DPO[name] for name in DPO if name != "a14b"}  # experiments.pairs does not sample it
 LABELLED = 0.2  # a clip is kept if more than this share of its frames has a label
 
 

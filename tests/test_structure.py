@@ -98,7 +98,10 @@ def test_shared_blocks_are_identical():
     everywhere = [
         ("# ---- what is trained", "trained = "),
         ("training = Training", "for step in training"),
-        *((f"{field}: ",) for field in ("preset", "layers", "steps", "t_mean", "t_shift", "checkpointing")),
+        *(
+            (f"{field}: ",)
+            for field in ("preset", "layers", "steps", "t_mean", "t_shift", "t_min", "t_max", "checkpointing")
+        ),
     ]
     of_two = [
         ("optimizer = ", "for index in micro_batches"),

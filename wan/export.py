@@ -51,8 +51,8 @@ def open_model(path: str | Path) -> tuple[model.DiT, Checkpoint, dict[str, str]]
     Returns the network, on the meta device; the checkpoint; and the network's name of each tensor -> the checkpoint's.
     UserError for anything but a text-to-video transformer of Wan's.
     """
-    path = verified(path, "sft.py or wan.export")
-    path = path / "transformer" if (path / "transformer").is_dir() else path
+    with user_errors():
+        path = model.weights_path(verified(path, "sft.py or wan.export"))
     source = Checkpoint(path)
     shape = {model.wan_name(name): source.shape(name) for name in source}
     try:

@@ -19,6 +19,7 @@ from torch import Tensor
 from model import rename
 from runtime.options import UserError
 from wan.checkpoint import load
+from wan.experts import release_of
 
 # Parameter names and arithmetic are those of the release (github.com/Wan-Video/Wan2.1, wan/modules/t5.py, Apache-2.0),
 # restated, for inference only.
@@ -198,7 +199,10 @@ class TextEncoder:
     """Captions -> UMT5's states, at the caption's own length. The DiT pads them with zeros."""
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):
-        """path: the folder of Wan2.1's release, or diffusers'. UserError for other weights or another tokenizer."""
+        """path: the folder of Wan's release, or diffusers', or a transformer's in it. UserError for other weights or
+        another tokenizer.
+        """
+        path = release_of(path)
         self.tokenizer, self.net = Tokenizer(path), load_umt5(path, dtype, device)
         self.device = torch.device(device)
 

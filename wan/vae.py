@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model import rename
 from wan.checkpoint import load
+from wan.experts import release_of
 
 # Parameter names and arithmetic are those of the release (github.com/Wan-Video/Wan2.1, wan/modules/vae.py, Apache-2.0),
 # restated. Every layer looks back in time only. A clip may come in pieces: `past` keeps what each layer needs from
@@ -244,7 +245,8 @@ DIFFUSERS_BLOCKS = [  # of the same: names within its down_blocks, mid_block and
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VAE:
-    """Wan2.1's VAE, frozen, from Wan2.1_VAE.pth, the folder that holds it, or diffusers' vae/ or the folder above that.
+    """Wan2.1's VAE, frozen, from Wan2.1_VAE.pth, the folder that holds it, or diffusers' vae/ or the folder above that,
+    or a transformer's folder beside it.
 
     UserError for a file that does not exist, is damaged or holds other tensors.
     """
@@ -255,7 +257,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32, device: torch
     def build(shapes: dict[str, tuple[int, ...]]) -> VAE:
         return VAE(base_dim=shapes["encoder.conv1.weight"][0], z_dim=shapes["conv2.weight"][0])
 
-    net = load(path, wan_name, build, "Wan2.1's VAE", ("Wan2.1_VAE.pth", "vae"), dtype, device)
+    net = load(release_of(path), wan_name, build, "Wan2.1's VAE", ("Wan2.1_VAE.pth", "vae"), dtype, device)
     for name, values in (("mean", LATENT_MEAN), ("std", LATENT_STD)):  # of no checkpoint, so still on the meta device
         setattr(net, name, torch.tensor(values[: net.channels], device=device).view(-1, 1, 1, 1))
     return net
