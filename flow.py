@@ -52,20 +52,20 @@ def draw_t(
     t = torch.tensor([draw(generator("t", *key), dtype=np.float32) for key in keys])
     whole = t_min <= 0 and t_max >= 1
     if not whole:
-        t = _truncated(t, mean, std, [shift_t(torch.tensor(end).double(), 1 / t_shift) for end in (t_min, t_max)])
+        t = _truncated(t, mean, std, shift_t(torch.tensor([t_min, t_max]).double(), 1 / t_shift))
     t = shift_t(t if mean is None else torch.sigmoid(mean + std * t), t_shift).float()
     return t if whole else t.clamp(t_min, t_max)  # what rounding takes out of it
 
 
-def _truncated(draws: Tensor, mean: float | None, std: float, ends: Sequence[Tensor]) -> Tensor:
+def _truncated(draws: Tensor, mean: float | None, std: float, ends: Tensor) -> Tensor:
     """Draws, uniform or standard normal, as `draw_t` makes them, moved into the times between two ends, in float64.
 
     F⁻¹(F(a) + (F(b) − F(a))·F(draw)) with F, the draws' distribution function, between the draws a, b of the ends.
     """
-    low, high = ends
+    low, high = ends = ends.clamp(0, 1)  # rounding took one out of it
     if mean is None:
         return low + (high - low) * draws.double()
-    low, high = ((torch.logit(end) - mean) / std for end in ends)
+    low, high = (torch.logit(ends) - mean) / std
     side = -1 if low > 0 else 1  # in the upper tail F is 1 up to rounding: there the lower one, mirrored, is taken
     low, high, drawn = (torch.erfc(-x / math.sqrt(2)) / 2 for x in (side * low, side * high, draws.double()))
     return side * torch.special.ndtri(low + (high - low) * drawn)

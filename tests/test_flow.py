@@ -189,6 +189,26 @@ def test_distribution_of_training_times():
     assert torch.equal(flow.draw_t(keys, 1.5, t_shift=3.0), flow.shift_t(flow.draw_t(keys, 1.5), 3.0))
 
 
+@pytest.mark.parametrize("mean, t_shift", [(None, 12.0), (1.0, 1.0), (-1.0, 3.0)])
+def test_a_part_of_the_training_times(mean, t_shift):
+    """Distributed as those of all times that fall into it, every decile; one draw a key, in the same order; finite
+    where hardly any fall. The whole is what it is without it, bit for bit.
+    """
+    many = flow.draw_t([("more", i) for i in range(12_000)], mean, t_shift=t_shift)
+    keys, deciles = [("t", i) for i in range(1500)], torch.linspace(0.1, 0.9, 9)
+    whole = flow.draw_t(keys, mean, t_shift=t_shift)
+    assert torch.equal(flow.draw_t(keys, mean, t_shift=t_shift, t_min=0.0, t_max=1.0), whole)
+    for low, high in ((0.875, 1.0), (0.0, 0.875), (0.4, 0.6)):
+        part = flow.draw_t(keys, mean, t_shift=t_shift, t_min=low, t_max=high)
+        assert part.dtype == torch.float32 and low <= part.min() and part.max() <= high
+        assert (part[whole.argsort()].diff() >= 0).all()
+        inside = many[(low <= many) & (many <= high)]
+        share = torch.stack([(part <= edge).float().mean() for edge in inside.quantile(deciles)])
+        assert (share - deciles).abs().max() < 0.1 and len(inside) > 100
+    narrow = flow.draw_t(keys[:9], mean, t_shift=t_shift, t_min=1 - 1e-6)
+    assert narrow.isfinite().all() and narrow.min() >= 1 - 2e-6 and narrow.max() <= 1
+
+
 def test_generator_is_the_same_everywhere():
     """A draw recorded once: a machine, NumPy or hash seed that draws something else breaks reproduction."""
     recorded = [0.024899124329748834, 0.7350604350754215, 0.08750489654623927]
