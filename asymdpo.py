@@ -301,7 +301,8 @@ def main(cfg: Config) -> None:
             model.export_lora(
                 model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, beneath=net.loras, task="asymdpo"
             )
-    run.finish(["lora.safetensors"])
+    known = {name: pairs.manifest[name] for name in ("window", "frames") if name in pairs.manifest}
+    run.finish(["lora.safetensors"], pairs=len(usable), **known)
 
 
 if __name__ == "__main__":

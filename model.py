@@ -769,13 +769,13 @@ EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer
 
 
 def weights_path(path: str | Path) -> Path:
-    """path, or the transformer/ in it, as diffusers has it. ValueError for a release of two networks."""
+    """path, or in it transformer/ or transformer_2/, diffusers' names. ValueError for a release of two networks."""
     path = Path(path)
     for high, low in EXPERTS:
         if (path / high).is_dir() and (path / low).is_dir():
             got = f"got the two experts of Wan2.2-T2V-A14B: choose {path / high} or {path / low}"
             raise ValueError(f"{path}: expected one network, {got}")
-    return path / "transformer" if (path / "transformer").is_dir() else path
+    return next((path / part for part in EXPERTS[1] if (path / part).is_dir()), path)
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> DiT:

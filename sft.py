@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
     elif group.main:
         write_json(run.folder / "config.json", model.wan_config(net.config))
         write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict(), model.weights_header(net.loras))
-    run.finish(files)
+    run.finish(files, clips=len(clips))
 
 
 if __name__ == "__main__":

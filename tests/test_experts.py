@@ -36,7 +36,7 @@ def released(tmp_path_factory):
     for seed, name in enumerate(DIFFUSERS):
         model.save_model(randomised(model.DiT(CONFIG), seed), root / name)
         export.main(export.Config(str(root / name), "", str(root / "out" / name), "diffusers"))
-        shutil.move(root / "out" / name / "transformer", root / "diffusers" / name)
+        shutil.move(root / "out" / name / name, root / "diffusers" / name)
     return root
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import model
 from runtime.files import read_manifest
-from wan import checkpoint, export
+from runtime.shards import Shards
+from wan import card, checkpoint, experts, export
 from wan.lora import load_adapted, lora_files, read_lora
 
 CONFIG = model.DiTConfig(40, 56, 2, 2, text_dim=12, freq_dim=32)  # heads of 20: RoPE's split is unequal
@@ -138,7 +140,7 @@ def test_shards(layout, root, tmp_path, small_files):
     assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
     assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
     assert same(model.load_model(out), sequential(root))
-    assert len(read_manifest(out, "wan.export")["files"]) == len(shards) + 2
+    assert len(read_manifest(out, "wan.export")["files"]) == len(shards) + 3
     if layout == "diffusers":
         peer = pytest.importorskip("diffusers").WanTransformer3DModel.from_pretrained(folder)
         assert close(output(peer, theirs), output(sequential(root)))
@@ -292,7 +294,7 @@ def test_one_lora_is_their_sum(second, root, tmp_path):
         assert close(a, expected.state_dict()[name], 1e-6), name
     with safe_open(path, "pt") as file:
         told = json.loads(file.metadata()["dynamicsboost"])
-    assert (told["rank"], told["alpha"], told["lora"]) == ("7", "7", f"{root}/sft,{root}/{second}")
+    assert (told["rank"], told["alpha"]) == ("7", "7") and str(root) not in str(told)
     assert {min(a.shape) for a in load_file(path).values()} == {7}
     assert path.stat().st_mode == (tmp_path / "out/run.json").stat().st_mode  # others may read it as well
 
@@ -483,3 +485,85 @@ def test_no_lora_counts_twice(chain, tmp_path):
     assert model.read_lora_file(again / "lora.safetensors")[1]["beneath"] == sorted(net.loras)
     again = run_stage(chain, "sft", base=tmp_path / "wan", rank=0, out=tmp_path / "full")
     assert model.load_model(again).loras == net.loras
+
+
+# ---- the model card --------------------------------------------------------------------------------------------------
+
+
+def read_card(folder):
+    """README.md as the hub's client reads it: its front matter and its text."""
+    card = pytest.importorskip("huggingface_hub").ModelCard.load(folder / "README.md")
+    assert (card.data.pipeline_tag, card.data.license) == ("text-to-video", "unknown")
+    assert {"text-to-video", "wan", "diffusers"} <= {*card.data.tags} and card.text.strip()
+    assert not re.search(r"None|\bnan\b|\{|^\* *$", card.text, re.M)
+    return card.data, card.text
+
+
+@pytest.mark.parametrize("layout", export.LAYOUTS)
+def test_a_card_says_what_is_known(layout, chain, tmp_path):
+    """Stages, steps and the folder of pairs, by header and manifest; half of a training; and no path or user's name."""
+    sft, dpo = chain / "sft", chain / "asymdpo"
+    export.main(export.Config(str(chain / "base"), f"{sft},{dpo}", str(tmp_path / "out"), layout))
+    data, told = read_card(tmp_path / "out")
+    count = len(Shards(chain / "pairs", "make_pairs.py"))
+    assert data.base_model is None and ("lora" in data.tags) == (layout == "lora") and "dynamicsboost" in data.tags
+    assert f"asymdpo.py`: Asymmetrical DPO on pairs; 2 steps of 4 pairs; from a folder of {count} pairs" in told
+    assert "2 steps of 4 clips; from a folder of" in told and "given 1 to 7 of 13 latent frames" in told
+    assert "β 25, inside, region 23, λ 0" in told and "CVPR 2026" in told and "half of what" not in told
+    everything = (tmp_path / "out/README.md").read_text()
+    if layout == "lora":  # what is made of it knows as much
+        with safe_open(tmp_path / "out/lora.safetensors", "pt") as file:
+            everything += str(file.metadata())
+        export.main(export.Config(str(chain / "base"), str(tmp_path / "out"), str(tmp_path / "again"), "wan"))
+        assert "2 steps of 4 pairs" in read_card(tmp_path / "again")[1]
+    assert str(chain) not in everything and str(tmp_path) not in everything
+    export.main(export.Config(str(chain / "base"), str(dpo), str(tmp_path / "half"), layout))
+    assert "alone it is half of what was trained" in read_card(tmp_path / "half")[1]
+
+
+def test_a_card_of_what_others_made(root, tmp_path):
+    """A LoRA of another program, by its file's name; no LoRA at all: no method, no training that nobody knows of."""
+    data, told = read_card(run(root, tmp_path / "lora", "lora", "kohya.safetensors"))
+    assert "* `kohya.safetensors`, a LoRA that does not say how it was trained" in told and "## Method" not in told
+    assert {*data.tags} == {"lora", "text-to-video", "wan", "diffusers"}
+    export.main(export.Config(str(root / "base"), "", str(tmp_path / "none"), "diffusers"))
+    assert "trained on\n" not in read_card(tmp_path / "none")[1]
+
+
+@pytest.mark.parametrize(
+    "base, preset, expected",
+    [
+        ("models/Wan2.1-T2V-1.3B", "1.3b", "Wan2.1-T2V-1.3B"),
+        ("hub/models--Wan-AI--Wan2.1-T2V-14B-Diffusers/snapshots/0a1b/transformer", "14b", "Wan2.1-T2V-14B"),
+        ("Wan2.2-T2V-A14B/low_noise_model", "a14b", "Wan2.2-T2V-A14B"),
+        ("models/Wan2.1-T2V-1.3B", "14b", ""),
+        ("models/Wan2.1-T2V-1.3B-style", "1.3b", ""),
+        ("out/mine", "14b", ""),
+    ],
+)
+def test_a_card_names_a_published_base(base, preset, expected, tmp_path):
+    """By a folder's name and the network's sizes, as the hub's client takes it; of an expert, which one."""
+    assert card.release(base, model.PRESETS[preset]) == expected
+    noise = experts.expert_of(base)
+    for layout in export.LAYOUTS:
+        text = card.model_card(layout, expected, noise, model.PRESETS[preset], [], False, "lora_low_noise.safetensors")
+        (tmp_path / "README.md").write_text(text)
+        data, told = read_card(tmp_path)
+        relation = "adapter" if layout == "lora" else "finetune"
+        assert data.base_model == (f"Wan-AI/{expected}" if expected else None)
+        assert data.to_dict().get("base_model_relation") == (relation if expected else None)
+        assert ("transformer_2" in told) == (noise == "low") and ("low-noise" in data.tags) == (noise == "low")
+
+
+def test_an_experts_files_are_named(root, tmp_path):
+    """As ComfyUI's and LightX2V's end; a folder with one of them is one LoRA, with two it is not."""
+    shutil.copytree(root / "base", tmp_path / "low_noise_model")
+    base, made = str(tmp_path / "low_noise_model"), tmp_path / "lora"
+    export.main(export.Config(base, str(root / "sft"), str(made), "lora"))
+    assert lora_files(str(made)) == [made / "lora_low_noise.safetensors"]
+    assert "low-noise expert, which samples at t < 0.875" in read_card(made)[1]
+    export.main(export.Config(base, str(made), str(tmp_path / "out"), "diffusers"))
+    assert (tmp_path / "out/transformer_2/config.json").is_file()
+    assert same(model.load_model(tmp_path / "out"), sequential(root, names=("sft",)))
+    shutil.copy(made / "lora_low_noise.safetensors", made / "lora_high_noise.safetensors")
+    refused("expected one LoRA, got lora_high_noise.safetensors and lora_low_noise.safetensors", lora_files, str(made))

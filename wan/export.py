@@ -10,13 +10,17 @@ The LoRA of asymdpo.py was trained on top of its cold start, so give both, as ab
 
 In    a model folder or file (--layout lora reads only its tensors' names and shapes); folders with lora.safetensors,
       or LoRA files of any program that wan.lora.read_lora knows
-Out   lora       lora.safetensors: one LoRA with the ranks of all, for ComfyUI, diffusers and others
+Out   lora       lora.safetensors: one LoRA with the ranks of all, for ComfyUI, diffusers and others; of an expert of
+                 Wan2.2-T2V-A14B lora_high_noise.safetensors or lora_low_noise.safetensors
       wan        config.json and diffusion_pytorch_model*.safetensors under Wan's names, for Wan's code and ComfyUI
-      diffusers  transformer/, for diffusers.WanTransformer3DModel.from_pretrained(out, subfolder="transformer")
+      diffusers  transformer/, for diffusers.WanTransformer3DModel.from_pretrained(out, subfolder="transformer"); of
+                 the low-noise expert transformer_2/
+      README.md  in each: a model card, as the Hugging Face hub reads it, with what is known and no path of yours
 Cost  one pass over the weights; memory for the LoRAs and one file of at most 5 GB, beside the memory-mapped base
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -24,14 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model
-from runtime.files import verified, whole_file, write_json
+from runtime.files import verified, whole_file, write_json, write_text
 from runtime.group import alone
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
+from wan.card import model_card, release, stages_of
 from wan.checkpoint import Checkpoint, match, write_checkpoint
+from wan.experts import expert_of
 from wan.lora import lora_files, read_header, read_loras
 
 LAYOUTS = ("wan", "diffusers", "lora")
+CARD = "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +124,22 @@ def main(cfg: Config) -> None:
         if diffs and cfg.layout == "lora":
             got = f"got differences of {len(diffs)} whole tensors, {min(diffs)} among them"
             raise UserError(f"{file}: expected low-rank terms alone for --layout lora, {got}; choose another layout")
+    noise, stages = expert_of(cfg.base), [stage for file in files for stage in stages_of(file)]
+    beneath = set().union(*(model.noted(read_header(file), "beneath") for file in files))
+    base = "" if of_base else release(cfg.base, net.config)
+    card = functools.partial(model_card, cfg.layout, base, noise, net.config, stages, bool(beneath - set(net.loras)))
     run.claim()
 
     # ---- one LoRA
     if cfg.layout == "lora":
         merged = set(net.loras) - of_base
-        beneath = set().union(*(model.noted(read_header(file), "beneath") for file in files)) - merged
-        provenance = dict(lora=cfg.lora, merged=sorted(merged), beneath=sorted(beneath))
-        with user_errors(), whole_file(run.folder / "lora.safetensors") as file:
+        provenance = dict(stages=stages, merged=sorted(merged), beneath=sorted(beneath - merged))
+        name = f"lora_{noise}_noise.safetensors" if noise else "lora.safetensors"  # as ComfyUI's and LightX2V's end
+        with user_errors(), whole_file(run.folder / name) as file:
             model.export_lora(joined([lora for lora, _ in read]), file, dtype, **provenance)
-        run.finish(["lora.safetensors"])
-        print(f"{run.stage}: wrote {run.folder / 'lora.safetensors'}")
+        write_text(run.folder / CARD, card(name))
+        run.finish([name, CARD])
+        print(f"{run.stage}: wrote {run.folder / name}, and {CARD} for the Hugging Face hub")
         return
 
     # ---- the whole model
@@ -143,14 +155,15 @@ def main(cfg: Config) -> None:
         terms = [lora[layer] for lora, _ in read if layer in lora]
         return model.fuse(weight, terms, [diffs[name] for _, diffs in read if name in diffs])
 
-    folder = "" if wan else "transformer/"
+    folder = "" if wan else f"{model.EXPERTS[1][noise == 'low']}/"
     config = model.wan_config(net.config) if wan else diffusers_config(net.config)
     (run.folder / folder).mkdir(exist_ok=True)
     write_json(run.folder / folder / "config.json", config)
     written = write_checkpoint(run.folder / folder, shapes, fused, dtype, loras=net.loras)
     bar.close()
-    run.finish([folder + file for file in ("config.json", *written)])
-    print(f"{run.stage}: wrote {run.folder / folder}")
+    write_text(run.folder / CARD, card())
+    run.finish([folder + file for file in ("config.json", *written)] + [CARD])
+    print(f"{run.stage}: wrote {run.folder / folder}, and {CARD} for the Hugging Face hub")
 
 
 if __name__ == "__main__":

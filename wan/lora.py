@@ -23,6 +23,9 @@ from runtime.files import MANIFEST, nearest, read_manifest, verified
 from runtime.group import rank_and_size
 from runtime.options import UserError, listed, user_errors
 
+MADE_BY = "sft.py, asymdpo.py, experiments.baselines, experiments.distill or wan.export"
+FILES = ("lora.safetensors", "lora_high_noise.safetensors", "lora_low_noise.safetensors")  # in a folder, one of these
+
 
 def lora_file(entry: str) -> Path:
     """The file that an entry of --lora names.
@@ -31,8 +34,11 @@ def lora_file(entry: str) -> Path:
     """
     path = Path(entry)
     if any((path / name).is_file() for name in ("run.json", MANIFEST)):  # made by this project
-        read_manifest(path, "sft.py, asymdpo.py, experiments.baselines, experiments.distill or wan.export")
-    file = path / "lora.safetensors" if path.is_dir() else path
+        read_manifest(path, MADE_BY)
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{path}: expected one LoRA, got {' and '.join(file.name for file in found)}: name the file")
+    file = found[0] if found else path / FILES[0] if path.is_dir() else path
     if not file.is_file():
         expected = "expected a LoRA file, or a folder with lora.safetensors"
         raise UserError(f"{file}: {expected}, got no such file{nearest(path)}")
