@@ -15,6 +15,7 @@ import flow
 import make_pairs
 import model
 import sample
+import sampling
 import sft
 from runtime import video
 from runtime.options import resolve
@@ -73,7 +74,7 @@ def test_it_is_diffusers_pipeline(released):
         return lambda *given: ran["ours"].append(name) or call(*given)
 
     cfg = options(released / "diffusers")
-    wraps = [functools.partial(noting, name, weight=w) for name, w in zip(("high", "low"), sample.weights(cfg))]
+    wraps = [functools.partial(noting, name, weight=w) for name, w in zip(("high", "low"), sampling.guidances(cfg))]
     call = experts.each(load(cfg), *wraps)
     ours = flow.unipc(call, noise, states, grids.time_grid(8, cfg.t_shift, "diffusers"))
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
