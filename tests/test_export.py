@@ -455,7 +455,8 @@ def test_a_cold_start_left_out_is_told(chain, tmp_path, capsys):
         (chain / "base", f"{old}", False),
     ):
         load_adapted(base, lora_files(loras))
-        assert ("was trained on top of" in capsys.readouterr().err) == note, (base, loras)
+        err = capsys.readouterr().err
+        assert ("was trained on top of" in err) == note and "None" not in err, (base, loras)
 
 
 def test_no_lora_counts_twice(chain, tmp_path):
@@ -555,15 +556,20 @@ def test_a_card_names_a_published_base(base, preset, expected, tmp_path):
         assert ("transformer_2" in told) == (noise == "low") and ("low-noise" in data.tags) == (noise == "low")
 
 
-def test_an_experts_files_are_named(root, tmp_path):
-    """As ComfyUI's and LightX2V's end; a folder with one of them is one LoRA, with two it is not."""
+def test_an_experts_files_are_named(root, tmp_path, capsys):
+    """As ComfyUI's and LightX2V's end; a folder with one is one LoRA, with two it is not. A line tells of a LoRA
+    on the other network.
+    """
     shutil.copytree(root / "base", tmp_path / "low_noise_model")
     base, made = str(tmp_path / "low_noise_model"), tmp_path / "lora"
     export.main(export.Config(base, str(root / "sft"), str(made), "lora"))
     assert lora_files(str(made)) == [made / "lora_low_noise.safetensors"]
     assert "low-noise expert, which samples at t < 0.875" in read_card(made)[1]
     export.main(export.Config(base, str(made), str(tmp_path / "out"), "diffusers"))
-    assert (tmp_path / "out/transformer_2/config.json").is_file()
+    assert (tmp_path / "out/transformer_2/config.json").is_file() and not capsys.readouterr().err.count("warning")
     assert same(model.load_model(tmp_path / "out"), sequential(root, names=("sft",)))
+    shutil.copytree(root / "base", tmp_path / "high_noise_model")
+    export.main(export.Config(str(tmp_path / "high_noise_model"), str(made), str(tmp_path / "other"), "wan"))
+    assert "lora_low_noise.safetensors was made for low noise" in capsys.readouterr().err
     shutil.copy(made / "lora_low_noise.safetensors", made / "lora_high_noise.safetensors")
     refused("expected one LoRA, got lora_high_noise.safetensors and lora_low_noise.safetensors", lora_files, str(made))

@@ -11,6 +11,7 @@ wan/text2video.py (`t.item() >= boundary`, on whole thousandths); and of github.
 same in pipelines/wan/pipeline_wan.py (boundary_ratio, transformer_2).
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from model import EXPERTS, DiT
+from runtime.group import rank_and_size
 from runtime.options import UserError
-from wan.lora import load_adapted, load_continuation, lora_files
+from wan.lora import load_adapted, load_continuation, lora_files, read_header
 
 BOUNDARY = 0.875
 HIGH, LOW = (tuple(names[i] for names in EXPERTS) for i in (0, 1))
@@ -78,6 +80,14 @@ def _is_dir(path: str) -> bool:
     return Path(path).is_dir()
 
 
+def tell_of_others(base: str | Path, files: list[Path]) -> None:
+    """A line on stderr for each LoRA that was made for the other one of the two networks, by its name or its header."""
+    for file in files if rank_and_size()[0] == 0 else ():
+        made_for = expert_of(file) or expert_of(read_header(file).get("base", ""))
+        if {made_for, expert_of(base)} == {"high", "low"}:
+            print(f"warning: {file} was made for {made_for} noise, {base} is the other network", file=sys.stderr)
+
+
 class Experts:
     """Networks of high and low noise as one: called as a network is, it calls that of the batch's one time.
 
@@ -121,6 +131,7 @@ def load_networks(cfg, dtype: torch.dtype, device: torch.device, finish: Callabl
     kinds = zip(found, (cfg.lora, cfg.lora_low), (cfg.continuation, cfg.continuation_low))
     for base, loras, folder in reversed(list(kinds)):  # high noise last, so that it is on the device
         files = lora_files(loras)
+        tell_of_others(base, files)
         if folder:
             net = load_continuation(base, folder, dtype, device, files)
         else:

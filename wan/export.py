@@ -34,7 +34,7 @@ from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from wan.card import model_card, release, stages_of
 from wan.checkpoint import Checkpoint, match, write_checkpoint
-from wan.experts import expert_of
+from wan.experts import expert_of, tell_of_others
 from wan.lora import lora_files, read_header, read_loras
 
 LAYOUTS = ("wan", "diffusers", "lora")
@@ -128,6 +128,7 @@ def main(cfg: Config) -> None:
     beneath = set().union(*(model.noted(read_header(file), "beneath") for file in files))
     base = "" if of_base else release(cfg.base, net.config)
     card = functools.partial(model_card, cfg.layout, base, noise, net.config, stages, bool(beneath - set(net.loras)))
+    tell_of_others(cfg.base, files)
     run.claim()
 
     # ---- one LoRA

@@ -173,7 +173,7 @@ def read_loras(net: model.DiT, files: list[Path]) -> list[tuple[model.LoRA, Diff
             model.note_lora(net, file, header, found)
     for file, (_, _, header, _) in zip(files, read):
         if model.noted(header, "beneath") - set(net.loras) and rank_and_size()[0] == 0:
-            below = header.get("sft") or header.get("base")
+            below = header.get("sft") or header.get("base") or "another one"
             missing = f"{below}, which is not among these LoRAs: give both, or train it anew"
             print(f"warning: {file} was trained on top of {missing}", file=sys.stderr)
     return [(lora, diffs) for lora, diffs, *_ in read]
