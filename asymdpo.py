@@ -46,7 +46,7 @@ from runtime.options import SEED, UserError, listed, option, program, resolve, u
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
-from wan.experts import check_times
+from wan.experts import check_times, tell_of_others
 from wan.lora import load_adapted
 
 WAN = dict(
@@ -156,6 +156,7 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     """The base with the cold start on it, frozen, and a fresh LoRA: LoRA off is the reference."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
     starts = [Path(folder) / "lora.safetensors" for folder in listed(cfg.sft, "sft")]
+    tell_of_others(cfg.base, starts)
     net = load_adapted(cfg.base, starts, dtype, group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.pairs, shape)
     seed = int(flow.generator("asymdpo", "lora", cfg.seed).integers(2**32))  # another A in each stage

@@ -60,6 +60,7 @@ class Run:
         self.started, self.spent = time.time(), 0.0
         self.skipped: list[int] = []  # steps that changed nothing, as they were not finite
         left_out = neutral(type(cfg)) | inputs.keys()
+        self._defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}
         digests |= {name: _identity(paths) for name, paths in inputs.items() if paths}
         facts = {"stage": stage, "config": config, "inputs": digests, "times": times, "draws": DRAWS}
@@ -136,7 +137,7 @@ class Run:
         for part in ("stage", "config", "inputs"):
             old, new = before.get(part), self.facts[part]
             if part == "config" and isinstance(old, dict):
-                old = {key: value for key, value in old.items() if key in new}  # up to 0.8 it held more
+                old = {key: old.get(key, self._defaults[key]) for key in new}  # it may be from before an option came
             if old == new:
                 continue
             if isinstance(old, dict) and isinstance(new, dict):

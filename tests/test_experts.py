@@ -174,6 +174,8 @@ def mistakes(root):
     yield sample, take | dict(base=low, base_low=high), "high and low noise, got .*low_noise_model' and"
     yield sample, take | dict(preset="14b", lora_low="x"), "--lora_low: is for the two networks of --preset a14b"
     yield make_pairs, dict(preset="a14b", base=high, out=train["out"]), "with the release's two networks"
+    base = str(root / "wan")
+    yield make_pairs, dict(preset="a14b", base=base, out=train["out"]), "expected --continuation and --continuation_low"
     yield export, dict(base=str(root / "diffusers"), lora="", out=train["out"]), "choose .*transformer or .*former_2"
 
 

@@ -10,6 +10,7 @@ from helpers import contents, flip_bit, run_stage, some_clips, stop_at
 import sample
 from experiments import decode
 from runtime import video
+from runtime.files import read_sealed, write_sealed
 from runtime.options import Diverged, UserError
 from runtime.shards import Shards
 from tiny import codec as codecs
@@ -60,6 +61,19 @@ def test_spelling_is_not_another_run(chain, tmp_path, monkeypatch, capsys):
     assert "finished already" in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with inputs lora"):
         sample.main(dataclasses.replace(config(chain, tmp_path / "out"), **spelled | {"lora": "sft"}))
+
+
+def test_a_folder_from_before_an_option_came(chain, tmp_path, capsys):
+    """It is known again, with that option at its default, and not with another value."""
+    cfg = config(chain, tmp_path, prompt="a red ball")
+    sample.main(cfg)
+    recipe = read_sealed(tmp_path / "run.json")
+    del recipe["config"]["guidance_low_noise"], recipe["config"]["dtype"]
+    write_sealed(tmp_path / "run.json", recipe)
+    sample.main(cfg)
+    assert "finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="was made with config dtype = 'float32', now 'bfloat16'"):
+        sample.main(dataclasses.replace(cfg, dtype="bfloat16"))
 
 
 def test_a_line_is_a_prompt(tmp_path):

@@ -73,6 +73,9 @@ def bases(cfg) -> tuple[str, ...]:
     if given is None or (expert_of(given[0]), expert_of(given[1])) == ("low", "high"):
         expected = "expected --base with the release's two networks, or --base and --base_low, high and low noise"
         raise UserError(f"--preset a14b: {expected}, got {cfg.base!r} and {cfg.base_low!r}")
+    if bool(cfg.continuation) != bool(cfg.continuation_low):
+        expected = "expected --continuation and --continuation_low, one for each network, or neither"
+        raise UserError(f"--preset a14b: {expected}, got {cfg.continuation!r} and {cfg.continuation_low!r}")
     return given
 
 
