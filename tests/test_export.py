@@ -509,7 +509,10 @@ def test_a_card_says_what_is_known(layout, chain, tmp_path):
     count = len(Shards(chain / "pairs", "make_pairs.py"))
     assert data.base_model is None and ("lora" in data.tags) == (layout == "lora") and "dynamicsboost" in data.tags
     assert f"asymdpo.py`: Asymmetrical DPO on pairs; 2 steps of 4 pairs; from a folder of {count} pairs" in told
-    assert "2 steps of 4 clips; from a folder of" in told and "given 1 to 7 of 13 latent frames" in told
+    assert (
+        "2 steps of 4 clips; from a folder of" in told
+        and "given 1 to 7, the winner 11 to 13 of 13 latent frames" in told
+    )
     assert "β 25, inside, region 23, λ 0" in told and "CVPR 2026" in told and "half of what" not in told
     everything = (tmp_path / "out/README.md").read_text()
     if layout == "lora":  # what is made of it knows as much

@@ -79,10 +79,8 @@ def _sentence(stage: dict) -> str:
         parts.append(f"from a folder of {count:,} {unit}")
     if window := stage.get("window"):
         low1, high1, low2, high2 = window
-        given = (
-            f"the loser was given {low1} to {high1} of {stage['frames']} latent frames, the winner {low2} to {high2}"
-        )
-        parts.append(given)
+        given = f"the loser was given {low1} to {high1}, the winner {low2} to {high2}"
+        parts.append(f"{given} of {stage['frames']} latent frames")
     parts += [f"learning rate {stage['lr']:g}"] if "lr" in stage else []
     parts.append(f"rank {stage['rank']}" + f" on `{stage['layers']}`" * ("layers" in stage))
     if stage["task"] == "asymdpo" and "beta" in stage:
@@ -109,22 +107,21 @@ def _loading(layout: str, base: str, noise: str, file: str) -> str:
     which = f"the {noise}-noise model" if noise else "the base model"
     part = "transformer_2" if noise == "low" else "transformer"
     pipe = f'pipe = WanPipeline.from_pretrained("{f"Wan-AI/{base}-Diffusers" if base else "BASE"}"'
+    rounded = "torch_dtype=torch.bfloat16"
     code = ["import torch", "from diffusers import WanPipeline" + ", WanTransformer3DModel" * (layout != "lora"), ""]
     if layout == "lora":
         comfy = f"Copy `{file}` to `models/loras/` and load it with *LoraLoaderModelOnly*, strength 1, after {which}."
         second = ", load_into_transformer_2=True" * (noise == "low")  # diffusers, loaders/lora_pipeline.py
-        code += [f"{pipe}, torch_dtype=torch.bfloat16)"]
+        code += [f"{pipe}, {rounded})"]
         code += [f'pipe.to("cuda").load_lora_weights("REPOSITORY", weight_name="{file}"{second})']
     elif layout == "wan":
-        comfy = (
-            f"Copy the weights to `models/diffusion_models/` and open them with *Load Diffusion Model*, for {which}."
-        )
-        code += ['net = WanTransformer3DModel.from_single_file("FILE.safetensors", torch_dtype=torch.bfloat16)']
+        comfy = f"Copy the weights to `models/diffusion_models/`, for *Load Diffusion Model* in place of {which}."
+        code += [f'net = WanTransformer3DModel.from_single_file("FILE.safetensors", {rounded})']
     else:
         comfy = "The tensors have diffusers' names; `wan.export --layout wan` writes what ComfyUI loads."
-        code += [f'net = WanTransformer3DModel.from_pretrained("REPOSITORY", subfolder="{part}")']
+        code += [f'net = WanTransformer3DModel.from_pretrained("REPOSITORY", subfolder="{part}", {rounded})']
     if layout != "lora":
-        code += [f"{pipe}, {part}=net, torch_dtype=torch.bfloat16)"]
+        code += [f"{pipe}, {part}=net, {rounded})"]
     where = "`REPOSITORY` is this one's name, or a folder" + ", `BASE` the base in diffusers' layout" * (not base)
     other = "\n\nThe other expert is a model of its own, with a LoRA of its own." * bool(noise)
     code = "\n".join(code)
@@ -142,9 +139,8 @@ def model_card(
     aligned = any(stage.get("task") == "asymdpo" for stage in stages)
     name = (known or "a text-to-video transformer") + f", {noise} noise" * bool(noise)
     shape = f"{config.num_layers} blocks of width {config.dim}"
-    of = (
-        f"[Wan-AI/{known}](https://huggingface.co/Wan-AI/{known})" if known else "a network under Wan's parameter names"
-    )
+    link = f"[Wan-AI/{known}](https://huggingface.co/Wan-AI/{known})"
+    of = link if known else "a network under Wan's parameter names"
     times = {"high": "t ≥ 0.875", "low": "t < 0.875", "": ""}[noise]
     expert = f" This is for its {noise}-noise expert, which samples at {times}." * bool(noise)
     sections = [

@@ -28,8 +28,8 @@ HIGH, LOW = (tuple(names[i] for names in EXPERTS) for i in (0, 1))
 
 
 def expert_of(base: str | Path) -> str:
-    """ "high" or "low" if the name of a network's folder or file says so, else "": as in the two releases, or with
-    high_noise or low_noise in it, as in ComfyUI's and LightX2V's files.
+    """Which one a network is, "high" or "low", if the name of its folder or file says so, else "": as in the two
+    releases, or with high_noise or low_noise in it, as in ComfyUI's and LightX2V's files.
     """
     base = Path(base)
     if "high_noise" in base.name or (base.name == HIGH[1] and (base.parent / LOW[1]).is_dir()):
@@ -68,19 +68,17 @@ def bases(cfg) -> tuple[str, ...]:
         if beside := [name for name in options if getattr(cfg, name, None) not in ("", None)]:
             raise UserError(f"--{beside[0]}: is for the two networks of --preset a14b, got --preset {cfg.preset}")
         return (cfg.base,)
-    pairs = [tuple(str(Path(cfg.base) / name) for name in names) for names in EXPERTS]
-    given = (cfg.base, cfg.base_low) if cfg.base_low else next((p for p in pairs if all(map(_is_dir, p))), None)
-    if given is None or (expert_of(given[0]), expert_of(given[1])) == ("low", "high"):
+    given = (cfg.base, cfg.base_low) if cfg.base_low else ()
+    for names in () if given else EXPERTS:
+        if all((Path(cfg.base) / name).is_dir() for name in names):
+            given = tuple(str(Path(cfg.base) / name) for name in names)
+    if not given or tuple(map(expert_of, given)) == ("low", "high"):
         expected = "expected --base with the release's two networks, or --base and --base_low, high and low noise"
         raise UserError(f"--preset a14b: {expected}, got {cfg.base!r} and {cfg.base_low!r}")
     if bool(cfg.continuation) != bool(cfg.continuation_low):
         expected = "expected --continuation and --continuation_low, one for each network, or neither"
         raise UserError(f"--preset a14b: {expected}, got {cfg.continuation!r} and {cfg.continuation_low!r}")
     return given
-
-
-def _is_dir(path: str) -> bool:
-    return Path(path).is_dir()
 
 
 def tell_of_others(base: str | Path, files: list[Path]) -> None:
