@@ -10,7 +10,8 @@
 The noise of a video depends only on the seed and on the numbers of its prompt and sample: not on the process that makes
 it. A run that was interrupted keeps the videos that it has.
 
-In    a model folder, at the preset a14b two of them; LoRAs to fuse into it, in order; the codec: Wan's from --base, the tiny preset's from --data
+In    a model folder, at the preset a14b two of them; LoRAs to fuse into it, in order; the codec: Wan's from --base, the
+      tiny preset's from --data
 Out   <out>/<prompt number>-<sample number>.mp4 at 16 fps, prompts.jsonl
 Cost  nfe forwards a sample, twice that with guidance
 """
