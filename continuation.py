@@ -72,7 +72,7 @@ class Config:
     t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     t_min: float = option(0.0, least=0, most=1)  # least training time, after the warp: a14b's high noise takes 0.875
-    t_max: float = option(1.0, above="t_min", most=1)  # and most: low noise takes 0.875
+    t_max: float = option(1.0, least=0, above="t_min", most=1)  # and most: low noise takes 0.875
     caption_dropout: float | None = option(least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory

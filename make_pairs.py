@@ -58,11 +58,11 @@ class Config:
 
     preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; a14b: the release's
-    base_low: str = ""  # a14b: low noise, if --base names high noise alone
+    base_low: str = ""  # a14b: model folder of low noise, if --base is that of high noise alone
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
-    lora_low: str = ""  # a14b: those of low noise; --lora is for high noise
+    lora_low: str = ""  # a14b: folders or files for low noise; --lora is for high noise
     continuation: str = option("out/demo/continuation", empty=True)  # folder of continuation.py; empty: the base itself
-    continuation_low: str = ""  # a14b: that of low noise
+    continuation_low: str = ""  # a14b: folder of continuation.py for low noise
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/pairs", neutral=True)  # folder to write

@@ -46,7 +46,7 @@ class Config(Options):
     prompt: str = ""  # a prompt
     prompts: str = ""  # or a text file with one on each line
     continuation: str = ""  # folder of continuation.py, to continue --video
-    continuation_low: str = ""  # a14b: that of low noise
+    continuation_low: str = ""  # a14b: folder of continuation.py for low noise
     video: str = ""  # file of the video whose first frames are given
     n_cond: int = option(4, least=1)  # given latent frames: n of them are 1 + 4(n − 1) pictures
     fps: float = option(16.0, least=0, most=1000)  # pictures a second taken from --video; 0: every frame

@@ -36,11 +36,11 @@ class Options:
 
     preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan's encoders
     base: str = "out/demo/base"  # model folder; of Wan the release's folder, or diffusers'
-    base_low: str = ""  # a14b: low noise, if --base names high noise alone
+    base_low: str = ""  # a14b: model folder of low noise, if --base is that of high noise alone
     vae: str = ""  # file or folder of Wan's VAE, if it is not in --base
     text: str = ""  # folder of Wan's text encoder and its tokenizer, if they are not in --base
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas
-    lora_low: str = ""  # a14b: those of low noise; --lora is for high noise
+    lora_low: str = ""  # a14b: folders or files for low noise; --lora is for high noise
     data: str = option("out/demo/shards", empty=True)  # tiny: folder of prepare.py that holds the codec
     samples: int = option(1, least=1)  # samples a prompt
     frames: int | None = option(least=1)  # pictures, of the form 4k+1
@@ -51,7 +51,7 @@ class Options:
     grid: str | None = option(choices=grids.GRIDS)  # noise levels: this project's own, or Wan2.1's or diffusers'
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
-    guidance_low_noise: float | None = option(least=0)  # a14b: that of low noise
+    guidance_low_noise: float | None = option(least=0)  # a14b: guidance of low noise
     negative: str | None = option()  # prompt of the unconditional branch
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
     shard: bool = option(False, neutral=True)  # split the network's weights over a node's processes: less memory

@@ -58,10 +58,9 @@ def legal(kind: type, facts, text: str) -> bool:
         value = kind(text)
     except ValueError:
         return False
-    limits = (facts.get(name) for name in ("least", "above", "most"))
-    low, above, high = (None if isinstance(limit, str) else limit for limit in limits)  # another option's is for later
-    fits = (low is None or value >= low) and (above is None or value > above)
-    return math.isfinite(value) and fits and (high is None or value <= high)
+    low, above, high = (facts.get(name) for name in ("least", "above", "most"))
+    fits = (low is None or value >= low) and (above is None or isinstance(above, str) or value > above)
+    return math.isfinite(value) and fits and (high is None or isinstance(high, str) or value <= high)
 
 
 def test_every_number_of_every_command_has_a_range():
