@@ -159,7 +159,7 @@ def main(cfg: Config) -> None:
         if cfg.prompts != "off":
             with whole_file(run.folder / "task_prompt.safetensors") as file:
                 model.save_task_prompt(net, file)
-    run.finish(files)
+    run.finish(files, f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def main(cfg: Config) -> None:
     elif group.main:
         write_json(run.folder / "config.json", model.wan_config(net.config))
         write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict(), model.weights_header(net.loras))
-    run.finish(files)
+    run.finish(files, f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}")
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def main(cfg: Config) -> None:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    run.finish(["metadata.csv"] + [row["video"] for row in rows])
+    run.finish(["metadata.csv"] + [row["video"] for row in rows], f"{len(rows):,} clips")
 
 
 if __name__ == "__main__":
