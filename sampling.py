@@ -177,7 +177,7 @@ class Previews:
         told = self.folder / "prompts.jsonl"
         rows = [{"video": f"{i}.mp4", "caption": words} for i, (words, *_) in enumerate(self.subjects)]
         same = told.exists() and read_jsonl(told) == rows
-        for other in self.folder.glob("step-*"):
+        for other in self.folder.glob("step-[0-9]*"):
             if not same or other.name > folder.name:
                 shutil.rmtree(other)
         if not same:
@@ -205,12 +205,12 @@ class Previews:
 
     def _draw(self) -> None:
         """The contact sheet, with the first step and the newest."""
-        steps = sorted(self.folder.glob("step-*"))
+        steps = sorted(self.folder.glob("step-[0-9]*"))
         if len(steps) > COLUMNS:
             steps = [steps[i] for i in np.linspace(0, len(steps) - 1, COLUMNS).round().astype(int)]
         with video.Decoder() as decoder:
             cells = [
-                (_four_pictures(decoder, step / f"{i}.mp4"), f"{step.name}: {words}")
+                (_four_pictures(decoder, step / f"{i}.mp4"), f"step {int(step.name[5:])}: {words}")
                 for i, (words, *_) in enumerate(self.subjects[:ROWS])
                 for step in steps
             ]
