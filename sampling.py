@@ -20,6 +20,7 @@ from tqdm import tqdm
 import flow
 from runtime import video
 from runtime.files import read_jsonl, read_manifest, read_text, write_jsonl
+from runtime.group import slow
 from runtime.options import SEED, Diverged, UserError, asked_to_stop, option, resolve
 from runtime.run import Run
 from runtime.shards import Shards
@@ -85,7 +86,7 @@ def encode_text(cfg, prompts: list[str], device: torch.device) -> tuple[dict[str
     """The states (S, text_dim) of each prompt, and of the negative one if guidance needs it. Drops the encoder."""
     encoder = words.WordVectors() if cfg.preset == "tiny" else text.TextEncoder(cfg.text or cfg.base, device=device)
     negative = encoder.encode([cfg.negative])[0] if cfg.guidance != 1 else None
-    return dict(zip(prompts, encoder.encode(prompts))), negative
+    return {prompt: encoder.encode([prompt])[0] for prompt in slow(prompts, "encoding prompts", "prompt")}, negative
 
 
 def sample_latents(cfg, call: Callable, size: tuple[int, ...], key: tuple, states: Tensor, given=()) -> Tensor:
@@ -152,8 +153,7 @@ class Previews:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir()
         group.wait()
-        look = dict(desc=f"{self.run.stage}: previews", unit="video", disable=not group.main, leave=False, delay=1)
-        with tqdm(total=len(self.subjects), **look) as bar:
+        with slow(None, f"{self.run.stage}: previews", "video", len(self.subjects)) as bar:
             for first in range(0, len(self.subjects), group.size):
                 with torch.compiler.set_stance("force_eager") if self.options.compile else contextlib.nullcontext():
                     self._make(net, fresh, first + group.rank)
