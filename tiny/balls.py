@@ -256,7 +256,8 @@ def pixels(codec, x0) -> np.ndarray:
 def score(codec, x0, captions: list[str], frames: slice = slice(None)) -> dict[str, np.ndarray]:
     """`score_clips` of the latent clips x0 (B, C, F, H, W)."""
     rows = []
-    for i in slow(range(0, len(x0), 8), "scoring clips", "batch"):  # a few at a time: fresh memory for many costs more than the score
+    # a few at a time: fresh memory for many costs more than the score
+    for i in slow(range(0, len(x0), 8), "scoring clips", "batch"):
         rows.append(score_clips(light_of(pixels(codec, x0[i : i + 8])), captions[i : i + 8], frames))
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
