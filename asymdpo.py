@@ -96,7 +96,7 @@ class Config:
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     preview_every: int = option(0, least=0, neutral=True)  # steps between previews, at the start and end, too; 0: none
     preview_prompts: str = option("", neutral=True)  # text file of the previews' prompts, one on each line
-    preview_data: str = option("out/demo/shards", neutral=True)  # tiny: folder of prepare.py that holds the codec
+    preview_data: str = option("out/demo/shards", neutral=True)  # tiny: folder of prepare.py with the codec, if not --pairs
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
     seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
@@ -264,7 +264,7 @@ def main(cfg: Config) -> None:
     plan = epochs(len(usable), cfg, "pairs", asked)
     if group.main and (sentence := repeated(cfg, len(usable))):
         print(sentence, file=sys.stderr)
-    previews = previews_of_prompts(cfg, run, cfg.preview_data, pairs.shape("chosen"))
+    previews = previews_of_prompts(cfg, run, pairs.shape("chosen"), cfg.pairs, cfg.preview_data)
     with user_errors():
         net = build(cfg, group, pairs.shape("chosen"))
 

@@ -226,18 +226,20 @@ def _four_pictures(decoder: video.Decoder, path: Path) -> np.ndarray | None:
     return pictures[np.linspace(0, len(pictures) - 1, 4).round().astype(int)]
 
 
-def previews_of_prompts(cfg, run: Run, data: str, size: tuple[int, ...]) -> Previews | None:
+def previews_of_prompts(cfg, run: Run, size: tuple[int, ...], *data: str) -> Previews | None:
     """Previews of the prompts in cfg.preview_prompts, or None without cfg.preview_every.
 
-    data: the folder with the tiny preset's codec; cfg.base has Wan's, and its text encoder, which is loaded and dropped
-    here: call it before the network is loaded. UserError for one of the two options without the other.
+    data: folders, of which the first that has a codec has the tiny preset's; cfg.base has Wan's, and its text encoder,
+    which is loaded and dropped here: call it before the network is loaded. UserError for one of the two options without
+    the other.
     """
     if not cfg.preview_every and not cfg.preview_prompts:
         return None
     if not cfg.preview_every or not cfg.preview_prompts:
         got = f"{cfg.preview_every} and {cfg.preview_prompts!r}"
         raise UserError(f"expected --preview_every and --preview_prompts, a file, together, got {got}")
-    options, prompts = _options(cfg, data), read_prompts(cfg.preview_prompts)
+    own = next((folder for folder in data if (Path(folder) / "codec.safetensors").is_file()), data[-1])
+    options, prompts = _options(cfg, own), read_prompts(cfg.preview_prompts)
     states, negative = encode_text(options, prompts, run.group.device)
     return Previews(run, options, size, [(prompt, states[prompt], ()) for prompt in prompts], negative)
 

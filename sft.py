@@ -118,7 +118,7 @@ def main(cfg: Config) -> None:
     clips = Shards(cfg.data, "prepare.py", cfg.split)
     plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
-    previews = previews_of_prompts(cfg, run, cfg.data, clips.shape("x0"))
+    previews = previews_of_prompts(cfg, run, clips.shape("x0"), cfg.data)
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
 
