@@ -96,7 +96,7 @@ class Config:
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     preview_every: int = option(0, least=0, neutral=True)  # steps between previews, at the start and end, too; 0: none
     preview_prompts: str = option("", neutral=True)  # text file of the previews' prompts, one on each line
-    preview_data: str = option("out/demo/shards", neutral=True)  # tiny: folder of prepare.py with the codec, if not --pairs
+    preview_data: str = option("out/demo/shards", neutral=True)  # tiny: folder with the codec, if --pairs has none
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
     seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
