@@ -45,6 +45,8 @@ def torchrun(chain, out, processes: int, lines: str):
 def two(chain, tmp_path_factory):
     """The folder in which two processes of one torchrun wrote three stages, asymdpo with previews."""
     lines = f"""
+import sampling
+sampling.PRESETS["tiny"]["nfe"] = 2
 (out / "prompts.txt").write_text("a ball\\na ball falls\\na ball floats\\n")
 previews = dict(preview_every=4, preview_prompts=out / "prompts.txt", preview_data=chain / "shards")
 for name, changes in (("shards", {{}}), ("pairs", {{}}), ("asymdpo", previews | {TRAINING})):
@@ -91,7 +93,8 @@ def test_training_on_sharded_weights(processes, node, one, chain, tmp_path):
     changes = TRAINING | dict(micro_batch=0, checkpointing=True, shard=True) | previews
     lines = f"""
 os.environ["LOCAL_WORLD_SIZE"] = "{node}"
-import asymdpo, runtime.group
+import asymdpo, runtime.group, sampling
+sampling.PRESETS["tiny"]["nfe"], sampling.Previews._draw = 2, lambda self: None
 def seen(net, cfg, group):
     full = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     net = runtime.group.place(net, cfg, group)
