@@ -117,8 +117,8 @@ def test_what_previews_need_is_asked_for_before_anything_is_loaded(chain, tmp_pa
             out=tmp_path / "a", preview_every=2)  # fmt: skip
     refused("no.txt: expected UTF-8 text", run_stage, chain, "sft", out=tmp_path / "a",
             **options | {"preview_prompts": str(tmp_path / "no.txt")})  # fmt: skip
-    refused("shards: expected a finished folder made by prepare.py", run_stage, chain, "asymdpo", out=tmp_path / "a", **options,
-            preview_data=str(tmp_path / "shards"))  # fmt: skip
+    refused("shards: expected a finished folder made by prepare.py", run_stage, chain, "asymdpo", out=tmp_path / "a",
+            **options, preview_data=str(tmp_path / "shards"))  # fmt: skip
     assert not (tmp_path / "a").exists()
 
 
