@@ -146,7 +146,7 @@ class Previews:
         Returns whether one of them was asked to stop meanwhile. Then these previews are left out.
         """
         group, folder = self.run.group, self.folder / f"step-{done:07d}"
-        if group.sum({"there": group.main and self._there(folder)})["there"]:
+        if group.sum({"there": group.main and self._there(folder, done)})["there"]:
             return False
         fresh = folder.with_name(f".{folder.name}.tmp")
         if group.main:
@@ -170,18 +170,20 @@ class Previews:
         group.wait(where="the contact sheet")
         return False
 
-    def _there(self, folder: Path) -> bool:
-        """Whether these are made. Drops what an earlier start left: those of later steps, and of other prompts."""
+    def _there(self, folder: Path, done: int) -> bool:
+        """Whether an earlier start made these. Drops its others of later steps, which are trained anew, or prompts."""
         self.run.check()
         self.folder.mkdir(exist_ok=True)
         told = self.folder / "prompts.jsonl"
         rows = [{"video": f"{i}.mp4", "caption": words} for i, (words, *_) in enumerate(self.subjects)]
         same = told.exists() and read_jsonl(told) == rows
         for other in self.folder.glob("step-[0-9]*"):
-            if not same or other.name > folder.name:
+            if not same or other.name > folder.name or (other == folder and done > self.run.resumed):
                 shutil.rmtree(other)
         if not same:
             write_jsonl(told, rows)
+        if folder.exists():
+            self._draw()  # a kill may have come before
         return folder.exists()
 
     def _make(self, net: nn.Module, folder: Path, i: int) -> None:

@@ -64,6 +64,7 @@ class Run:
         """
         self.folder, self.stage, self.group = Path(cfg.out), stage, group
         self.started, self.spent = time.time(), 0.0
+        self.resumed = 0  # the step that `resume` found
         self.skipped: list[int] = []  # steps that changed nothing, as they were not finite
         left_out = neutral(type(cfg)) | inputs.keys()
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}
@@ -301,7 +302,7 @@ class Run:
             except UserError as error:
                 print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
                 continue
-            self.spent, self.skipped = facts["seconds"], facts["skipped"]
+            self.spent, self.skipped, self.resumed = facts["seconds"], facts["skipped"], facts["step"]
             _unpack(state, trained, optimizer)
             if self.group.main:
                 with whole_file(self.folder / LOG) as temporary:
