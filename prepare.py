@@ -410,18 +410,18 @@ def main(cfg: Config) -> None:
             make(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)
 
         # ---- result
-        files, kept = [], 0
+        files, kept, figure = [], 0, ""
         if group.main:
             files, kept, rejected = collect(run.folder, shards, rejects)
             sheets = contact_sheets(cfg, run.folder, shards, codec, device, each)
             write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([cfg.negative])[0]})
             files += sheets + ["negative.safetensors"] + ["codec.safetensors"] * (cfg.preset == "tiny")
-            print(f"prepare: kept {kept} {unit}, rejected {rejected}; look at {run.folder}/{' and '.join(sheets)}")
+            figure = f"{rejected} rejected; see its {' and '.join(sheets)}"
             print_reasons(read_jsonl(run.folder / "rejects.jsonl"))
             if not kept:
                 where = cfg.pairs or cfg.chosen or cfg.videos
                 raise UserError(f"{where}: expected {unit} to keep, every one was rejected; delete {run.folder}")
-    run.finish(files, **{unit: kept}, fps=cfg.fps or 16)
+    run.finish(files, f"{kept:,} {unit}", figure, **{unit: kept}, fps=cfg.fps or 16)
 
 
 if __name__ == "__main__":

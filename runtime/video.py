@@ -226,12 +226,11 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12
         file.mux(stream.encode())
 
 
-def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]]) -> None:
+def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]], columns: int = 3) -> None:
     """Draws a PNG of cells: words, and below them pictures (n, h, w, 3) side by side, or a grey box for None."""
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    columns = 3
     rows = max(1, -(-len(cells) // columns))
     figure = Figure(figsize=(5 * columns, 1.5 * rows + 0.5), dpi=100, layout="constrained")
     figure.suptitle(title)

@@ -48,7 +48,7 @@ def test_every_option_is_checked(name, chain, tmp_path):
 def commands() -> dict:
     """Every command's module by its name."""
     paths = (p for room in (".", "tiny", "wan", "experiments", "bench") for p in (helpers.ROOT / room).glob("*.py"))
-    own = sorted(p.relative_to(helpers.ROOT).with_suffix("") for p in paths if "class Config" in read_text(p))
+    own = sorted(p.relative_to(helpers.ROOT).with_suffix("") for p in paths if "\nclass Config" in read_text(p))
     return {name: importlib.import_module(name) for name in (".".join(path.parts) for path in own)}
 
 

@@ -168,6 +168,7 @@ def mistakes(root):
     yield sft, train | dict(base=high), "expected --t_min 0.875 for the high-noise expert, .*got --t_min 0.0"
     yield continuation, train | dict(base=high, t_max=0.875), "high_noise_model: expected --t_min 0.875"
     yield asymdpo, train | dict(base=low, t_min=0.875), "low_noise_model: expected --t_min 0.875 .*--t_max 0.875 for"
+    yield sft, train | dict(base=high, preview_every=5, preview_prompts="x"), "one of its two networks makes no video"
     yield asymdpo, dict(t_min=0.5, t_max=0.5, out=train["out"]), "more than --t_min .0.5. and at most 1, got 0.5"
     yield sft, dict(t_max=1.5, out=train["out"]), "--t_max: expected"
     yield sample, take | dict(base=high), "with the release's two networks, or --base and --base_low"

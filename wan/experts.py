@@ -44,9 +44,13 @@ def release_of(path: str | Path) -> Path:
 
 
 def check_times(cfg) -> None:
-    """At the preset a14b UserError unless cfg.t_min and cfg.t_max are within the times of the network of cfg.base."""
+    """At the preset a14b UserError unless cfg.t_min and cfg.t_max are within the times of the network of cfg.base, and
+    for previews: it makes no video alone.
+    """
     if cfg.preset != "a14b":
         return
+    if cfg.preview_every:
+        raise UserError("--preview_every: expected 0 at --preset a14b: one of its two networks makes no video alone")
     within = "high" if cfg.t_min >= BOUNDARY else "low" if cfg.t_max <= BOUNDARY else ""
     if not within or within != (expert_of(cfg.base) or within):
         each = f"--t_min {BOUNDARY} for the high-noise expert, --t_max {BOUNDARY} for the low-noise one"

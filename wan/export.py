@@ -139,8 +139,7 @@ def main(cfg: Config) -> None:
         with user_errors(), whole_file(run.folder / name) as file:
             model.export_lora(joined([lora for lora, _ in read]), file, dtype, **provenance)
         write_text(run.folder / CARD, card(name))
-        run.finish([name, CARD])
-        print(f"{run.stage}: wrote {run.folder / name}, and {CARD} for the Hugging Face hub")
+        run.finish([name, CARD], f"{len(read)} LoRA{'s' * (len(read) > 1)} as one", f"{CARD} for the Hugging Face hub")
         return
 
     # ---- the whole model
@@ -163,8 +162,11 @@ def main(cfg: Config) -> None:
     written = write_checkpoint(run.folder / folder, shapes, fused, dtype, loras=net.loras)
     bar.close()
     write_text(run.folder / CARD, card())
-    run.finish([folder + file for file in ("config.json", *written)] + [CARD])
-    print(f"{run.stage}: wrote {run.folder / folder}, and {CARD} for the Hugging Face hub")
+    run.finish(
+        [folder + file for file in ("config.json", *written)] + [CARD],
+        f"{len(ours):,} tensors",
+        f"{CARD} for the Hugging Face hub",
+    )
 
 
 if __name__ == "__main__":
