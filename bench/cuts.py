@@ -74,7 +74,7 @@ def clips() -> Iterator[tuple[str, np.ndarray, list[tuple[int, int]]]]:
         yield "a ball is elsewhere" if true else "no cut: a ball", frames, true
     for a, b in itertools.combinations(every, 2):
         yield "cut between two shots", np.concatenate([a[-24:], b[:24]]), [(24, 24)]
-    for name in EDITED.keys() & real.keys():
+    for name in filter(real.get, EDITED):
         yield "cut by the film's editor", video.read_clip(real[name], None, SIZE), [(s, s) for s in EDITED[name]]
     for a in (a for a in every if len(a) == 90):
         yield "2 s cut out of a shot", np.concatenate([a[:15], a[65:90]]), [(15, 15)]
