@@ -185,7 +185,8 @@ def timed_step(
     """MFU is of the operations that a step needs, without what checkpointing does again."""
     trainer.net.gradient_checkpointing = checkpointing
     took = seconds(trainer.step, device, calls)
-    count, flop = predicted(sizes, checkpointing), predicted(sizes, False)["flop"]
+    count = predicted(sizes, checkpointing)
+    flop = (predicted(sizes, False) if checkpointing else count)["flop"]
     return {
         "name": f"a pair's step, {way}{', checkpointing' * checkpointing}", "ms": 1e3 * took, "pairs/s": 1 / took,
         **used(flop, took, device), "GiB at the peak": peak_bytes(trainer.step, device) / GIB,
