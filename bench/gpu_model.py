@@ -187,10 +187,10 @@ def timed_step(
     took = seconds(trainer.step, device, calls)
     count = predicted(sizes, checkpointing)
     flop = (predicted(sizes, False) if checkpointing else count)["flop"]
+    counted = {} if "definitions" in way else {"GiB predicted": cost.memory(count)}  # of the kernels, in any case
     return {
         "name": f"a pair's step, {way}{', checkpointing' * checkpointing}", "ms": 1e3 * took, "pairs/s": 1 / took,
-        **used(flop, took, device), "GiB at the peak": peak_bytes(trainer.step, device) / GIB,
-        "GiB predicted": cost.memory(count), SHOWN: 1,
+        **used(flop, took, device), "GiB at the peak": peak_bytes(trainer.step, device) / GIB, **counted, SHOWN: 1,
     }  # fmt: skip
 
 
