@@ -180,17 +180,22 @@ def run_suite(suite: str, file: Path, toy: bool, sections: Collection[str] = (),
 
 
 def summary(suite: str, record: dict | None) -> Iterator[list[str]]:
-    """Lines of the table: commits, cards and checks, the rows to show, and the sections that came to no good end."""
+    """Lines of the table: commits, cards and checks, the rows to show, and the sections without a good end, or a run."""
     if not record:
         yield [f"`{suite}`", "not run yet"]
         return
     entries = {name: record[name] for name in SECTIONS[suite] if name in record}
     rows = [row for entry in entries.values() for row in entry["rows"]]
     checks = [a for row in rows for a in row.values() if isinstance(a, bool)]
-    made = dict.fromkeys(f"commit {e['commit']}{' at toy sizes' * e['toy']} on {e['on']}" for e in entries.values())
-    yield [f"`{suite}`", f"{'; '.join(made)}: {sum(checks)} of {len(checks)} checks hold"]
+    commits = {}
+    for e in entries.values():
+        commits.setdefault(" at toy sizes" * e["toy"] + f" on {e['on']}", {})[e["commit"]] = True
+    made = "; ".join(f"commit {', '.join(found)}{how}" for how, found in commits.items())
+    yield [f"`{suite}`", f"{made}: {sum(checks)} of {len(checks)} checks hold"]
     yield from (["", text(row)] for row in rows if SHOWN in row)
     yield from (["", f"{name}: {e['ended']}"] for name, e in entries.items() if e["ended"] != "done")
+    if missing := SECTIONS[suite].keys() - record.keys():
+        yield ["", f"not run yet: {', '.join(sorted(missing))}"]
 
 
 def table(known: dict) -> str:

@@ -176,7 +176,7 @@ def used(flop: float, took: float, device: torch.device) -> dict[str, float]:
 def timed_forward(trainer: Trainer, way: str, device: torch.device, sizes: Sizes, calls: int = 3) -> dict:
     took = seconds(trainer.forward, device, calls)
     share = used(2 * forward_flop(sizes), took, device)
-    return {"name": f"a forward of both clips, {way}", "ms": 1e3 * took, **share, SHOWN: 1}
+    return {"name": f"a forward of both clips, {way}", "ms": 1e3 * took, **share}
 
 
 def timed_step(
@@ -312,7 +312,7 @@ def decode(device: torch.device, sizes: Sizes) -> Iterator[dict]:
         run: Callable = functools.partial(net.decode, x0)
         took = seconds(run, device, calls=1)
         name = f"a clip decoded, {str(dtype).removeprefix('torch.')}"
-        yield {"name": name, "s": took, "GiB at the peak": peak_bytes(run, device) / GIB, SHOWN: 1}
+        yield {"name": name, "s": took, "GiB at the peak": peak_bytes(run, device) / GIB}
 
 
 # ---- 14B -------------------------------------------------------------------------------------------------------------
