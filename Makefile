@@ -4,7 +4,7 @@
 # make torture kills, damage, NaN and hostile files against the commands, ten minutes; writes docs/reliability.md
 # make test    the tests
 # make lint    ruff
-# make clean   removes what demo and tables made in out/
+# make clean   removes what demo, tables and bench made in out/; a folder of your own stays
 #
 # make demo SEED=1 draws everything anew; out/demo always points at the newest demo. Each stage is a target of its own, e.g.
 # make out/seed-0/pairs/MANIFEST.json. Interrupted, the same command goes on; finished, it does nothing.
@@ -62,13 +62,16 @@ test: $(VENV)/development
 lint: $(VENV)/development
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
+# out/demo is a link that make demo sets; a folder of that name is somebody's own
 clean:
-	rm -rf out
+	rm -rf out/seed-[0-9]* out/tables out/bench
+	@[ ! -L out/demo ] || rm out/demo
 
-# requirements are installed once, and again when their file changes
+# Requirements are installed once, and again when their file changes. pip says what it loads, and how large that is:
+# PyTorch's CUDA build, which Linux gets, takes minutes.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 $(VENV)/runtime: requirements.txt | $(VENV)/bin/python
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements.txt && touch $@
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt && touch $@
 $(VENV)/development: requirements-dev.txt $(VENV)/runtime
-	$(PY) -m pip install --disable-pip-version-check -q -r requirements-dev.txt && touch $@
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt && touch $@

@@ -22,7 +22,7 @@ noise and the same t.
 What step 0 must read: policy equals reference, so S = 0 exactly, and the loss is ln 2 / K (outside) or ln 2 (inside),
 plus λ's term.
 
-In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py
+In    a model folder, a finished sft.py folder (its LoRA), pairs of make_pairs.py or prepare.py --pairs
 Out   lora.safetensors (on top of base + SFT), metrics.jsonl
 Cost  two forwards and backwards of the policy and two forwards of the reference a pair
 """
@@ -42,7 +42,7 @@ from kernels.modulate import implementation
 from kernels.region_dpo import region_dpo
 from runtime.files import read_manifest, whole_file
 from runtime.group import Group, local_batch, place, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import SEED, UserError, listed, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
@@ -68,10 +68,10 @@ BUCKETS = 4  # t in [0, ¼), [¼, ½), [½, ¾), [¾, 1]: what is logged is spli
 class Config:
     """Stage 3: trains the text-to-video model by Asymmetrical DPO."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
-    sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
-    pairs: str = "out/demo/pairs"  # folder of make_pairs.py
+    sft: str = option("out/demo/sft", empty=True)  # LoRAs of the cold start, separated by commas; empty: none
+    pairs: str = "out/demo/pairs"  # folder of make_pairs.py, or of prepare.py --pairs
     out: str = option("out/demo/asymdpo", neutral=True)  # folder to write
     beta: float | None = option(above=0)  # DPO temperature
     form: str | None = option(choices=("outside", "inside"))  # where 1/K stands: see the equations above
@@ -79,21 +79,21 @@ class Config:
     reference_free: bool = False  # leave the reference out, as in the loss as printed
     sft_weight: float | None = option(least=0)  # λ: weight of the winner's own loss; 1: DPO's own pull on it at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up
+    warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up
     decay: str | None = option(choices=("none", "cosine"))  # what the learning rate does after the warm-up
-    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
-    seed: int = 0  # of initialisation, order, noise and times
+    seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
 
 def predict(net, chosen, rejected, text, noise, t) -> tuple[Tensor, ...]:
@@ -151,17 +151,13 @@ def size_of_B(net: model.DiT) -> float:
 def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
     """The base with the cold start on it, frozen, and a fresh LoRA: LoRA off is the reference."""
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
-    net = load_adapted(cfg.base, [Path(folder) / "lora.safetensors" for folder in names(cfg.sft)], dtype, group.device)
+    starts = [Path(folder) / "lora.safetensors" for folder in listed(cfg.sft, "sft")]
+    net = load_adapted(cfg.base, starts, dtype, group.device)
     model.check_fits(net, cfg.preset, cfg.base, cfg.pairs, shape)
     seed = int(flow.generator("asymdpo", "lora", cfg.seed).integers(2**32))  # another A in each stage
     model.add_lora(net, cfg.rank, cfg.rank, cfg.layers, seed)
     net.gradient_checkpointing = cfg.checkpointing
     return place(net, cfg, group)
-
-
-def names(listed: str) -> list[str]:
-    """The folders of a list separated by commas."""
-    return [name.strip() for name in listed.split(",") if name.strip()]
 
 
 def repeated(cfg, pairs: int) -> str | None:
@@ -245,21 +241,22 @@ def explain(cfg, step: int, row: dict[str, float]) -> str | None:
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg = resolve(cfg, PRESETS)
+    cfg, asked = resolve(cfg, PRESETS), cfg.batch_size
     group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
-    starts = names(cfg.sft)
+    starts = listed(cfg.sft, "sft")
     run = Run(cfg, "asymdpo", group, {"pairs": cfg.pairs, "base": cfg.base, "sft": starts})
     if run.done:
         return
     for name in starts:
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
-    pairs = Shards(cfg.pairs, "make_pairs.py")
+    pairs = Shards(cfg.pairs, "make_pairs.py or prepare.py --pairs")
     frames = pairs.shape("chosen")[1]
     usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
     if not usable:
-        raise UserError(f"{cfg.pairs}: expected winners with generated frames for --region 3, got none")
-    plan = epochs(len(usable), cfg, "pairs")
+        got = "expected winners with generated frames for --region 3, got none; give --region 23"
+        raise UserError(f"{cfg.pairs}: {got}")
+    plan = epochs(len(usable), cfg, "pairs", asked)
     if group.main and (sentence := repeated(cfg, len(usable))):
         print(sentence, file=sys.stderr)
     with user_errors():
@@ -303,4 +300,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

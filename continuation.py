@@ -29,7 +29,7 @@ import model
 from kernels.modulate import implementation
 from runtime.files import verified, whole_file
 from runtime.group import Group, local_batch, place, start_group
-from runtime.options import option, program, resolve, user_errors
+from runtime.options import SEED, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
@@ -53,21 +53,21 @@ PRESETS = {  # see docs/method.md
 class Config:
     """Stage 1: trains LoRA and task prompts until the base continues a clip from given frames."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("train", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/continuation", neutral=True)  # folder to write
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     prompts: str | None = option(choices=("text", "frame", "off"))  # where the task prompts are added
     attention: str | None = option(choices=model.ATTENTION)  # prefix: given frames see given frames alone; full: all
     batch_size: int | None = option(least=1)  # clips a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # clips a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # peak learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
-    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up; then a cosine to 0
+    t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     caption_dropout: float | None = option(least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
@@ -75,7 +75,7 @@ class Config:
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
-    seed: int = 0  # of initialisation, order, noise, times and n_cond
+    seed: int = option(0, **SEED)  # of initialisation, order, noise, times and n_cond
 
 
 def draw_cond_mask(keys: list[tuple], frames: int) -> torch.Tensor:
@@ -118,14 +118,14 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg = resolve(cfg, PRESETS)
+    cfg, asked = resolve(cfg, PRESETS), cfg.batch_size
     group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
     run = Run(cfg, "continuation", group, {"data": cfg.data, "base": cfg.base})
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split)
-    plan = epochs(len(clips), cfg, "clips")
+    plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
@@ -163,4 +163,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

@@ -34,7 +34,7 @@ import model
 from kernels.modulate import implementation
 from runtime.files import read_manifest
 from runtime.group import place, start_group
-from runtime.options import Diverged, UserError, option, program, resolve, user_errors
+from runtime.options import SEED, Diverged, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, collect, unfinished, write_shard
 from wan.lora import load_adapted, load_continuation, lora_files
@@ -54,20 +54,20 @@ PRESETS = {
 class Config:
     """Stage 2: samples the two sides of every clip's pair."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
-    continuation: str = "out/demo/continuation"  # folder of continuation.py; "": the model as it is continues clips
+    continuation: str = option("out/demo/continuation", empty=True)  # folder of continuation.py; empty: the base itself
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/demo/pairs", neutral=True)  # folder to write
     clips: int = option(0, least=0)  # number of clips; 0: every clip of the split
-    n1_min: int | None = None  # fewest given frames of a loser, in latent frames; not given: 1
-    n1_max: int | None = None  # most given frames of a loser; not given: 60 % of the clip, rounded down
-    n2_min: int | None = None  # fewest given frames of a winner; not given: 80 % of the clip, rounded up
-    n2_max: int | None = None  # most given frames of a winner; not given: all of them
+    n1_min: int | None = option(least=0)  # fewest given frames of a loser, in latent frames; not given: 1
+    n1_max: int | None = option(least=0)  # most given frames of a loser; not given: 60 % of the clip, rounded down
+    n2_min: int | None = option(least=0)  # fewest given frames of a winner; not given: 80 % of the clip, rounded up
+    n2_max: int | None = option(least=0)  # most given frames of a winner; not given: all of them
     solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # Wan's own; euler shrinks what it samples
-    nfe: int | None = option(least=1)  # solver steps
+    nfe: int | None = option(least=1, most=1000)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
     guidance_low: float | None = option(least=0, most=1)  # guidance only at times above this: elsewhere half the price
@@ -76,7 +76,7 @@ class Config:
     plain: bool = False  # no savings, to compare with: whole forwards, even for clips given whole
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
-    seed: int = 0  # of N1, N2 and the noise
+    seed: int = option(0, **SEED)  # of N1, N2 and the noise
 
 
 def windows(cfg, frames: int) -> tuple[int, int, int, int]:
@@ -223,4 +223,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

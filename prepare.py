@@ -16,12 +16,26 @@ split: train (base and continuation model), align (pairs and cold start) or, whe
 The table's column `split` says which, if it has one, else a hash of the video's id.
 
 The presets 1.3b and 14b make the same shards with Wan2.1's VAE and text encoder from --base. The preset tiny fits a
-linear codec on the train clips, stores it beside the shards, and encodes text by a fixed vector for each word.
+linear codec on the train clips, stores it beside the shards, and encodes text by a fixed vector for each word. With
+--vae it takes the codec of other shards.
 
-In    a folder of videos with captions; for Wan also the folder of its release, or of diffusers' version
-Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, caption, split, motion, video, start;
+Your own pairs, in place of make_pairs.py's:
+
+    python prepare.py --pairs mine/pairs.csv --vae out/demo/shards --out out/mine/pairs
+    torchrun --nproc_per_node 8 prepare.py --preset 1.3b --base Wan2.1-T2V-1.3B --chosen good --rejected bad --out pairs
+
+--pairs is a table with the columns `chosen,rejected,caption`. Its videos are looked for below --videos, or below the
+table's own folder if --videos is not given. Or --chosen and --rejected are two folders, in which videos of equal names
+are a pair; the captions are those of either folder, or --metadata's. Both sides are read from their beginning. The
+table may have a column `start`: the first picture that differs, counted from 0 in the clip as it is read, at --fps. The
+loss leaves out the latent frames before the one that holds it: N1 = (start + 3) // 4. Without it a pair differs from 0
+on. A winner is given whole, N2 = F: asymdpo.py trains with --region 23 or 123, and for --region 3 there is nothing.
+
+In    a folder of videos with captions, or pairs; for Wan also the folder of its release, or of diffusers' version
+Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, caption, split, motion, video, start; of
+      pairs `chosen` and `rejected`, and for each id, caption, n1, n2, the videos, start;
       negative.safetensors (text states of the negative prompt), codec.safetensors (tiny), rejects.jsonl (what was left
-      out, and why); to look at: kept.png, some clips decoded again, and rejected.png, some rejected videos
+      out, and why); to look at: kept.png, some clips or pairs decoded again, and rejected.png, some rejected videos
 Cost  decoding, and one pass of the encoders for each clip; of the VAE's decoder for the few of kept.png
 """
 
@@ -39,12 +53,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from runtime import dataset, video
-from runtime.files import checksum, read_jsonl, read_sealed, unchanged, write_tensors
+from runtime import dataset, pairs, video
+from runtime.files import checksum, read_jsonl, read_manifest, read_sealed, unchanged, write_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
-from runtime.shards import collect, shard_name, unfinished, write_shard
+from runtime.shards import collect, latent_frame, shard_name, unfinished, write_shard
 from tiny import codec as codecs
 from tiny import words
 from wan import text, vae
@@ -52,9 +66,12 @@ from wan import text, vae
 WAN = dict(
     frames=49, height=288, width=512,  # the paper's
     train=0.8, align=0.2,  # the paper's 80,000 clips for Φ and 20,000 for cold start and pairs; it evaluates on prompts
-    shard_size=32, negative=text.NEGATIVE,
+    shard_size=32, negative=text.NEGATIVE, videos="out/demo/clips",
 )  # fmt: skip
-TINY = dict(frames=49, height=64, width=64, train=0.6, align=0.2, shard_size=250, negative="")  # a fifth to evaluate on
+TINY = dict(
+    frames=49, height=64, width=64, train=0.6, align=0.2,  # a fifth to evaluate on
+    shard_size=250, negative="", videos="out/demo/clips",
+)  # fmt: skip
 PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 SPLITS = ("train", "align", "eval")
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
@@ -65,21 +82,24 @@ SHOWN = 24  # clips on a contact sheet
 class Config:
     """Stage 0: encodes a folder of captioned videos."""
 
-    preset: str = "tiny"  # tiny: linear codec and word vectors; 1.3b, 14b: Wan2.1's VAE and text encoder
+    preset: str = option("tiny", choices=tuple(PRESETS))  # tiny: linear codec and word vectors; else Wan2.1's encoders
     base: str = ""  # folder of Wan2.1's VAE, text encoder and tokenizer, as released or as diffusers has it
-    vae: str = ""  # file or folder of the VAE, if it is not in --base
+    vae: str = ""  # file or folder of the VAE, if it is not in --base; tiny: shards whose codec is to be used
     text: str = ""  # folder of the text encoder and its tokenizer, if they are not in --base
-    videos: str = option("out/demo/clips", neutral=True)  # folder of videos and captions
+    videos: str | None = option(neutral=True)  # folder of videos and captions; not given with --pairs: the table's
     metadata: str = option("", neutral=True)  # csv of captions outside the folder; its rows without a video are skipped
     links_out: bool = option(False, neutral=True)  # follow links out of --videos, as in Hugging Face's cache
+    pairs: str = option("", neutral=True)  # csv of your own pairs: chosen,rejected,caption and, if need be, start
+    chosen: str = option("", neutral=True)  # or two folders: the better videos
+    rejected: str = option("", neutral=True)  # and the folder of the worse ones, of the same names
     out: str = option("out/demo/shards", neutral=True)  # folder to write
     frames: int | None = option(least=5)  # pictures in a clip, of the form 4k+1
     fps: float = option(16.0, least=0, most=1000)  # pictures a second; 0: every frame of the file, whatever its rate
     clips: int = option(1, least=1)  # clips of a video, at most, spread evenly over it; 1: its beginning
-    height: int | None = option(least=1)  # px
-    width: int | None = option(least=1)  # px
+    height: int | None = option(least=1, most=8192)  # px
+    width: int | None = option(least=1, most=8192)  # px
     motion: str = option("frames", choices=("frames", "column"))  # score of the frames, or of the csv's column
-    min_motion: float = 0.0  # reject clips with a lower motion score
+    min_motion: float = option(0.0, least=0)  # reject clips with a lower motion score
     train: float | None = option(least=0, most=1)  # share of the videos for base and continuation model
     align: float | None = option(least=0, most=1)  # share for pairs and cold start; the rest is for evaluation
     negative: str | None = option()  # prompt of guidance's unconditional branch, and of dropped captions
@@ -107,17 +127,10 @@ class Item:
 def find_item(folder: dataset.Folder, row: dict[str, str], seen: set, preset: str) -> Item | None:
     """The row's video, or None if there is none; `seen` collects the paths and ids. ValueError: the row is unusable."""
     name, caption = row.get("video", ""), row.get("caption", "").strip()
-    if not name or "\0" in name:
-        raise ValueError("it names no video")
-    if re.search(r"[\ud800-\udfff]", name):
-        raise ValueError("its name is not UTF-8")
     path = folder.find(name)
     if path is None:
         return None
-    if not caption:
-        raise ValueError("its caption is empty")
-    if preset == "tiny" and not words.WordVectors.words(caption):
-        raise ValueError("its caption has no word, and --preset tiny reads nothing else")
+    check_caption(caption, preset)
     clip = dataset.plain(str(Path(path if Path(name).is_absolute() else name).with_suffix("")))
     if path in seen:
         raise ValueError("the video is listed twice")
@@ -130,6 +143,14 @@ def find_item(folder: dataset.Folder, row: dict[str, str], seen: set, preset: st
     return Item(clip, path, caption, row.get("motion score", ""), split)
 
 
+def check_caption(caption: str, preset: str) -> None:
+    """ValueError for a caption that says nothing."""
+    if not caption:
+        raise ValueError("its caption is empty")
+    if preset == "tiny" and not words.WordVectors.words(caption):
+        raise ValueError("its caption has no word, and --preset tiny reads nothing else")
+
+
 def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     """The usable rows in the table's order, and the rejected ones with their reasons.
 
@@ -138,30 +159,18 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     """
     folder = dataset.Folder(cfg.videos, cfg.links_out)
     table, rows = folder.table(cfg.metadata)
-    items, rejects, seen, number, absent = [], [], set(), 0, 0
-    for number, (row, wrong) in enumerate(rows, 1):
-        name = row.get("video", "").encode(errors="backslashreplace").decode()  # to be written, even if it is not UTF-8
-        try:
-            if wrong:
-                raise ValueError(wrong)
-            item = find_item(folder, row, seen, cfg.preset)
-        except ValueError as error:
-            if cfg.bad_rows != "reject":
-                where = f"{table} row {number} ({name[:200]!r})"
-                raise UserError(f"{where}: {error}; mend it, or leave such rows out with --bad_rows reject") from None
-            rejects.append({"video": name, "reason": str(error)})
-            continue
+    find = functools.partial(find_item, folder, seen=set(), preset=cfg.preset)
+    items, rejects, number = [], [], 0
+    for names, item, wrong in dataset.judged(cfg, table, rows, ("video",), find):
+        number += 1
         if item:
             items.append(item)
-        elif cfg.metadata:
-            absent += 1
-        else:
-            rejects.append({"video": name, "reason": "no such file"})
-    if absent:
+        elif wrong or not cfg.metadata:
+            rejects.append({**names, "reason": wrong or "no such file"})
+    if absent := number - len(items) - len(rejects):
         folder.passed.append(f"{absent} of {number} rows of {table}: their videos are not in {cfg.videos}")
-    if talk and folder.passed:
-        more = [f"and {len(folder.passed) - 20} more"] * (len(folder.passed) > 20)
-        print("\n".join(f"prepare: skipped {passed}" for passed in folder.passed[-20:] + more))
+    if talk:
+        dataset.say_skipped(folder)
     if not items:
         why = [f"{row['video']!r}: {row['reason']}" for row in rejects] + folder.passed
         found = f"found none of {number}{'; ' * bool(why)}{''.join(why[:1])}"
@@ -236,13 +245,38 @@ def encode_shard(cfg, k: int, items: list[Item], codec, encoder, device, folder:
                 rejects.append({"video": item.video, "reason": str(found)})
                 continue
             clip, motion = found
-            x0.append(codec.encode(video.to_pixels(clip.frames)[None].to(device))[0].cpu())
+            x0.append(encode(codec, clip.frames, device))
             split = split_of(item, cfg)
             row = {"id": f"{item.id}#{number}" if number else item.id, "caption": item.caption, "split": split}
             rows.append({**row, "motion": round(motion, 4), "video": item.video, "start": clip.start})
+    write(folder, k, rows, {"x0": x0}, rejects, encoder)
+
+
+def encode_pairs(cfg, k: int, items: list[pairs.Pair], codec, encoder, device, folder: Path, each: Callable) -> None:
+    """Reads, encodes and writes shard k of pairs, as make_pairs.py would: the winner is given whole."""
+    rows, fields, rejects = [], {side: [] for side in pairs.SIDES}, []
+    for pair, found in zip(items, each(functools.partial(pairs.read_pair, cfg), items)):
+        names = {side: getattr(pair, side) for side in pairs.SIDES}
+        if isinstance(found, video.BadVideo):
+            rejects.append({**names, "reason": str(found)})
+            continue
+        for side, frames in zip(pairs.SIDES, found):
+            fields[side].append(encode(codec, frames, device))
+        given = {"n1": latent_frame(pair.start), "n2": latent_frame(cfg.frames)}
+        rows.append({"id": pair.id, "caption": pair.caption, **given, **names, "start": pair.start})
+    write(folder, k, rows, fields, rejects, encoder)
+
+
+def encode(codec, frames: np.ndarray, device) -> torch.Tensor:
+    """The latents (C, F, H, W) of pictures (T, h, w, 3)."""
+    return codec.encode(video.to_pixels(frames)[None].to(device))[0].cpu()
+
+
+def write(folder: Path, k: int, rows: list[dict], fields: dict[str, list], rejects: list[dict], encoder) -> None:
+    """Writes shard k with the text states of its rows' captions."""
     captions = list(dict.fromkeys(row["caption"] for row in rows))
     states = dict(zip(captions, encoder.encode(captions)))
-    write_shard(folder, k, rows, {"x0": x0}, [states[row["caption"]] for row in rows], rejects)
+    write_shard(folder, k, rows, fields, [states[row["caption"]] for row in rows], rejects)
 
 
 # ---- what to look at -------------------------------------------------------------------------------------------------
@@ -259,7 +293,7 @@ def first_picture(cfg, decoder: video.Decoder, row: dict) -> np.ndarray | None:
 def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable) -> list[str]:
     """Draws kept.png, clips as the codec gives them back, and rejected.png, what was read and rejected.
 
-    Some of each, evenly chosen. Returns the files' names.
+    Some of each, evenly chosen; of pairs those that were kept. Returns the files' names.
     """
     kept, rejected, cells = [], [], []
     for k in range(shards):
@@ -267,12 +301,19 @@ def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable
         kept += [(folder / f"{shard_name(k)}.safetensors", i, row) for i, row in enumerate(facts["rows"])]
         rejected += facts["rejects"]
     for path, i, row in evenly(kept):
+        if "split" in row:
+            fields, facts = ["x0"], f"{row['split']}, motion {row['motion']:.1f}, from {row['start']:.1f} s"
+        else:
+            fields, facts = pairs.SIDES, f"chosen above rejected, from picture {row['start']}"
         with safe_open(path, "pt") as shard:
-            x0 = shard.get_slice("x0")[i : i + 1].to(device)
-        frames = video.to_frames(codec.decode(x0)[0])[[0, cfg.frames // 2, -1]]
-        facts = f"{row['split']}, motion {row['motion']:.1f}, from {row['start']:.1f} s"
-        cells.append((frames, f"{row['id']}: {facts}: {row['caption']}"))
+            latents = [shard.get_slice(field)[i : i + 1].to(device) for field in fields]
+        frames = [video.to_frames(codec.decode(x0)[0])[[0, cfg.frames // 2, -1]] for x0 in latents]
+        gap = np.full_like(frames[0][:, : cfg.height // 32], 255)
+        shown = np.concatenate(frames if len(frames) == 1 else [frames[0], gap, frames[1]], axis=1)
+        cells.append((shown, f"{row['id']}: {facts}: {row['caption']}"))
     video.contact_sheet(folder / "kept.png", f"kept: {len(cells)} of {len(kept)}", cells)
+    if wants_pairs(cfg):
+        return ["kept.png"]
     some = evenly(rejected)
     pictures = each(functools.partial(first_picture, cfg), some)
     cells = [(picture, f"{row['video']}: {row['reason']}") for picture, row in zip(pictures, some)]
@@ -292,24 +333,60 @@ def print_reasons(rejects: list[dict]) -> None:
         print(f"{count:8d}  {reason}")
 
 
-def main(cfg: Config) -> None:
-    # ---- what to do, checked before anything is decoded
-    cfg = resolve(cfg, PRESETS)
-    side = codecs.PATCH if cfg.preset == "tiny" else 16  # Wan's 8, two by two in a patch of the transformer
+def wants_pairs(cfg) -> bool:
+    """Whether cfg names pairs, not clips."""
+    return bool(cfg.pairs or cfg.chosen or cfg.rejected)
+
+
+def check(cfg) -> None:
+    """UserError for a size of clips that the preset does not take, and for options that do not go together."""
+    preset, side = PRESETS[cfg.preset], codecs.PATCH if cfg.preset == "tiny" else 16  # Wan's 8, two by two in a patch
     video.check_size(cfg.frames, cfg.height, cfg.width, side)
     if cfg.train + cfg.align > 1:
         raise UserError(f"--train, --align: expected shares that add up to at most 1, got {cfg.train} and {cfg.align}")
     if cfg.preset != "tiny" and not (cfg.base or (cfg.vae and cfg.text)):
         raise UserError(f"--preset {cfg.preset} needs --base, the folder of Wan2.1's VAE and text encoder")
+    if cfg.preset == "tiny" and cfg.vae:
+        read_manifest(cfg.vae, "prepare.py")
+    if wants_pairs(cfg):
+        check_pairs(cfg, preset)
+
+
+def check_pairs(cfg, preset: dict) -> None:
+    """UserError for options that do not go together with pairs."""
+    if bool(cfg.pairs) == bool(cfg.chosen or cfg.rejected) or bool(cfg.chosen) != bool(cfg.rejected):
+        got = f"{cfg.pairs!r}, {cfg.chosen!r} and {cfg.rejected!r}"
+        raise UserError(f"expected --pairs, a table, or --chosen and --rejected, two folders, got {got}")
+    if cfg.preset == "tiny" and not cfg.vae:
+        raise UserError("pairs at --preset tiny need --vae, the shards that --base was trained on: their codec is used")
+    unused = {"clips": 1, "motion": "frames", "min_motion": 0.0, "train": preset["train"], "align": preset["align"]}
+    unused |= {"metadata": ""} if cfg.pairs else {"videos": preset["videos"]}
+    if given := [name for name, value in unused.items() if getattr(cfg, name) != value]:
+        way = "--pairs" if cfg.pairs else "--chosen and --rejected"
+        raise UserError(f"--{given[0]} says nothing of {way}: leave it out")
+
+
+def main(cfg: Config) -> None:
+    # ---- what to do, checked before anything is decoded
+    if cfg.pairs and cfg.videos is None:
+        cfg = dataclasses.replace(cfg, videos=str(Path(cfg.pairs).parent))
+    cfg = resolve(cfg, PRESETS)
+    check(cfg)
     group = start_group()
-    items, rejects = read_items(cfg, group.main)
-    stats = [Path(cfg.videos, item.video).stat() for item in items]
-    facts = [(*dataclasses.astuple(item), stat.st_size) for item, stat in zip(items, stats)]
+    if wants_pairs(cfg):
+        items, rejects = pairs.read_pairs(cfg, functools.partial(check_caption, preset=cfg.preset), group.main)
+        stats = [[path.stat() for path in pairs.paths(cfg, item)] for item in items]
+    else:
+        items, rejects = read_items(cfg, group.main)
+        stats = [[Path(cfg.videos, item.video).stat()] for item in items]
+    facts = [(*dataclasses.astuple(item), *(stat.st_size for stat in some)) for item, some in zip(items, stats)]
     items_hash, times = (
-        hashlib.sha256(repr(value).encode()).hexdigest() for value in (facts, [stat.st_mtime_ns for stat in stats])
+        hashlib.sha256(repr(value).encode()).hexdigest()
+        for value in (facts, [stat.st_mtime_ns for some in stats for stat in some])
     )
     inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text")}
-    run = Run(cfg, "prepare", group, inputs, items=items_hash, times=times)
+    stage, unit = ("prepare.py --pairs", "pairs") if wants_pairs(cfg) else ("prepare", "clips")
+    run = Run(cfg, stage, group, inputs, items=items_hash, times=times)
     if run.done:
         return
 
@@ -321,26 +398,31 @@ def main(cfg: Config) -> None:
             run.claim()
             fitted = run.folder / "codec.safetensors"
             if group.main and not unchanged(fitted):
-                fit_codec(cfg, items, fitted, each)
+                if cfg.vae:
+                    codecs.load(cfg.vae).save(fitted)
+                else:
+                    fit_codec(cfg, items, fitted, each)
                 checksum(fitted)  # remembered, for the next start
             group.wait()
         codec, encoder, device = load_encoders(cfg, run.folder, group.device)
-        for k, index, _ in unfinished(run, len(items), cfg.shard_size, unit="video"):
-            encode_shard(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)
+        make = encode_pairs if wants_pairs(cfg) else encode_shard
+        for k, index, _ in unfinished(run, len(items), cfg.shard_size, unit="pair" if wants_pairs(cfg) else "video"):
+            make(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)
 
         # ---- result
         files, kept = [], 0
         if group.main:
             files, kept, rejected = collect(run.folder, shards, rejects)
-            files += contact_sheets(cfg, run.folder, shards, codec, device, each)
+            sheets = contact_sheets(cfg, run.folder, shards, codec, device, each)
             write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([cfg.negative])[0]})
-            files += ["negative.safetensors"] + ["codec.safetensors"] * (cfg.preset == "tiny")
-            print(f"prepare: kept {kept} clips, rejected {rejected}; look at {run.folder}/kept.png and rejected.png")
+            files += sheets + ["negative.safetensors"] + ["codec.safetensors"] * (cfg.preset == "tiny")
+            print(f"prepare: kept {kept} {unit}, rejected {rejected}; look at {run.folder}/{' and '.join(sheets)}")
             print_reasons(read_jsonl(run.folder / "rejects.jsonl"))
             if not kept:
-                raise UserError(f"{cfg.videos}: expected videos to keep, every one was rejected; delete {run.folder}")
-    run.finish(files, clips=kept, fps=cfg.fps or 16)
+                where = cfg.pairs or cfg.chosen or cfg.videos
+                raise UserError(f"{where}: expected {unit} to keep, every one was rejected; delete {run.folder}")
+    run.finish(files, **{unit: kept}, fps=cfg.fps or 16)
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

@@ -25,7 +25,7 @@ import model
 from kernels.modulate import implementation
 from runtime.files import verified, whole_file, write_json, write_tensors
 from runtime.group import Group, local_batch, place, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import SEED, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
@@ -46,19 +46,19 @@ FROM_SCRATCH = {"tiny": dict(layers="all", rank=0, batch_size=32, steps=1500, lr
 class Config:
     """Plain flow matching: the LoRA cold start on a base, or a small base from scratch."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("train", choices=("train", "align", "eval"))  # which clips
     base: str = ""  # model folder to put the LoRA on; empty: from scratch, all weights
     out: str = option("out/demo/base", neutral=True)  # folder to write
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=0)  # LoRA rank, alpha = rank; 0: train all weights
+    rank: int | None = option(least=0, most=1024)  # LoRA rank, alpha = rank; 0: train all weights
     batch_size: int | None = option(least=1)  # clips a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # clips a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # peak learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
-    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up; then a cosine to 0
+    t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     caption_dropout: float = option(0.0, least=0, most=1)  # share of clips that get the negative prompt for a caption
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
@@ -66,7 +66,7 @@ class Config:
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
-    seed: int = 0  # of initialisation, order, noise and times
+    seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
 
 def flow_loss(net, x0, text, noise, t):
@@ -103,7 +103,7 @@ def build(cfg, group: Group, shape: tuple[int, ...]) -> model.DiT:
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     scratch = not cfg.base and cfg.preset in FROM_SCRATCH
-    cfg = resolve(cfg, FROM_SCRATCH if scratch else PRESETS)
+    cfg, asked = resolve(cfg, FROM_SCRATCH if scratch else PRESETS), cfg.batch_size
     if not cfg.base and (cfg.rank or not scratch):
         raise UserError("expected --base for a LoRA: only the tiny model is trained from scratch, with all its weights")
     group = start_group(implementation, cfg.step_timeout)
@@ -112,7 +112,7 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split)
-    plan = epochs(len(clips), cfg, "clips")
+    plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
@@ -148,4 +148,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS | {"tiny without --base": FROM_SCRATCH["tiny"]})

@@ -180,7 +180,7 @@ def run_suite(suite: str, file: Path, toy: bool, sections: Collection[str] = (),
 
 
 def summary(suite: str, record: dict | None) -> Iterator[list[str]]:
-    """Lines of the table: commits, cards and checks, the rows to show, and the sections without a good end, or a run."""
+    """Lines of the table: commits, cards, checks, sections without a good end or a run; then the rows to show."""
     if not record:
         yield [f"`{suite}`", "not run yet"]
         return
@@ -191,11 +191,11 @@ def summary(suite: str, record: dict | None) -> Iterator[list[str]]:
     for e in entries.values():
         commits.setdefault(" at toy sizes" * e["toy"] + f" on {e['on']}", {})[e["commit"]] = True
     made = "; ".join(f"commit {', '.join(found)}{how}" for how, found in commits.items())
-    yield [f"`{suite}`", f"{made}: {sum(checks)} of {len(checks)} checks hold"]
+    ends = {name: e["ended"] for name, e in entries.items() if e["ended"] != "done"}
+    ends |= {name: "not run yet" for name in SECTIONS[suite] if name not in record}
+    said = [f"{made}: {sum(checks)} of {len(checks)} checks hold", *(f"{name}: {end}" for name, end in ends.items())]
+    yield [f"`{suite}`", "; ".join(said)]
     yield from (["", text(row)] for row in rows if SHOWN in row)
-    yield from (["", f"{name}: {e['ended']}"] for name, e in entries.items() if e["ended"] != "done")
-    if missing := SECTIONS[suite].keys() - record.keys():
-        yield ["", f"not run yet: {', '.join(sorted(missing))}"]
 
 
 def table(known: dict) -> str:

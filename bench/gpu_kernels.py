@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 
 import model
 from bench.cases import BF16, ROWS, Case, dpo_case, modulation_cases, norm_rope_case, real_norm_rope
-from bench.gpu import SHOWN
 from bench.measure import (
     GIB,
     apart,
@@ -218,9 +217,7 @@ def rows(case: Case, D: int, trained: bool, ways: dict[str, tuple[float, float]]
         tables = "" if case.name == "region_dpo" else f", D = {D}, tables {'trained' if trained else 'frozen'}"
         took = {f"ms {way}": ms[i] for way, ms in ways.items()}
         share = case.minimum[i] / (next(iter(took.values())) / 1e3) / bandwidth
-        row = {"name": f"{case.name}, {direction}{tables}", **took, "% of a copy's bandwidth": 100 * share}
-        shown = case.name == "residual_ln_modulate" and D == SIZES["kernels"].widths[0] and not trained
-        yield row | {SHOWN: 1} if shown else row
+        yield {"name": f"{case.name}, {direction}{tables}", **took, "% of a copy's bandwidth": 100 * share}
 
 
 def speed(device: torch.device, sizes: Sizes) -> Iterator[dict]:

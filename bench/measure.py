@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 import asymdpo
 import flow
 import model
-from bench.gpu import SHOWN
 from experiments.cost import Count
 from kernels import modulate, norm_rope, region_dpo
 

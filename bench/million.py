@@ -7,9 +7,9 @@ Prints seconds, and growth of memory, of what every process does at the start of
 All is written to a temporary folder, and removed. The bytes of real latents come on top: docs/scale.md counts them.
 """
 
-import argparse
 import contextlib
 import csv
+import dataclasses
 import os
 import tempfile
 import time
@@ -20,9 +20,18 @@ import torch
 import flow
 import prepare
 from runtime.files import write_manifest
+from runtime.options import arguments, option
 from runtime.shards import Shards, batch_order, collect, write_shard
 
 CAPTION = "the camera moves slowly past trees and houses while people walk along the river " * 8  # 640 characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Makes shards up and reads them."""
+
+    clips: int = option(1_000_000, least=1)  # number of clips
+    size: int = option(32, least=1)  # clips of a shard
 
 
 def resident() -> float:
@@ -84,10 +93,7 @@ def make_videos(folder: Path, clips: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=1_000_000)
-    parser.add_argument("--size", type=int, default=32, help="clips of a shard")
-    given = parser.parse_args()
+    given = arguments(Config, __doc__)
     with tempfile.TemporaryDirectory() as root:
         make_shards(Path(root, "shards"), given.clips, given.size)
         read_shards(Path(root, "shards"), given.size)

@@ -215,10 +215,8 @@ def attention(found: Found) -> str:
             known = not np.isnan(both).any()
             cells += [shown(both[0]), shown(interval(both[1] - both[0]))] if known else ["", ""]
         lines.append(cells)
-    heads = [
-        f"{m}{part}" for m in ("score", "of the generated frames", "next frame, px") for part in ("", ": prefix − full")
-    ]
-    return table(["given", *heads], lines)
+    names = ("score", "score: generated frames only", "next frame, px")
+    return table(["given", *(f"{name}{part}" for name in names for part in ("", ": prefix − full"))], lines)
 
 
 def headline(found: Found, counted: dict) -> str:
@@ -253,7 +251,7 @@ def parts() -> str:
     lines = []
     for preset in ("1.3b", "14b"):
         nowhere = dict(data="out/nowhere", continuation="out/nowhere")  # the sizes assumed, whatever folders there are
-        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, **nowhere), gpus=8)
+        job = cost.job_of("make_pairs", make_pairs.Config(preset=preset, **nowhere), cost.Machine())
         cfg = resolve(make_pairs.Config(preset=preset), make_pairs.PRESETS)
         counts = cost.pair(cfg, cost.SHAPE, "prefix")
         shares = [f"{100 * counts[part] / counts['flop']:.0f} %" for part in ("keys", "losers", "winners")]

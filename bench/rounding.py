@@ -1,11 +1,12 @@
-"""What bfloat16 rounds away, by where it rounds: the figures of docs/method.md, on random weights.
+"""What bfloat16 rounds away, by where it rounds, and what 8 bits would: figures of docs/, on random weights.
 
-    python -m bench.rounding       on the CPU, in a minute
+    python -m bench.rounding       on the CPU, in two minutes; the last three lines are docs/scale.md's
 
 Kept is the part of a change that is there in bfloat16: its projection on the same change in float32, 1 if all of it is,
 whatever rounding noise is beside.
 """
 
+import dataclasses
 import statistics
 from unittest import mock
 
@@ -19,6 +20,8 @@ import model
 CONFIG = model.DiTConfig(256, 512, 2, 6, text_dim=64, text_len=32)
 LATENT = (16, 13, 12, 16)
 SEEDS = 5
+DEPTHS = (1, 4, 16)  # layers of the 1.3B's shape
+HELD = (torch.bfloat16, torch.float8_e4m3fn, torch.int8)  # what may hold the base's frozen weights
 
 
 def kept(changed: Tensor, truth: Tensor) -> float:
@@ -62,8 +65,62 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
+def by_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (out, in) as `dtype` holds it with a scale a row, that of the row's largest number."""
+    info = torch.iinfo(dtype) if dtype == torch.int8 else torch.finfo(dtype)
+    scale = weight.abs().amax(1, keepdim=True) / info.max
+    scaled = weight / scale
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype).float() * scale
+
+
+def wide_network(seed: int) -> tuple[model.DiT, tuple[Tensor, ...]]:
+    """The 1.3B's layers with random weights, as many as DEPTHS needs, in float32; and x_t, t, text of a small clip."""
+    torch.manual_seed(seed)
+    config = dataclasses.replace(model.PRESETS["1.3b"], num_layers=max(DEPTHS))
+    net = model.init_from_scratch(model.DiT(config), seed)
+    for name, p in net.named_parameters():
+        if name.endswith("modulation"):
+            torch.nn.init.normal_(p, std=0.5)
+        elif p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.025)
+    return net, (torch.randn(1, 16, 3, 16, 16), torch.rand(1), torch.randn(1, 60, config.text_dim))
+
+
+def at_each_depth(net: model.DiT, batch: tuple[Tensor, ...]) -> list[Tensor]:
+    """v of the first layers alone, as many as each of DEPTHS says."""
+    every, found = net.blocks, []
+    for depth in DEPTHS:
+        net.blocks = every[:depth]
+        found.append(net(*batch))
+    net.blocks = every
+    return found
+
+
 @torch.no_grad()
+def held_in_fewer_bits(seed: int = 0) -> None:
+    """Prints the error of v by what holds the blocks' weights, which float32 has in truth. Products are bfloat16's."""
+    net, batch = wide_network(seed)
+    layers = list(model.linears(net.blocks).values())
+    weights, truth = [layer.weight.data for layer in layers], at_each_depth(net, batch)
+    model.cast(net, torch.bfloat16)
+    off = []
+    for held in HELD:
+        for layer, weight in zip(layers, weights):
+            layer.weight.data = (weight if held == torch.bfloat16 else by_row(weight, held)).bfloat16()
+        pairs = zip(at_each_depth(net, batch), truth)
+        off.append([((v - exact).norm() / exact.norm()).item() for v, exact in pairs])
+    for depth, least, *more in zip(DEPTHS, *off):
+        told = [f"{str(held)[6:]} {error:.1e}, {error / least:.1f} times that" for held, error in zip(HELD[1:], more)]
+        print(f"error of v, {depth} of the 1.3B's layers, weights in bfloat16 {least:.1e}; in {'; in '.join(told)}")
+
+
 def main() -> None:
+    bfloat16()
+    held_in_fewer_bits()
+
+
+@torch.no_grad()
+def bfloat16() -> None:
     torch.manual_seed(0)
     weight, A = torch.randn(1536, 1536) * 0.025, (2 * torch.rand(128, 1536) - 1) / 1536**0.5
     for rms in (5e-6, 2e-5, 1e-4):

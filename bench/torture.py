@@ -8,7 +8,6 @@ forked processes, so that a kill costs 0.2 s and not the seconds of an import: s
 is printed are the command's own. Several processes meet by gloo, alone or under torchrun's agent.
 """
 
-import argparse
 import contextlib
 import functools
 import http.server
@@ -32,7 +31,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +54,7 @@ import sft
 from runtime import video
 from runtime.files import commit, read_json, read_jsonl, read_text, write_manifest
 from runtime.group import Group
-from runtime.options import program
+from runtime.options import SEED, arguments, option, program
 from runtime.run import Run
 from runtime.shards import Shards, micro_batches
 from wan.checkpoint import Checkpoint
@@ -628,9 +627,9 @@ def n1(bench: Bench, share: float, draw: random.Random) -> Iterator[Case]:
     """NaN and infinity: an input is refused by name; in loss or gradient, of one process of two too, the step changes
     no weight and is told; three in a row end the run with exit 3, its last checkpoint whole; nothing of it is sealed
     """
-    for i, (stage, option, folder, file, tensor) in enumerate(evenly(POISON, share)):
+    for i, (stage, flag, folder, file, tensor) in enumerate(evenly(POISON, share)):
         at, out = poisoned(bench, folder, file, tensor, (math.nan, math.inf)[i % 2]), bench.folder / f"input-{i}"
-        job = bench.start(stage, **{option: at, "out": out, **({} if stage == "pairs" else SIX)})
+        job = bench.start(stage, **{flag: at, "out": out, **({} if stage == "pairs" else SIX)})
         yield f"{stage} --{option}, {tensor or 'prompt'}", job.refused("finite|NaN") or unsound(out)
     kinds = [(value, gradient, ranks) for value in (math.nan, math.inf) for gradient in (0, 1) for ranks in (1, 2)]
     for i, (value, gradient, ranks) in enumerate(evenly(kinds, share)):
@@ -949,16 +948,23 @@ code. One that takes more than 60 s is lost.
 """
 
 
+@dataclass(frozen=True)
+class Config:
+    """Tries rows."""
+
+    rows: str = ""  # rows to try, separated by commas; empty: every row
+    share: float = option(1.0, above=0, most=1)  # share of each row's cases
+    seed: int | None = option(**SEED)  # of random instants and damage; not given: another one each time
+    jobs: int = option(2, least=1)  # rows at a time
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="rows to try, separated by commas")
-    parser.add_argument("--share", type=float, default=1.0, help="share of each row's cases")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 10**6, help="of random instants and damage")
-    parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
-    cfg = parser.parse_args()
-    names = cfg.rows.split(",")
+    cfg = arguments(Config, __doc__)
+    seed = int(time.time()) % 10**6 if cfg.seed is None else cfg.seed
+    names = [name.strip() for name in cfg.rows.split(",")] if cfg.rows else list(ROWS)
     if unknown := set(names) - ROWS.keys():
-        parser.error(f"--rows: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")
+        print(f"error: --rows: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     found: dict[str, tuple[list[Case], float]] = {}
     pool = ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context("fork"))
@@ -966,15 +972,15 @@ def main() -> int:
         chain = Path(scratch, "chain")
         chain.mkdir()
         make_chain(chain)
-        print(f"seed {cfg.seed}", flush=True)
+        print(f"seed {seed}", flush=True)
         order = sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
-        rows = {pool.submit(tried, name, chain, Path(scratch), cfg.share, cfg.seed): name for name in order}
+        rows = {pool.submit(tried, name, chain, Path(scratch), cfg.share, seed): name for name in order}
         for row in as_completed(rows):
             found[rows[row]] = row.result()
             print(line(rows[row], *found[rows[row]]), flush=True)
-    if cfg.rows == parser.get_default("rows"):
+    if not cfg.rows:
         share = f" --share {cfg.share:g}" if cfg.share != 1 else ""
-        words = f"python -m bench.torture --seed {cfg.seed}{share}"
+        words = f"python -m bench.torture --seed {seed}{share}"
         text = page({name: found[name] for name in names}, words)
         (ROOT / "docs/reliability.md").write_text(text, encoding="utf-8")
     return int(any(note for cases, _ in found.values() for _, note in cases))

@@ -12,7 +12,6 @@ Not counted: time, caches, and the bytes of matrix products and attention, which
 computes; the others run on fake tensors. It takes two minutes on one core, and needs Linux and Triton.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -67,6 +66,7 @@ from bench.cases import (
     real_norm_rope,
 )
 from kernels import modulate, norm_rope, region_dpo
+from runtime.options import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ", real rotation"
@@ -432,10 +432,15 @@ def page() -> str:
     return "\n".join([*parts, "### Compiled code (counted): sm_80 / sm_90\n", compiled_table()])
 
 
+@dataclass(frozen=True)
+class Config:
+    """Counts."""
+
+    write: bool = False  # write kernels/README.md
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write kernels/README.md")
-    write, text = parser.parse_args().write, page()
+    write, text = arguments(Config, __doc__).write, page()
     print(text)
     if write:
         file = ROOT / "kernels/README.md"

@@ -37,13 +37,13 @@ from torch import Tensor
 
 import flow
 import model
-from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, names, predict, size_of_B
+from asymdpo import BUCKETS, PRESETS, averages, build, explain, learning_rate, predict, size_of_B
 from experiments.pairs import CLIP
 from kernels.modulate import implementation
 from kernels.region_dpo import frame_errors
 from runtime.files import read_jsonl, read_manifest, whole_file
 from runtime.group import local_batch, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import SEED, UserError, listed, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
@@ -56,9 +56,9 @@ LABELLED = 0.2  # a clip is kept if more than this share of its frames has a lab
 class Config:
     """Trains the text-to-video model by Flow-DPO, DenseDPO or one of their siblings."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
-    sft: str = "out/demo/sft"  # LoRA of the cold start, or several separated by commas; empty: start from the base
+    sft: str = option("out/demo/sft", empty=True)  # LoRAs of the cold start, separated by commas; empty: none
     pairs: str = "out/baseline/pairs"  # folder of experiments.pairs
     labels: str = "out/baseline/labels"  # folder of experiments.labels
     out: str = option("out/baseline/dpo", neutral=True)  # folder to write
@@ -66,21 +66,21 @@ class Config:
     beta: float | None = option(above=0)  # DPO temperature; flow halves it
     sft_weight: float | None = option(least=0)  # λ: weight of the clip's own loss; 1: DPO's pull on a winner at step 0
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # pairs a step, over all processes
     micro_batch: int = option(0, least=0, neutral=True)  # pairs a forward and process; 0: all at once
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up
+    warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up
     decay: str | None = option(choices=("none", "cosine"))  # what the learning rate does after the warm-up
-    t_mean: float | None = None  # t ~ logit-normal(t_mean, 1); without it, here and in the preset: uniform
+    t_mean: float | None = option(least=-10, most=10)  # t ~ logit-normal(t_mean, 1); if nothing sets it, uniform
     t_shift: float = option(1.0, above=0)  # warp of the training times towards noise
     checkpointing: bool = option(False, neutral=True)  # recompute activations in the backward: less memory, more time
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
-    seed: int = 0  # of initialisation, order, noise and times
+    seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
     form, reference_free = "inside", False  # not options: asymdpo.explain asks for them
 
@@ -164,10 +164,10 @@ def summarise(parts, loss, t, labelled) -> dict[str, Tensor]:
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg = resolve(cfg, PRESETS)
+    cfg, asked = resolve(cfg, PRESETS), cfg.batch_size
     group = start_group(implementation, cfg.step_timeout)
     local_batch(cfg, group)
-    starts = names(cfg.sft)
+    starts = listed(cfg.sft, "sft")
     inputs = {"pairs": cfg.pairs, "labels": cfg.labels, "base": cfg.base, "sft": starts}
     run = Run(cfg, "experiments.baselines", group, inputs)
     if run.done:
@@ -182,7 +182,7 @@ def main(cfg: Config) -> None:
     usable = decided(labels)
     if not usable:
         raise UserError(f"{cfg.labels}: expected pairs that are not tied, got none")
-    plan = epochs(len(usable), cfg, "pairs")
+    plan = epochs(len(usable), cfg, "pairs", asked)
     with user_errors():
         net = build(cfg, group, pairs.shape("first"))
 
@@ -230,4 +230,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

@@ -28,7 +28,7 @@ import sample
 from kernels.modulate import implementation
 from runtime.files import read_csv, read_json, read_text, write_text
 from runtime.group import start_group
-from runtime.options import UserError, option, program, resolve
+from runtime.options import UserError, listed, option, program, resolve
 
 VBENCH = {  # prompt list -> the paper's dimensions that are measured on it: Vchitect/VBench, prompts/README.md
     "overall_consistency": ("overall_consistency", "aesthetic_quality", "imaging_quality"),
@@ -57,7 +57,7 @@ def read_lists(given: str) -> dict[Path, list[str]]:
 
     UserError for a file that cannot be read or has no prompt.
     """
-    paths = [Path(entry.strip()) for entry in given.split(",")]
+    paths = [Path(entry) for entry in listed(given, "vbench")]
     if len(paths) == 1 and paths[0].is_dir():
         paths = [paths[0] / f"{name}.txt" for name in VBENCH]
     lists = {path: [line.strip() for line in read_text(path).split("\n") if line.strip()] for path in paths}
@@ -159,4 +159,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, sample.PRESETS)

@@ -2,10 +2,13 @@
 
     python -m experiments.cost asymdpo --preset 14b --checkpointing --micro_batch 2          the stage's own options
     python -m experiments.cost prepare | sft | continuation | make_pairs | sample --preset 1.3b
-    WORLD_SIZE=32 LOCAL_WORLD_SIZE=8 python -m experiments.cost …         four nodes of 8 GPUs, in place of one
+    python -m experiments.cost … --gpus 1 --gpu_gib 24 --tflops 165         another machine than 8 x A800-80GB
+    python -m experiments.cost … --gpus 32 --node 8                         four nodes of 8
 
-It needs no GPU, no weights and no clips. Where the stage's input exists, its number of samples and their size count.
-docs/scale.md has the tables for both presets (experiments/scale.py makes them) and the source of each assumption.
+It needs no GPU, no weights and no clips. Where the stage's input exists, its number of samples and their size count;
+what is assumed in its place is said, as all that is assumed. What --preview_every loads is not counted.
+experiments/recipe.py chooses options by these counts. docs/scale.md has the tables for both presets
+(experiments/scale.py makes them) and the source of each assumption.
 
 The stage's network and loss run forward and backward on tensors without values. PyTorch's formulas
 (torch.utils.flop_counter) add up matrix products, convolutions and attention. Memory is the most that is alive at once;
@@ -13,18 +16,16 @@ the Triton kernels allocate and keep what they do on a GPU, but are not launched
 so two nets, of two and of three blocks, give the cost of any depth exactly.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
 import functools
 import importlib
 import math
-import os
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,20 +39,21 @@ import continuation
 import model
 from kernels import modulate, norm_rope, region_dpo
 from make_pairs import guided_steps, windows
+from runtime.dataset import Folder
+from runtime.files import csv_rows
 from runtime.group import Group, local_batch
-from runtime.options import UserError, program, resolve
+from runtime.options import UserError, option, program, resolve
+from runtime.pairs import COLUMNS, folder_rows
 from runtime.shards import Shards
 from wan import text, vae
 from wan.lora import read_header
 
-GPUS = int(os.environ.get("WORLD_SIZE", 8))  # as torchrun counts its processes
-NODE = int(os.environ.get("LOCAL_WORLD_SIZE", 8))  # GPUs of a node
 # FLOP/s, dense: NVIDIA's data sheet of the A100 80GB, from which the A800 differs in its NVLink only. TF32 is what
-# cuDNN's convolutions run float32 in, unless told otherwise.
+# cuDNN's convolutions run float32 in, unless told otherwise. Another GPU is assumed to have these proportions.
 PEAK = {"bfloat16": 312e12, "float32": 19.5e12, "TF32": 156e12}
 # Assumed. Megatron-LM reports 43 … 52 % (Narayanan et al. 2021, arXiv 2104.04473, table 1), with larger products.
 UTILISATION = 0.40
-MEMORY, RESERVE = 80, 4  # GiB of an A800-80GB; the reserve is for CUDA, NCCL and fragmentation, which are not counted
+RESERVE = 4  # GiB of a GPU for CUDA, NCCL and fragmentation, which are not counted
 # bytes/s that a GPU sends to its node: the A800's NVLink has 400 GB/s, half of it each way, and NCCL's protocol takes
 # about 20 % (github.com/NVIDIA/nccl-tests, issue 212)
 NVLINK = 0.8 * 200e9
@@ -65,7 +67,10 @@ SHAPE = (16, 13, 36, 64)  # of the latent of 49 frames of 288 x 512
 CLIPS = {"train": 80_000, "align": 20_000}
 # bytes/s that the job reads: assumed, Amazon's FSx for Lustre with 8 TiB at 250 MB/s/TiB (of 125 … 1000 that it offers)
 DISK = 2e9
-TEXT = 100 * 4096 * 2  # bytes of a caption's states: 100 tokens, assumed, as text.TextEncoder gives them in bfloat16
+TOKENS = 100  # of a caption, assumed
+TEXT = TOKENS * 4096 * 2  # bytes of its states, as text.TextEncoder gives them in bfloat16
+# options of a stage that trains which change nothing of a forward and backward
+BESIDE = ("base", "data", "sft", "pairs", "split", "out", "steps", "batch_size", "micro_batch", "shard")
 
 
 # In place, as model.Linear adds to its low-rank terms, PyTorch has no formula for the same product.
@@ -166,14 +171,20 @@ def in_bfloat16(net: model.DiT) -> model.DiT:
 
 
 def measure_dit(
-    preset: str, shape, batch: int, call: Callable, build: Callable = in_bfloat16, train=False, given: list[int] = []
+    preset: str,
+    shape,
+    batch: int,
+    call: Callable,
+    build: Callable = in_bfloat16,
+    train=False,
+    given: Sequence[int] = (),
 ):
     """`measure` of a DiT. call(net, x0, text, noise, t) with x0 and noise (batch, *shape); build(DiT) -> net.
 
     given: of each clip, the given frames, which prefix attention cannot read off a mask without values.
     """
     config = model.PRESETS[preset]
-    mask = torch.arange(shape[1]) < torch.tensor(given or [0] * batch)[:, None]
+    mask = torch.arange(shape[1]) < torch.tensor(given or (0,) * batch)[:, None]
 
     def on_batch(net):
         x0, noise = torch.empty(2, batch, *shape)
@@ -187,15 +198,23 @@ def measure_dit(
     return {key: two[key] + (config.num_layers - 2) * (three[key] - two[key]) for key in two}
 
 
-def measure_vae(cfg, call: Callable[[vae.VAE], Tensor]) -> dict[str, int]:
-    return measure(lambda: vae.VAE().to(getattr(torch, cfg.dtype)), call)
+@functools.cache
+def measure_vae(dtype: str, way: str, *size: int) -> dict[str, int]:
+    """`measure` of the VAE's `encode` or `decode` of one video, or latents, of this size."""
+    return measure(lambda: vae.VAE().to(getattr(torch, dtype)), lambda net: getattr(net, way)(torch.empty(1, *size)))
 
 
 @functools.cache
 def measure_text() -> dict[str, int]:
-    """`measure` of UMT5 on a caption of 100 tokens."""
-    call = lambda net: net(*torch.ones(2, 1, 100, dtype=torch.int64))  # noqa: E731
+    """`measure` of UMT5 on a caption."""
+    call = lambda net: net(*torch.ones(2, 1, TOKENS, dtype=torch.int64))  # noqa: E731
     return measure(lambda: text.UMT5().bfloat16(), call, stored=2)
+
+
+@functools.cache
+def measure_forward(preset: str, shape: tuple[int, ...], batch: int) -> dict[str, int]:
+    """`measure` of the text-to-video model's velocity of latents (batch, *shape)."""
+    return measure_dit(preset, shape, batch, lambda net, x0, text, noise, t: net(x0, t, text))
 
 
 def memory(count: dict[str, int], ways: int = 1) -> float:
@@ -215,34 +234,79 @@ def together(*counts: dict[str, int]) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a stage runs on."""
+
+    gpus: int = option(8, least=1)  # GPUs in all
+    node: int = option(8, least=1)  # GPUs of a node, at most
+    gpu_gib: float = option(80.0, above=RESERVE)  # GiB of a GPU, of which 4 are left to CUDA and NCCL
+    tflops: float = option(312.0, above=0)  # a GPU's peak in bfloat16, dense, TFLOP/s
+
+    @property
+    def ways(self) -> int:
+        """GPUs that --shard splits the blocks over: a node's, so that gradients alone leave it."""
+        return min(self.gpus, self.node)
+
+    @property
+    def room(self) -> float:
+        """GiB of a GPU that a run can have."""
+        return self.gpu_gib - RESERVE
+
+    def fits(self, gib: float) -> bool:
+        return gib <= self.room
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of products in bfloat16, TF32 or float32."""
+        return 1e12 * self.tflops * PEAK[dtype] / PEAK["bfloat16"]
+
+    @property
+    def assumed(self) -> list[str]:
+        """What nobody gave, in words; a value that is the default counts as not given."""
+        words = {
+            "gpus": f"{self.gpus} GPUs",
+            "node": f"{self.ways} of them a node" * (self.gpus > 1),
+            "gpu_gib": f"{self.gpu_gib:g} GiB of a GPU",
+            "tflops": f"{self.tflops:g} TFLOP/s of it in bfloat16",
+        }
+        default = {field.name for field in dataclasses.fields(Machine) if getattr(self, field.name) == field.default}
+        unset = [name for name in words if words[name] and name in default]
+        like = f"as of 8 x A800-80GB; change with {', '.join('--' + name for name in unset)}"
+        own = [f"{', '.join(words[name] for name in unset)}: {like}"] if unset else []
+        own += [f"{100 * UTILISATION:g} % of that peak are reached", f"{RESERVE} GiB are left to CUDA and NCCL"]
+        if self.gpus > 1:
+            own += [f"a GPU sends {NVLINK / 1e9:g} GB/s in its node (an A800's NVLink)"]
+        return own + [f"a node sends {NETWORK / 1e9:g} GB/s"] * (self.gpus > self.node)
+
+    def __str__(self) -> str:
+        nodes = f", {self.node} a node" if self.gpus > self.node else ""
+        return f"{'one GPU' if self.gpus == 1 else f'{self.gpus} GPUs'} of {self.gpu_gib:g} GiB{nodes}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
-    """A stage on `gpus` GPUs. A step is one of the optimiser's, and elsewhere one batch on each GPU."""
+    """A stage on a machine. A step is one of the optimiser's, and elsewhere one batch on each GPU."""
 
     work: str  # what is done, in words
-    gpus: int
+    assumed: list[str]  # what is not known of it, in words
+    machine: Machine
     samples: float  # in all
     share: int  # a GPU's samples of a step
     batch: int  # of these, at once
     gathers: int  # times that such a batch needs every block, which --shard has to gather
     flop: float  # of a sample
     peak: float  # FLOP/s
-    turns: tuple[dict[str, int], ...]  # as `measure`: the networks that are in memory by turns, the DiT last
+    turns: dict[str, dict[str, int]]  # as `measure`: the networks that are in memory by turns, the DiT last
     read: float = 0  # bytes of a sample's files
     inputs: int = 0  # different samples in the files
 
-    @property
-    def ways(self) -> int:
-        """GPUs that --shard splits the blocks over: a node's, so that gradients alone leave it."""
-        return min(self.gpus, NODE)
-
     def gib(self, shard: bool = False) -> float:
         """GiB of a GPU."""
-        return max(memory(count, self.ways if shard else 1) for count in self.turns)
+        return max(memory(count, self.machine.ways if shard else 1) for count in self.turns.values())
 
     @property
     def weights(self) -> int:
         """Bytes of weights to read at the start, as published. Every process reads them, from a node's cache."""
-        return sum(count["file"] for count in self.turns)
+        return sum(count["file"] for count in self.turns.values())
 
     @property
     def data(self) -> float:
@@ -255,17 +319,23 @@ class Job:
 
         A node sends as many to other nodes.
         """
-        return 2 * (self.gpus - 1) / self.gpus * self.turns[-1]["trained"] / 4
+        gpus = self.machine.gpus
+        return 2 * (gpus - 1) / gpus * self._network["trained"] / 4
 
     @property
     def gathered(self) -> float:
         """Bytes that a GPU sends in a step with --shard, for others to gather the blocks' weights."""
-        return self.share / self.batch * self.gathers * (self.ways - 1) / self.ways * self.turns[-1]["blocks"]
+        ways = self.machine.ways
+        return self.share / self.batch * self.gathers * (ways - 1) / ways * self._network["blocks"]
+
+    @property
+    def _network(self) -> dict[str, int]:
+        return list(self.turns.values())[-1]
 
     @property
     def seconds(self) -> dict[str, float]:
         """Of a step, predicted: `computing`, `summing` after it, and with --shard `gathering` meanwhile."""
-        link = NVLINK if self.gpus == self.ways else min(NVLINK, NETWORK)
+        link = NVLINK if self.machine.gpus == self.machine.ways else min(NVLINK, NETWORK)
         computing = self.share * self.flop / (UTILISATION * self.peak)
         return {"computing": computing, "summing": self.summed / link, "gathering": self.gathered / NVLINK}
 
@@ -273,16 +343,17 @@ class Job:
         """Predicted, without files. Computing does not wait for blocks that arrive sooner than it is done."""
         s = self.seconds
         step = max(s["computing"], s["gathering"] * shard) + s["summing"]
-        return self.samples / (self.gpus * self.share) * step / 3600
+        return self.samples / (self.machine.gpus * self.share) * step / 3600
 
 
-def latents(folder: str, field: str, split: str | None = None) -> tuple[tuple[int, ...], int, str]:
-    """Shape and number of the latents in a folder of shards, or SHAPE and CLIPS if none is Wan's; and words."""
+def latents(folder: str, field: str, split: str | None = None) -> tuple[tuple[int, ...], int, list[str]]:
+    """Shape and number of the latents in a folder of shards; or SHAPE and CLIPS if none is Wan's, which is said."""
     made = Path(folder).is_dir()
-    shards = Shards(folder, "prepare.py or make_pairs.py", split, hashed=False) if made else None
+    shards = Shards(folder, "prepare.py, prepare.py --pairs or make_pairs.py", split, hashed=False) if made else None
     if shards and shards.shape(field)[0] == SHAPE[0]:
-        return shards.shape(field), len(shards), f"{len(shards):,} latents {shards.shape(field)} in {folder}"
-    return SHAPE, CLIPS.get(split, CLIPS["align"]), f"latents {SHAPE} assumed, as there are none of Wan's in {folder}"
+        return shards.shape(field), len(shards), []
+    count = CLIPS.get(split, CLIPS["align"])
+    return SHAPE, count, [f"{count:,} {split or 'pairs of'} latents {SHAPE}, as there are none of Wan's in {folder}"]
 
 
 def loss(stage, cfg, net: model.DiT, x0: Tensor, *batch: Tensor) -> Tensor:
@@ -297,6 +368,17 @@ def loss(stage, cfg, net: model.DiT, x0: Tensor, *batch: Tensor) -> Tensor:
 
 def train(stage, cfg, shape: tuple[int, ...], size: int) -> dict[str, float]:
     """`measure` of training on clips or pairs (size, *shape) at once; `flop` of one, on average over n_cond."""
+    unset = {field.name: field.default for field in dataclasses.fields(cfg) if field.name in BESIDE}
+    step = functools.partial(train_step, stage, dataclasses.replace(cfg, **unset), shape)
+    each = tuple(range(1, shape[1]))  # n_cond ~ U{1 … F−1}; which matters to continuation.py alone, not to memory
+    count = step(each[:1] * size)
+    flop = step(each)["flop"] / len(each) if stage.__name__ == "continuation" else count["flop"] / size
+    return count | {"flop": flop}
+
+
+@functools.cache
+def train_step(stage, cfg, shape: tuple[int, ...], given: tuple[int, ...]) -> dict[str, int]:
+    """`measure` of training on clips or pairs at once, each with so many given frames."""
 
     def build(net: model.DiT) -> model.DiT:
         model.cast(net, torch.bfloat16 if cfg.rank else torch.float32).gradient_checkpointing = cfg.checkpointing
@@ -307,31 +389,26 @@ def train(stage, cfg, shape: tuple[int, ...], size: int) -> dict[str, float]:
         net.prefix = getattr(cfg, "attention", "full") == "prefix"
         return net
 
-    def step(given: list[int]) -> dict[str, int]:
-        return measure_dit(cfg.preset, shape, len(given), functools.partial(loss, stage, cfg), build, True, given)
-
-    each = list(range(1, shape[1]))  # n_cond ~ U{1 … F−1}; which matters to continuation.py alone, and not to memory
-    count = step(each[:1] * size)
-    flop = step(each)["flop"] / len(each) if stage.__name__ == "continuation" else count["flop"] / size
-    return count | {"flop": flop}
+    return measure_dit(cfg.preset, shape, len(given), functools.partial(loss, stage, cfg), build, True, given)
 
 
-def training(stage, cfg, gpus: int) -> Job:
+def training(stage, cfg, machine: Machine) -> Job:
     """sft.py, continuation.py and asymdpo.py."""
     pairs = stage.__name__ == "asymdpo"
-    shape, clips, known = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
-    share, size = local_batch(cfg, Group(size=gpus))
+    shape, clips, assumed = latents(cfg.pairs, "chosen") if pairs else latents(cfg.data, "x0", cfg.split)
+    share, size = local_batch(cfg, Group(size=machine.gpus))
     count = train(stage, cfg, shape, size)
     return Job(
-        f"{cfg.steps:,} steps of {cfg.batch_size} {'pairs' if pairs else 'clips'}, {size} a forward; {known}",
-        gpus,
+        f"{cfg.steps:,} steps of {cfg.batch_size} {'pairs' if pairs else 'clips'} {shape}, {size} a forward",
+        assumed,
+        machine,
         samples=cfg.steps * cfg.batch_size,
         share=share,
         batch=size,
         gathers=2 + pairs,  # forward, backward (recomputation within it) and a pair's reference
         flop=count["flop"],
-        peak=PEAK["bfloat16" if cfg.rank else "float32"],
-        turns=(count,),
+        peak=machine.peak("bfloat16" if cfg.rank else "float32"),
+        turns={"network": count},
         read=TEXT + (1 + pairs) * 4 * math.prod(shape),  # float32 latents
         inputs=clips,
     )
@@ -361,7 +438,7 @@ def continuing(preset: str, shape: tuple[int, ...], attend: str, n: int, batch: 
     def call(net, x0, text, noise, t):
         return make(net, x0, text, noise, t)(x0, t, text, torch.empty(batch, shape[1], dtype=torch.bool))
 
-    made, both = (measure_dit(preset, shape, batch, run, build, given=[n] * batch) for run in (make, call))
+    made, both = (measure_dit(preset, shape, batch, run, build, given=(n,) * batch) for run in (make, call))
     return made["flop"] / batch, (both["flop"] - made["flop"]) / batch, both
 
 
@@ -385,59 +462,91 @@ def pair(cfg, shape: tuple[int, ...], attend: str) -> dict[str, float]:
     return max(counts, key=memory) | parts | {"flop": sum(parts.values())}
 
 
-def make_pairs(stage, cfg, gpus: int) -> Job:
+def make_pairs(stage, cfg, machine: Machine) -> Job:
     """--shard, like --plain, runs whole forwards; what runs without them does not say what --shard would take."""
     stage.check(cfg)
-    shape, clips, known = latents(cfg.data, "x0", cfg.split)
+    shape, clips, assumed = latents(cfg.data, "x0", cfg.split)
     attend, pairs = attention(cfg), cfg.clips or clips
+    if cfg.continuation and not Path(cfg.continuation).is_dir():
+        assumed += [f"{attend} attention, the preset's, as there is no folder {cfg.continuation}"]
     count = pair(cfg, shape, attend)
     return Job(
-        f"{pairs:,} pairs by {cfg.nfe} steps, with {attend} attention, {cfg.shard_size} at once; {known}",
-        gpus,
+        f"{pairs:,} pairs {shape} by {cfg.nfe} steps, with {attend} attention, {cfg.shard_size} at once",
+        assumed,
+        machine,
         samples=pairs,
         share=cfg.shard_size,
         batch=cfg.shard_size,
         gathers=2 * cfg.nfe if cfg.plain or cfg.shard else 0,
         flop=count["flop"],
-        peak=PEAK["bfloat16"],
-        turns=(count,),
+        peak=machine.peak("bfloat16"),
+        turns={"network": count},
         read=TEXT + 4 * math.prod(shape),
         inputs=pairs,
     )
 
 
-def sample(stage, cfg, gpus: int) -> Job:
+def sample(stage, cfg, machine: Machine) -> Job:
     stage.check(cfg)
-    samples = cfg.samples * (len(stage.read_prompts(cfg)) if cfg.prompt or cfg.prompts else 1)
+    listed = Path(cfg.prompts).is_file()
+    samples = cfg.samples * (len(stage.read_prompts(cfg.prompts)) if listed else 1)
     shape = (SHAPE[0], stage.latent_frames(cfg), cfg.height // vae.VAE.side, cfg.width // vae.VAE.side)
     branches = 1 + (cfg.guidance != 1)  # one batch
     if cfg.continuation:
         count = continuing(cfg.preset, shape, attention(cfg), cfg.n_cond, branches, plain=True)[-1]
     else:
-        count = measure_dit(cfg.preset, shape, branches, lambda net, x0, text, noise, t: net(x0, t, text))
-    decoder = measure_vae(cfg, lambda net: net.decode(torch.empty(1, *shape)))
+        count = measure_forward(cfg.preset, shape, branches)
+    decoder = measure_vae(cfg.dtype, "decode", *shape)
     return Job(
-        f"{samples:,} samples of {branches * cfg.nfe} forwards, 1 at once; latents {shape}",
-        gpus,
+        f"{samples:,} video{'s' * (samples > 1)} {shape} of {branches * cfg.nfe} forwards, one at once",
+        [] if cfg.prompt or listed else [f"one prompt, as there is no {cfg.prompts or '--prompt'}"],
+        machine,
         samples,
         share=1,
         batch=1,
         gathers=cfg.nfe,
         flop=cfg.nfe * count["flop"] + decoder["flop"],
-        peak=PEAK["bfloat16"],
-        turns=(measure_text(), together(count, decoder)),  # the text encoder is gone before the network comes
+        peak=machine.peak("bfloat16"),
+        # the text encoder is gone before the others come
+        turns={"text encoder": measure_text(), "network, VAE": together(count, decoder)},
     )
 
 
-def prepare(stage, cfg, gpus: int) -> Job:
-    clips = cfg.clips * len(stage.read_items(cfg)[0]) if Path(cfg.videos).is_dir() else sum(CLIPS.values())
-    encoder = measure_vae(cfg, lambda net: net.encode(torch.empty(1, 3, cfg.frames, cfg.height, cfg.width)))
+def to_encode(stage, cfg) -> tuple[int, str]:
+    """Clips to encode, and the folder or table that is not there, for which as many are assumed."""
+    paired = stage.wants_pairs(cfg)
+    sources = [cfg.pairs] if cfg.pairs else [cfg.chosen, cfg.rejected] if paired else [cfg.videos]
+    if missing := [path for path in sources if not Path(path).exists()]:
+        return 2 * CLIPS["align"] if paired else sum(CLIPS.values()), missing[0]
+    if not paired:
+        return cfg.clips * len(stage.read_items(cfg)[0]), ""
+    rows = csv_rows(Path(cfg.pairs), COLUMNS) if cfg.pairs else folder_rows(tuple(map(Folder, sources)))
+    return 2 * sum(1 for _ in rows), ""
+
+
+def prepare(stage, cfg, machine: Machine) -> Job:
+    clips, missing = to_encode(stage, cfg)
+    encoder = measure_vae(cfg.dtype, "encode", 3, cfg.frames, cfg.height, cfg.width)
     latent = (SHAPE[0], (cfg.frames - 1) // 4 + 1, cfg.height // vae.VAE.side, cfg.width // vae.VAE.side)
-    shown = measure_vae(cfg, lambda net: net.decode(torch.empty(1, *latent)))  # a few clips, for kept.png
-    encoder["activations"] = max(encoder["activations"], shown["activations"])
-    work = f"{clips:,} clips of {cfg.frames} x {cfg.height} x {cfg.width}, with captions of 100 tokens"
-    count, peak = together(encoder, measure_text()), PEAK["bfloat16" if cfg.dtype == "bfloat16" else "TF32"]
-    return Job(work, gpus, clips, share=1, batch=1, gathers=0, flop=count["flop"], peak=peak, turns=(count,))
+    shown = measure_vae(cfg.dtype, "decode", *latent)  # a few clips, for kept.png
+    encoder = encoder | {"activations": max(encoder["activations"], shown["activations"])}
+    count, dtype = together(encoder, measure_text()), "bfloat16" if cfg.dtype == "bfloat16" else "TF32"
+    assumed = [f"{clips:,} clips, as there is no {missing}"] if missing else []
+    assumed += [f"TF32, which cuDNN runs float32 in, has {PEAK['TF32'] / PEAK['bfloat16']:g} of bfloat16's peak"] * (
+        dtype == "TF32"
+    )
+    return Job(
+        f"{clips:,} clips of {cfg.frames} x {cfg.height} x {cfg.width}",
+        assumed,
+        machine,
+        clips,
+        share=1,
+        batch=1,
+        gathers=0,
+        flop=count["flop"],
+        peak=machine.peak(dtype),
+        turns={"VAE, text encoder": count},
+    )
 
 
 STAGES = dict(
@@ -445,48 +554,90 @@ STAGES = dict(
 )
 
 
-def job_of(name: str, cfg, gpus: int) -> Job:
+def job_of(name: str, cfg, machine: Machine) -> Job:
     """name is a key of STAGES, cfg the stage's Config. UserError for the tiny preset, and as the stage itself."""
     stage = importlib.import_module(name)
     if cfg.preset == "tiny":
         raise UserError("--preset: expected 1.3b or 14b, got tiny, which runs on a CPU")
-    return STAGES[name](stage, resolve(cfg, stage.PRESETS), gpus)
+    cfg, machine = resolve(cfg, stage.PRESETS), resolve(machine)
+    if getattr(cfg, "shard", False) and machine.ways == 1:
+        raise UserError("--shard: expected several GPUs of a node, got one alone; give --gpus, or leave --shard out")
+    return STAGES[name](stage, cfg, machine)
 
 
-def fits(gib: float) -> bool:
-    """Whether a GPU has room for as many GiB."""
-    return gib <= MEMORY - RESERVE
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+
+def digits(value: float) -> str:
+    """Three digits that count, and no zero that stands for one which is not known."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value else "0"
+
+
+def size(gib: float) -> str:
+    return f"{gib:,.1f} GiB" if gib >= 0.95 else f"{1024 * gib:,.0f} MiB"
+
+
+def duration(seconds: float, of: str = "") -> str:
+    """In hours, minutes or seconds, of which there is more than one. of: "GPU-", for GPU-hours."""
+    unit, length = next((unit for unit in (("hours", 3600), ("minutes", 60)) if seconds > unit[1]), ("seconds", 1))
+    return f"{digits(seconds / length)} {of}{unit}"
+
+
+def parts(count: dict[str, int]) -> str:
+    """What memory is for."""
+    names = {"weights": "weights", "trained": "the LoRA with gradients and moments", "activations": "activations"}
+    return ", ".join(f"{words} {size(count[part] / 2**30)}" for part, words in names.items() if count[part])
+
+
+def report(name: str, preset: str, job: Job, shard: bool = False) -> str:
+    """What a stage costs, and all that is assumed for it."""
+    machine, seconds, took = job.machine, job.seconds, 3600 * job.hours(shard)
+    whole, split = (
+        f"{size(gib)} a GPU, which {'fits' if machine.fits(gib) else 'does NOT fit'} in {size(machine.room)}"
+        for gib in (job.gib(), job.gib(True))
+    )
+    can_shard, trains = job.gathers and machine.ways > 1, bool(job.summed)
+    lines = [("work", job.work), ("operations", f"{job.flop / 1e12:,.1f} TFLOP each"), ("memory", whole)]
+    lines += [("", f"{turn}: {parts(count)}") for turn, count in job.turns.items()]
+    lines += [("--shard", f"{split}, the blocks over {machine.ways} GPUs")] if can_shard else []
+    step = f"{duration(seconds['computing'])} of computing"
+    step += f", then {duration(seconds['summing'])} to sum {job.summed / 1e9:.2f} GB of gradients" * trains
+    gathers = f"; --shard sends {job.gathered / 1e9:,.1f} GB for {duration(seconds['gathering'])} meanwhile"
+    lines += [("a step", f"{step}{gathers if can_shard else ''}: predicted")]
+    of_all = f", {duration(machine.gpus * took, 'GPU-')}" * (machine.gpus > 1)
+    lines += [("takes", f"{duration(took)}{of_all}: predicted, without files")]
+    data = f", {job.data / 1e9:,.1f} GB of data" if job.data else ""
+    lines += [("reads", f"{job.weights / 1e9:.1f} GB of weights{data}")]
+    assumed = job.assumed + machine.assumed + [f"captions of {TOKENS} tokens"]
+    lines += [("" if i else "assumed", words) for i, words in enumerate(assumed)]
+    told = "".join(f"\n  {head:12} {words}" for head, words in lines)
+    return f"{name} --preset {preset} on {machine}, {machine.tflops:g} TFLOP/s each{told}"
+
+
+@functools.cache
+def options_of(name: str) -> type:
+    """A dataclass of a stage's options and a Machine's."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(importlib.import_module(name).Config, Machine):
+        pass
+
+    return Config
 
 
 def main(name: str, cfg) -> None:
-    """Prints what a stage costs: name is a key of STAGES, cfg the stage's Config. UserError as `job_of`."""
-    job = job_of(name, cfg, GPUS)
-    most, seconds, hours = max(job.turns, key=memory), job.seconds, job.hours(getattr(cfg, "shard", False))
-    parts = ", ".join(f"{part} {most[part] / 2**30:.1f}" for part in ("weights", "trained", "activations"))
-    whole, shard = (
-        f"{'fits' if fits(gib) else 'does NOT fit'} in {MEMORY - RESERVE}" for gib in (job.gib(), job.gib(True))
-    )
-    print(f"{name} --preset {cfg.preset} on {job.gpus} x A800-80GB, {job.ways} a node: {job.work}")
-    print(f"  operations   {job.flop / 1e12:,.1f} TFLOP each")
-    print(f"  GiB a GPU    {job.gib():.1f}: {parts}; {whole}, which CUDA and NCCL leave")
-    if job.gathers:
-        print(f"    --shard    {job.gib(True):.1f}, the blocks over {job.ways} GPUs; {shard}")
-        print(f"  GB sent      by a GPU in a step: {job.summed / 1e9:.2f}; --shard: {job.gathered / 1e9:,.1f} more")
-    print(f"  GB read      {job.weights / 1e9:.1f} of weights, {job.data / 1e9:.1f} of data")
-    print(
-        f"  GPU-hours    {job.gpus * hours:,.2f}, in {hours:,.2f} hours: predicted, without files, at "
-        f"{100 * UTILISATION:g} % of {job.peak / 1e12:g} TFLOP/s"
-    )
-    if job.gathers:
-        print(
-            f"  s a step     {seconds['computing']:,.2f}, then {seconds['summing']:.3f} to sum the gradients; --shard "
-            f"sends for {seconds['gathering']:.2f} meanwhile: predicted"
-        )
+    """Prints what a stage costs: name is a key of STAGES, cfg as `options_of`. UserError as `job_of`."""
+    machine = Machine(**{field.name: getattr(cfg, field.name) for field in dataclasses.fields(Machine)})
+    print(report(name, cfg.preset, job_of(name, cfg, machine), getattr(cfg, "shard", False)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
-    name = parser.parse_args(sys.argv[1:2]).stage
-    sys.argv[:2] = [f"experiments.cost {name}"]
-    program(functools.partial(main, name), importlib.import_module(name).Config, __doc__)
+    name = (sys.argv[1:2] or ["nothing"])[0].removesuffix(".py")
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name not in STAGES:
+        print(f"error: expected a stage, {', '.join(STAGES)}, got {name}", file=sys.stderr)
+        sys.exit(2)
+    else:
+        sys.argv[:2] = [f"experiments.cost {name}"]
+        program(functools.partial(main, name), options_of(name), __doc__, importlib.import_module(name).PRESETS)

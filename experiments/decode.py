@@ -35,7 +35,7 @@ class Config:
     shards: str = "out/demo/pairs"  # folder of prepare.py, make_pairs.py or experiments.pairs
     base: str = ""  # 1.3b, 14b: the release's folder, or diffusers'
     vae: str = ""  # 1.3b, 14b: file or folder of the VAE, if it is not in --base
-    data: str = "out/demo/shards"  # tiny: folder of prepare.py that holds the codec, if --shards does not
+    data: str = option("out/demo/shards", empty=True)  # tiny: folder with the codec, if --shards has none
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of the VAE
     clips: int = option(0, least=0)  # number of them, evenly chosen; 0: all
     segments: int = option(1, least=1)  # pieces that each is cut into, in files of their own; 1: none
@@ -54,19 +54,21 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     codec, device = sample.load_codec(dataclasses.replace(cfg, data=cfg.shards) if own else cfg, group.device)
-    shards = Shards(cfg.shards, "prepare.py, make_pairs.py or experiments.pairs")
+    shards = Shards(cfg.shards, "prepare.py, prepare.py --pairs, make_pairs.py or experiments.pairs")
     fields = [name for name in shards.fields() if name != "x0"] or ["x0"]  # of a pair its sides
     channels, frames = shards.shape(fields[0])[:2]
     if channels != codec.channels:
         expected = f"expected latents of {codec.channels} channels for this codec, got {channels}"
         raise UserError(f"{cfg.shards}: {expected}; choose the --preset that made them")
+    if cfg.clips > len(shards):
+        raise UserError(f"--clips: expected at most {len(shards)}, all of {cfg.shards}, got {cfg.clips}")
     cuts = segment_cuts(frames, cfg.segments)
 
     # ---- decode
     parts = {None: slice(None)}  # segment -> its pictures
     if cfg.segments > 1:
         parts |= {s: pixel_frames(*cut) for s, cut in enumerate(zip(cuts, cuts[1:]))}
-    rate, count = max(1, round(shards.manifest.get("fps", 16))), min(cfg.clips or len(shards), len(shards))
+    rate, count = max(1, round(shards.manifest.get("fps", 16))), cfg.clips or len(shards)
     chosen = [round(place * (len(shards) - 1) / max(1, count - 1)) for place in range(count)]
     jobs = [(i, field, [video_name(i, shards.rows[i], field, s) for s in parts]) for i in chosen for field in fields]
     for job, _ in run.share(len(jobs), "video", lambda job: all(unchanged(run.folder / name) for name in jobs[job][2])):

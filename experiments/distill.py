@@ -26,7 +26,7 @@ import flow
 import model
 from runtime.files import whole_file
 from runtime.group import alone
-from runtime.options import option, program, resolve, user_errors
+from runtime.options import SEED, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, batch_order, epochs
 from runtime.train import Training
@@ -40,25 +40,25 @@ PRESETS = {"tiny": dict(layers="all", rank=32, batch_size=32, steps=200, lr=2e-3
 class Config:
     """Distils a base, or a base with LoRAs, into a LoRA for few steps."""
 
-    preset: str = "tiny"  # sets every option that is not given; there is no other
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     base: str = "out/demo/base"  # model folder; its weights stay frozen
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
     data: str = "out/demo/shards"  # shards of prepare.py
     split: str = option("train", choices=("train", "align", "eval"))  # which clips: those that the base was trained on
     out: str = option("out/distill", neutral=True)  # folder to write
-    nfe: int | None = option(least=1)  # Euler steps that the LoRA is for: windows
+    nfe: int | None = option(least=1, most=1000)  # Euler steps that the LoRA is for: windows
     t_shift: float | None = option(above=0)  # warp of their times towards noise
     solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # of the teacher
     substeps: int = option(3, least=1)  # the teacher's steps in a window
     guidance: float = option(1.0, least=0)  # the teacher's; what comes out is sampled without
     layers: str | None = option(choices=tuple(model.LORA_LAYERS))  # layers that get the LoRA
-    rank: int | None = option(least=1)  # LoRA rank, alpha = rank
+    rank: int | None = option(least=1, most=1024)  # LoRA rank, alpha = rank
     batch_size: int | None = option(least=1)  # clips a step
     steps: int | None = option(least=1)  # optimiser steps
     lr: float | None = option(above=0)  # peak learning rate of AdamW
-    warmup: int | None = option(least=0)  # steps of linear warm-up; then a cosine to 0
+    warmup: int | None = option(least=0, most="steps")  # steps of linear warm-up; then a cosine to 0
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
-    seed: int = 0  # of initialisation, order and noise
+    seed: int = option(0, **SEED)  # of initialisation, order and noise
 
 
 def window(cfg, k: int) -> flow.Grid:
@@ -85,13 +85,13 @@ def window_loss(net, teacher, x0, text, noise, grid: flow.Grid, solver: str):
 
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
-    cfg, loras = resolve(cfg, PRESETS), lora_files(cfg.lora)
+    cfg, asked, loras = resolve(cfg, PRESETS), cfg.batch_size, lora_files(cfg.lora)
     inputs = {"data": cfg.data, "base": cfg.base, "lora": loras}
     run = Run(cfg, "experiments.distill", alone(), inputs)
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split)
-    plan = epochs(len(clips), cfg, "clips")
+    plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.guidance != 1 else None
     net = load_adapted(cfg.base, loras)
     with user_errors():
@@ -122,4 +122,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

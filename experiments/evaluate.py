@@ -28,7 +28,7 @@ import flow
 import model
 from runtime.files import commit, read_manifest, write_json, write_tensors
 from runtime.group import alone
-from runtime.options import Diverged, UserError, option, program, resolve
+from runtime.options import SEED, Diverged, UserError, option, program, resolve
 from runtime.run import Run
 from runtime.shards import Shards
 from tiny import balls
@@ -45,7 +45,7 @@ DIFFERENCES = ("score", "valid")
 class Config:
     """Measures a finished chain by the exact physics of the tiny world."""
 
-    preset: str = "tiny"  # the only one whose physics is known
+    preset: str = option("tiny", choices=tuple(PRESETS))  # the only one whose physics is known
     base: str = "out/demo/base"  # model folder: the Pretrain row
     sft: str = "out/demo/sft"  # folder of sft.py --base: the SFT row
     sft_longer: str = ""  # one more, for as many operations as sft, continuation, pairs and asymdpo together; or none
@@ -58,9 +58,9 @@ class Config:
     clips: int = option(512, least=2)  # prompts in the table
     sweep_clips: int = option(96, least=2)  # clips in the sweep
     solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # what samples; the controls have the other one
-    nfe: int | None = option(least=1)  # solver steps
+    nfe: int | None = option(least=1, most=1000)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
-    seed: int = 0  # of the noise and the bootstrap
+    seed: int = option(0, **SEED)  # of the noise and the bootstrap
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -260,4 +260,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

@@ -36,7 +36,7 @@ import flow
 from experiments.pairs import CLIP, SIDES
 from runtime.files import read_csv, read_manifest, write_jsonl
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve
+from runtime.options import SEED, UserError, option, program, resolve
 from runtime.run import Run
 from runtime.shards import Shards, pixel_frames
 from tiny import balls
@@ -50,13 +50,13 @@ class Config:
     pairs: str = "out/baseline/pairs"  # folder of experiments.pairs
     scorer: str = option("exact", choices=("exact", "noisy", "appearance", "real", "file"))  # who says so
     scores: str = ""  # file: the csv
-    column: str = "reward_Overall"  # file: its column with the score; by default VideoAlign's sum of all aspects
+    column: str = "reward_Overall"  # column with the score; by default VideoAlign's sum of all aspects
     segments: int = option(1, least=1)  # pieces of a clip, each with a label of its own; DenseDPO: 5
     flip: float = option(0.3, least=0, most=1)  # noisy: share of the labels that are turned round
     tie: float = option(0.0, least=0)  # scores that differ by no more than this are a tie
-    data: str = "out/demo/shards"  # folder of prepare.py with the tiny world's codec; file, real: none
+    data: str = option("out/demo/shards", empty=True)  # folder of prepare.py with the tiny world's codec; or none
     out: str = option("out/baseline/labels", neutral=True)  # folder to write
-    seed: int = 0  # of the flips
+    seed: int = option(0, **SEED)  # of the flips
 
 
 def segment_cuts(frames: int, segments: int) -> list[int]:

@@ -62,7 +62,7 @@ METRICS = {  # -> its name, factor, decimals, which way is better, meaning
         "dynamic degree", 1, 3, "→ real",
         "px/frame that the ball moves; slower motion than the real clips’ can be valid, too, and this would show it",
     ),
-    "w1": ("speeds apart", 1, 3, "↓", "Wasserstein distance of the balls’ speeds from the real clips’, px/frame"),
+    "w1": ("W1 of speed", 1, 3, "↓", "distance (Wasserstein) of the balls’ speeds from the real clips’, px/frame"),
     "frozen": ("frozen, %", 100, 1, "↓", f"clips whose ball stands still for {balls.STILL_FRAMES} pictures"),
     "jump": ("jump, %", 100, 1, "↓", f"clips whose ball moves by over {balls.JUMP:g} px from one picture to the next"),
     "traj": ("traj, px", 1, 2, "↓", "distance of the ball from the nearest path that physics allows, rms"),
@@ -132,7 +132,7 @@ def verdict(summary: dict) -> str:
         controls["SFT for as many operations"] = difference[LONGER]["valid"]
         if resolved(difference[LONGER]["valid"]) is False:
             first = "SFT for as many operations is better. "
-    shares = f"{share[OURS]} of its clips are physically valid, SFT’s {share['SFT']}, {longer}real clips’ {share[REAL]}"
+    shares = f"{share[OURS]} of its clips are valid, SFT’s {share['SFT']}, {longer}real clips’ {share[REAL]}"
     gain = difference["SFT"]["valid"]
     points = f"{interval(gain, 100, 1)} points"
     if not resolved(gain):
@@ -154,9 +154,9 @@ def short(table: dict, row: str, metric: str) -> float:
 
 
 def gap_closed(table: dict) -> str:
-    """How much of the way from SFT to real clips was made, in valid share and score; motion; and what became worse."""
+    """How much of the way from SFT to real clips was made, in valid clips and score; and what became worse."""
     parts = []
-    for metric, name in (("valid", "the share of valid clips"), ("score", "score")):
+    for metric, name in (("valid", "valid clips"), ("score", "score")):
         start, ours, real = (table[row][metric] for row in ("SFT", OURS, REAL))
         made = percent((ours - start) / (real - start)) if real > start else "nothing (there is no gap)"
         parts.append(f"{made} in {name}")
@@ -266,7 +266,7 @@ def results_table(table: dict) -> str:
 
 
 def controls_table(summary: dict) -> str:
-    """Valid share and score of SFT and DynamicsBoost under each control, and their difference."""
+    """Valid clips and score of SFT and DynamicsBoost under each control, and their difference."""
     table, difference, half = summary["table"], summary["difference"], summary["half"]
     found = [("as above", table["SFT"], table[OURS], difference["SFT"])]
     found += [(kind, c["SFT"], c[OURS], c["difference"]) for kind, c in summary["controls"].items()]
@@ -285,10 +285,10 @@ def controls_table(summary: dict) -> str:
 
 def sweep_plots(rows: list[dict]) -> str:
     scores = ("score", "whole clip", "o-", R2), ("generated_score", "generated frames only", "s--", R3)
-    errors = ("next_frame", "model", "o-", R2), ("hold", "holding", ":", R3)
+    errors = ("next_frame", "Φ", "o-", R2), ("hold", "holding", ":", R3)
     scores, errors = ([line(rows, *looks, x="n_cond") for looks in lines] for lines in (scores, errors))
     left = plot("Score (higher is better)", "given latent frames", "score", *scores)
-    return left + plot("Error right after them (lower is better)", "given latent frames", "px from the truth", *errors)
+    return left + plot("Next frame (lower is better)", "given latent frames", "px from the truth", *errors)
 
 
 def training_plots(rows: list[dict]) -> str:
@@ -297,9 +297,9 @@ def training_plots(rows: list[dict]) -> str:
         for region, name, colour in (("2", "②", R2), ("3", "③", R3))
         for side, word, style in (("w", "winner", "-"), ("l", "loser", "--"))
     ]
-    left = plot("Change of error against the SFT model", "step", "policy − reference", *changes, level=0)
+    left = plot("Change of error against the SFT model", "step", "diff: policy − reference", *changes, level=0)
     accuracy = line(rows, "rewards/accuracies")
-    return left + plot("Share of pairs in the right order", "step", "accuracy (½: chance)", accuracy, level=0.5)
+    return left + plot("Pairs with a margin above 0", "step", "rewards/accuracies (½: chance)", accuracy, level=0.5)
 
 
 def videos(clips: list[Watched], labels: list[str], caption: str, given: bool = False) -> str:

@@ -31,7 +31,7 @@ import model
 from kernels.modulate import implementation
 from make_pairs import read_clips, sample_shards
 from runtime.group import place, start_group
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import SEED, option, program, resolve, user_errors
 from runtime.run import Run
 from wan.lora import load_adapted, lora_files
 
@@ -48,7 +48,7 @@ CLIP = {"flow": "x0", "structural": "x0", "real": "first", "local": "first"}  # 
 class Config:
     """Makes a pair of every clip, for a baseline."""
 
-    preset: str = "tiny"  # tiny, 1.3b or 14b: sets every option that is not given
+    preset: str = option("tiny", choices=tuple(PRESETS))  # sets every option that is not given
     kind: str = option("flow", choices=tuple(CLIP))  # what the two sides are
     base: str = "out/demo/base"  # model folder
     lora: str = ""  # folders with lora.safetensors, or such files, separated by commas: on the base first
@@ -56,16 +56,16 @@ class Config:
     split: str = option("align", choices=("train", "align", "eval"))  # which clips
     out: str = option("out/baseline/pairs", neutral=True)  # folder to write
     clips: int = option(0, least=0)  # number of clips; 0: every clip of the split
-    eta_min: float = option(0.65, above=0, most=1)  # structural: least time that a clip is noised to
+    eta_min: float = option(0.65, above=0, most="eta_max")  # structural: least time that a clip is noised to
     eta_max: float = option(0.8, above=0, most=1)  # structural: most
     solver: str = option("unipc", choices=tuple(flow.SOLVERS))  # structural has Euler's own part of the grid
-    nfe: int | None = option(least=1)  # solver steps
+    nfe: int | None = option(least=1, most=1000)  # solver steps
     t_shift: float | None = option(above=0)  # warp of the solver's times towards noise
     guidance: float | None = option(least=0)  # classifier-free guidance weight; 1: none
     shard_size: int | None = option(least=1)  # pairs a shard, and sampled together
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
-    seed: int = 0  # of the noise, of η and of the windows
+    seed: int = option(0, **SEED)  # of the noise, of η and of the windows
 
 
 def structural_steps(cfg) -> int:
@@ -141,8 +141,6 @@ def sample_pairs(net, x0, text, ids: list[str], cfg):
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is loaded
     cfg = resolve(cfg, PRESETS)
-    if cfg.eta_min > cfg.eta_max:
-        raise UserError(f"expected eta_min <= eta_max, got {cfg.eta_min} and {cfg.eta_max}")
     group, loras = start_group(implementation), lora_files(cfg.lora)
     inputs = {"data": cfg.data, "base": cfg.base, "lora": loras}
     run = Run(cfg, "experiments.pairs", group, inputs)
@@ -164,4 +162,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    program(main, Config, __doc__)
+    program(main, Config, __doc__, PRESETS)

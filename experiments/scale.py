@@ -8,7 +8,6 @@ minute of one core, and needs no GPU, no weights and no clips.
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import flow
 import make_pairs
 from experiments import cost
+from runtime.files import read_json
 from runtime.options import parse, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,12 +59,10 @@ PAIRS = [  # attention of the continuation model, solver steps, those of them wi
 @functools.cache
 def job(name: str, preset: str, gpus: int, options: str) -> cost.Job:
     """What a stage costs with these options of its own."""
-    if gpus != 8 and name in ("prepare", "make_pairs", "sample"):  # a batch is the same on any number of GPUs
-        return dataclasses.replace(job(name, preset, 8, options), gpus=gpus)
     given = ["--preset", preset, *options.split()]
     given += [word for folder in INPUTS.get(name, []) for word in (f"--{folder}", NOWHERE)]
     given += ["--prompt", "any", "--samples", "100"] if name == "sample" else []
-    return cost.job_of(name, parse(importlib.import_module(name).Config, given, ""), gpus)
+    return cost.job_of(name, parse(importlib.import_module(name).Config, given, ""), cost.Machine(gpus=gpus))
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
@@ -72,16 +70,11 @@ def markdown(head: list[str], rows: list[list]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def digits(value: float) -> str:
-    """Three digits that count, and no zero that stands for one which is not known."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}" if value else "0"
-
-
 def memory_table() -> str:
     """GiB of one of 8 GPUs, with and without --shard."""
 
     def cell(gib: float) -> str:
-        return f"{gib:.1f}" if cost.fits(gib) else f"({gib:.1f})"
+        return f"{gib:.1f}" if cost.Machine().fits(gib) else f"({gib:.1f})"
 
     rows = []
     for name, options in MEMORY:
@@ -101,11 +94,11 @@ def step_table(preset: str) -> str:
         for gpus, options in zip((8, 32), both):
             j = job(name, preset, gpus, options)
             s = j.seconds
-            sent = [digits(j.summed / 1e9), digits(j.gathered / 1e9)] if j.gathers else ["", ""]
-            took = [digits(s[part]) for part in ("computing", "summing", "gathering")[: 3 if j.gathers else 1]]
-            read = digits(j.gpus * j.share * j.read / 1e6) if j.read else ""
-            cells = [digits(j.flop / 1e12), j.share, *sent, read, *took, *[""] * (3 - len(took))]
-            rows.append([f"`{name}.py`", gpus, *cells, digits(j.hours()), digits(j.gpus * j.hours())])
+            sent = [cost.digits(j.summed / 1e9), cost.digits(j.gathered / 1e9)] if j.gathers else ["", ""]
+            took = [cost.digits(s[part]) for part in ("computing", "summing", "gathering")[: 3 if j.gathers else 1]]
+            read = cost.digits(gpus * j.share * j.read / 1e6) if j.read else ""
+            cells = [cost.digits(j.flop / 1e12), j.share, *sent, read, *took, *[""] * (3 - len(took))]
+            rows.append([f"`{name}.py`", gpus, *cells, cost.digits(j.hours()), cost.digits(gpus * j.hours())])
     head = ["stage", "GPUs", "TFLOP each", "a GPU's share", "GB sent: gradients", "blocks", "MB read"]
     return markdown([*head, "s computing", "summing", "gathering", "hours", "GPU-hours"], rows)
 
@@ -142,9 +135,9 @@ def start_table() -> str:
     rows = []
     for name in STEPS:
         jobs = [job(name, preset, 8, STEPS[name][0]) for preset in PRESETS]
-        weights, data = [digits(j.weights / 1e9) for j in jobs], jobs[0].data
-        seconds = [digits((j.weights + data) / cost.DISK) for j in jobs]
-        rows.append([f"`{name}.py`", *weights, digits(data / 1e9) if data else "", *seconds])
+        weights, data = [cost.digits(j.weights / 1e9) for j in jobs], jobs[0].data
+        seconds = [cost.digits((j.weights + data) / cost.DISK) for j in jobs]
+        rows.append([f"`{name}.py`", *weights, cost.digits(data / 1e9) if data else "", *seconds])
     return markdown(["stage", "GB of weights: 1.3b", "14b", "GB of data", "s to read: 1.3b", "14b"], rows)
 
 
@@ -172,6 +165,29 @@ def assumed_table() -> str:
     )
 
 
+def measured_table() -> str:
+    """What one GPU took, by bench/gpu.py, beside what was counted for it; empty if it was not run yet."""
+    file = ROOT / "docs/gpu.json"
+    suites = read_json(file) if file.is_file() else {}
+    rows = [
+        [row["name"], suite, section["on"].split(",")[0], f"{row['GiB predicted']:.1f}",
+         f"{row['GiB at the peak']:.1f}", f"{row['% MFU']:.0f} %" if "% MFU" in row else ""]
+        for suite, sections in suites.items()
+        for section in sections.values()
+        for row in section["rows"]
+        if "GiB predicted" in row and not section["toy"]
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    return f"""
+### Counted beside measured
+
+By `bench/gpu.py`, with random weights: `asymdpo.py`'s step on one pair. The share of the peak leaves out what
+`--checkpointing` computes again; the {100 * cost.UTILISATION:g} % that are assumed above have it in.
+
+{markdown(["what", "preset", "on", "GiB counted", "GiB measured", "of the card's peak"], rows)}"""
+
+
 def page() -> str:
     """The tables, as Markdown."""
     steps = "\n".join(f"### A step and a stage: {preset}\n\n{step_table(preset)}" for preset in PRESETS)
@@ -186,7 +202,7 @@ Made by `python -m experiments.scale --write`: do not edit. Seconds and hours ar
 
 ### GiB of one of 8 GPUs (counted)
 
-{cost.MEMORY - cost.RESERVE} GiB can be had of {cost.MEMORY}; what is in brackets does not fit.
+{cost.Machine().room:g} GiB can be had of {cost.Machine().gpu_gib:g}; what is in brackets does not fit.
 
 {memory_table()}
 {steps}
@@ -198,7 +214,7 @@ Operations, as a share of those of 50 steps with whole forwards, two branches of
 {pair_table()}
 ### Read at the start (counted; seconds predicted)
 
-{start_table()}"""
+{start_table()}{measured_table()}"""
 
 
 def main() -> None:

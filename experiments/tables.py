@@ -39,7 +39,7 @@ import sft
 from experiments import baselines, cost, distill, evaluate, labels, pairs, tables_page
 from experiments.tables_page import COMPARED, HALF, LESS, MAIN, PLAIN
 from runtime.files import MANIFEST, read_json, read_jsonl, write_json
-from runtime.options import UserError, option, program, resolve
+from runtime.options import UserError, listed, option, program, resolve
 from runtime.shards import Shards
 from tiny import balls
 from tiny import codec as codecs
@@ -363,10 +363,11 @@ def run_seeds(cfg, rows: dict, always: tuple[str, ...], measure: Callable) -> tu
     rows: those there are; always: those measured in any case; measure(Seed, names) -> what is found. Returns seeds,
     names of the rows, and what was found of each seed. UserError for other seeds and rows.
     """
-    if not re.fullmatch(r"\d+(,\d+){0,11}", cfg.seeds):
+    words = listed(cfg.seeds, "seeds")
+    if not 1 <= len(words) <= 12 or not all(re.fullmatch(r"\d{1,9}", word) for word in words):
         raise UserError(f"--seeds: expected 1 to 12 numbers, separated by commas, got {cfg.seeds!r}")
-    seeds = [int(word) for word in cfg.seeds.split(",")]
-    wanted = [*always, *cfg.rows.split(",")] if cfg.rows else list(rows)
+    seeds = [int(word) for word in words]
+    wanted = [*always, *listed(cfg.rows, "rows")] if cfg.rows else list(rows)
     if unknown := [name for name in wanted if name not in rows]:
         raise UserError(f"--rows: expected some of {', '.join(rows)}, got {unknown[0]!r}")
     names = [name for name in rows if name in wanted]

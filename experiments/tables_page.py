@@ -33,12 +33,12 @@ FORMATS = {  # metric -> factor, decimals, column
     "shape": (1, 4, "shape ↓"),
 }
 TRAINING = {  # column -> what asymdpo.py logs
-    "winner ②": "diff/w/2",
-    "loser ②": "diff/l/2",
-    "winner ③": "diff/w/3",
-    "loser ③": "diff/l/3",
-    "② gained, t < ¼": "acc/2/t0",
-    "③ gained, t < ¼": "acc/3/t0",
+    "`diff/w` ②": "diff/w/2",
+    "`diff/l` ②": "diff/l/2",
+    "`diff/w` ③": "diff/w/3",
+    "`diff/l` ③": "diff/l/3",
+    "`acc` ②, t < ¼": "acc/2/t0",
+    "`acc` ③, t < ¼": "acc/3/t0",
 }
 PAPER = {  # row -> VBench's overall score and dynamic degree in the paper, as three published reading notes give them
     "pretrain": (24.48, 34.72), "sft": (24.02, 34.15), "flow_noisy": (25.22, 31.22),
@@ -158,9 +158,10 @@ def tables(chosen: Figures, *groups: str) -> str:
     parts.append(table(["", *(FORMATS[m][2] for m in looks)], lines))
     lines = []
     for n in names[:-1]:
-        own = [shown(chosen.rows[n].get(key), digits=2) for key in ("accuracy", "operations")]
+        labels, operations = (chosen.rows[n].get(key) for key in ("accuracy", "operations"))
+        own = [shown(labels, "valid"), shown(operations, digits=2)]
         lines.append([chosen.title(n), chosen.mean(n, "valid", LESS), chosen.minus(n, "sft", "valid", LESS), *own])
-    parts.append(table(["", f"valid, %, {LESS}", "− SFT there", "labels right", "operations"], lines))
+    parts.append(table(["", f"valid, %, {LESS}", "− SFT there", "labels right, %", "operations"], lines))
     return "\n\n".join(parts)
 
 
@@ -177,7 +178,7 @@ def controls(chosen: Figures) -> str:
 
 
 def rates(every: Figures) -> str:
-    """Valid clips and motion at each of the methods' learning rates, that of a method's row in bold."""
+    """Valid clips and dynamic degree at each of the methods' learning rates, that of a method's row in bold."""
     lines = []
     for method, names in every.frontiers().items():
         for n in names:
@@ -283,11 +284,11 @@ def headline(chosen: Figures) -> str:
     for m in ("valid", "score"):
         start, ours, real = (chosen.values(name, m) for name in three)
         closed.append(shown(interval((ours - start) / (real - start)), "valid", 0).replace("+", ""))
-    shares, motion = ([chosen.mean(name, m) for name in three] for m in ("valid", "dyn"))
+    shares, degrees = ([chosen.mean(name, m) for name in three] for m in ("valid", "dyn"))
     return "\n".join(lines) + (
         "\n\nSFT has {} % of valid clips, DynamicsBoost {} %, real clips {} %.".format(*shares)
         + " Of the gap between SFT and real clips it closes {} % in valid clips, {} % in score.".format(*closed)
-        + " Dynamic degree: SFT {}, DynamicsBoost {}, real clips {} px/frame.".format(*motion)
+        + " Dynamic degree: SFT {}, DynamicsBoost {}, real clips {} px/frame.".format(*degrees)
     )
 
 
@@ -301,7 +302,7 @@ def page(found: dict) -> str:
     return Path(__file__).with_suffix(".md").read_text(encoding="utf-8").format(
         headline=headline(chosen), claims=claims(chosen, given), controls=controls(chosen), frontiers=rates(every),
         systems=tables(chosen, "systems"), ablations=tables(chosen, "windows", "loss", "phi"), sweep=sweep(given),
-        trained=trained(chosen), motion=shown(chosen.values("real", "dyn"), digits=2), commit=found["commit"],
+        trained=trained(chosen), real=shown(chosen.values("real", "dyn"), digits=2), commit=found["commit"],
         seeds=", ".join(map(str, found["seeds"])), clips=clips, fewer=fewer, machine=found["machine"], **vars(balls),
     )  # fmt: skip
 
@@ -360,8 +361,8 @@ def picture(every: Figures, path: Path) -> None:
         figure = Figure(figsize=(10, sum(heights)), layout="constrained")
         parts = figure.subfigures(2, 1, height_ratios=heights)  # so that each has its own margins
         above, below = (part.add_subplot() for part in parts)
-        above.set(xlabel="dynamic degree, px/frame", ylabel="valid clips, %")
-        above.set_title("Valid clips and motion, by learning rate", loc="left", weight="bold")
+        above.set(xlabel="dynamic degree, px/frame", ylabel="valid, %")
+        above.set_title("Valid clips and dynamic degree, by learning rate", loc="left", weight="bold")
         below.set_title("Valid clips against SFT", loc="left", weight="bold")
         below.set_xlabel("points, with 95 % intervals over the seeds; filled: resolved")
         draw_frontiers(above, every)

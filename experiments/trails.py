@@ -37,7 +37,7 @@ class Watched:
 
     @property
     def mark(self) -> str:
-        faults = {"✗ jump": self.jump, "✗ stands still": self.frozen, f"✗ {self.traj:.1f} px": not self.valid}
+        faults = {"✗ jump": self.jump, "✗ frozen": self.frozen, f"✗ {self.traj:.1f} px": not self.valid}
         return next((words for words, there in faults.items() if there), f"✓ {self.traj:.1f} px")
 
 

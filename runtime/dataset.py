@@ -4,10 +4,10 @@ import collections
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from runtime.files import csv_rows, inside, read_text
+from runtime.files import csv_rows, inside, nearest, read_text
 from runtime.options import UserError
 
 VIDEOS = (  # endings of the containers that runtime/decode.py reads
@@ -29,7 +29,7 @@ class Folder:
         """UserError if path is no folder."""
         path = Path(path)
         if not path.is_dir():
-            got = "a file" if path.exists() else "no such folder"
+            got = "a file" if path.exists() else f"no such folder{nearest(path)}"
             raise UserError(f"{path}: expected a folder of videos, got {got}")
         self.root, self.links_out, self.passed = path.resolve(), links_out, []
         self._own = set()  # files without any link on their way
@@ -85,9 +85,13 @@ class Folder:
         """The path from root of the file that a table calls `name`, or None. Links are followed as far as root goes.
 
         A name that is no file is looked for as another spelling of its accents has it, then by its last part in every
-        folder, then as if it had been unpacked without its folder. ValueError if it has no place in the folder, or
-        several.
+        folder, then as if it had been unpacked without its folder. ValueError if it is no name, or has no place in the
+        folder, or several.
         """
+        if not name or "\0" in name:
+            raise ValueError("it names no video")
+        if re.search(r"[\ud800-\udfff]", name):
+            raise ValueError("its name is not UTF-8")
         if name not in self._own and not os.path.isfile(self.path(name)):
             last = plain(os.path.basename(name))
             flat = plain(name.replace("/", "_"))
@@ -150,6 +154,33 @@ class Folder:
         if path.stat().st_size > LONGEST:
             raise ValueError(f"expected at most {LONGEST} bytes, got {path.stat().st_size}")
         return read_text(path)
+
+
+def judged(
+    cfg, table: str | Path, rows: Iterable[tuple[dict[str, str], str]], names: Sequence[str], find: Callable
+) -> Iterator[tuple[dict[str, str], object, str]]:
+    """Yields of every row of a table its columns `names`, as they can be written; what find(row) gives; and why the row
+    is bad, or "": for what stands beside it, or because find(row) raises ValueError.
+
+    UserError at the first bad row, by its number, unless cfg.bad_rows is "reject".
+    """
+    for number, (row, wrong) in enumerate(rows, 1):
+        named = {name: row.get(name, "").encode(errors="backslashreplace").decode() for name in names}
+        item = None
+        try:
+            item = None if wrong else find(row)
+        except ValueError as error:
+            wrong = str(error)
+        if wrong and cfg.bad_rows != "reject":
+            where = f"{table} row {number} ({', '.join(repr(name[:200]) for name in named.values())})"
+            raise UserError(f"{where}: {wrong}; mend it, or leave such rows out with --bad_rows reject")
+        yield named, item, wrong
+
+
+def say_skipped(folder: Folder) -> None:
+    """Prints what was passed over, the last of it."""
+    more = [f"and {len(folder.passed) - 20} more"] * (len(folder.passed) > 20)
+    print("".join(f"prepare: skipped {passed}\n" for passed in folder.passed[-20:] + more), end="")
 
 
 def plain(name: str) -> str:

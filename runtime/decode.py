@@ -364,7 +364,7 @@ def read(request: dict, log) -> tuple[list[dict], list[np.ndarray]]:
             reader, pictures = "PyAV", gather(by_pyav(path, source, last, cover, log), chosen, size, log)
     facts, kept = [], []
     for index, clip in zip(chosen, pictures):
-        if frames and frames > STILL and (still := longest_still(clip)) > STILL:
+        if not request["still"] and (still := longest_still(clip)) > STILL:
             facts.append({"error": f"the picture stands still for {still} frames"})
         elif (time := missing(source, index)) is not None:
             facts.append({"error": f"the frame at {time:.2f} s is missing"})

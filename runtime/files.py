@@ -11,8 +11,11 @@ Hashing takes minutes on large folders, so a folder remembers the sha256 of its 
 import collections
 import contextlib
 import csv
+import difflib
 import errno
+import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -115,6 +118,8 @@ def read_text(path: Path) -> str:
     """The text of a file, without a byte order mark. UserError if there is no such file, or it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a text file, got no such file{nearest(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
 
@@ -150,6 +155,8 @@ def csv_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[dict[s
                     wrong = "its text is not UTF-8"
                 if cells or wrong:
                     yield dict(zip(header, cells)), wrong
+    except FileNotFoundError:
+        raise UserError(f"{path}: expected a UTF-8 csv table, got no such file{nearest(path)}") from None
     except (OSError, csv.Error) as error:
         raise UserError(f"{path}: expected a UTF-8 csv table, got: {error}") from None
 
@@ -320,6 +327,33 @@ def unchanged(path: Path, folder: Path | None = None) -> bool:
     return bool(remembered) and path.is_file() and fingerprint(path)["sha256"] == remembered["sha256"]
 
 
+WAN = r"Wan2\.\d-[\w-]+"  # a release's folder, as on Hugging Face
+
+
+def nearest(path: str | Path) -> str:
+    """The end of an error about a path where nothing is: what its author may have meant, or where to get it.
+
+    Empty if something is there, and for an absolute path that is like no other.
+    """
+    path, found = Path(path), []
+    with contextlib.suppress(OSError):
+        if path.exists():
+            return ""
+        named = (
+            p for depth in ("[!.]*", "[!.]*/[!.]*") for p in sorted(Path().glob(f"{depth}/{glob.escape(path.name)}"))
+        )
+        here = next(folder for folder in path.absolute().parents if folder.is_dir())
+        missing, *below = path.absolute().relative_to(here).parts
+        alike = difflib.get_close_matches(missing, sorted(os.listdir(here)), 1, 0.75)
+        like = (p for name in alike if (p := Path(os.path.relpath(here.joinpath(name, *below)))).exists())
+        found += itertools.islice(itertools.chain(named, like), 1)
+    if found:
+        return f"; did you mean {found[0]}?"
+    if re.fullmatch(WAN, path.name):
+        return f"; to download it: hf download Wan-AI/{path.name} --local-dir {path}"
+    return "" if path.is_absolute() else f"; it was looked for in {Path.cwd()}"
+
+
 READ = (".safetensors", ".pth", ".json", ".model")  # what is read of a folder of weights
 SAMPLE = 2**16  # bytes
 
@@ -346,7 +380,7 @@ def identity(path: Path) -> str:
     if (path / MANIFEST).is_file():
         return fingerprint(path / MANIFEST)["sha256"]
     if not path.is_dir():
-        raise UserError(f"{path}: expected a folder or a file, got neither")
+        raise UserError(f"{path}: expected a folder or a file, got neither{nearest(path)}")
     files = sorted(p for p in path.rglob("*") if p.suffix in READ and p.is_file())
     facts = [(str(p.relative_to(path)), p.stat().st_size, _sampled(p)) for p in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -377,7 +411,8 @@ def open_manifest(folder: str | Path, made_by: str) -> dict:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         state = "has no MANIFEST.json: it is unfinished" if folder.is_dir() else "does not exist"
-        raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; run {made_by} first")
+        run = f"run {made_by} first{nearest(folder)}"
+        raise UserError(f"{folder}: expected a finished folder made by {made_by}, but it {state}; {run}")
     try:
         manifest = read_sealed(folder / MANIFEST, old=True)
         files = {name: (facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()}

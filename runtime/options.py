@@ -6,29 +6,30 @@ how a script ends when it is told to.
         steps: int | None = option(least=1)  # the trailing comment is the help; None: the preset says
 
     if __name__ == "__main__":
-        program(main, Config, __doc__)
+        program(main, Config, __doc__, PRESETS)
 
 main(Config(steps=2)) does the same in a program of one's own; it calls `resolve` first.
 """
 
-import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import faulthandler
 import inspect
 import locale
 import math
+import operator
 import os
 import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
-import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -54,25 +55,31 @@ def user_errors():
         raise UserError(str(error)) from None
 
 
-def option(default=None, *, least=None, above=None, most=None, choices=(), neutral=False):
-    """A field of a Config with the values that it may take.
+def option(default=None, *, least=None, above=None, most=None, choices=(), empty=False, neutral=False):
+    """A field of a Config with the values that it may take: --help, the check and the error tell them.
 
-    default None: the preset's value. least, most: inclusive limits; above: an exclusive one; choices: all there are.
+    default None: the preset's value. least, most: inclusive limits; above: an exclusive one; a limit may be the name of
+    another option, which binds a value that was given, not a preset's own. choices: all there are. empty: text may be
+    empty though its default is not.
     neutral: the option changes how a run goes, not what it makes, so a run may go on with another value of it.
     """
-    facts = {"least": least, "above": above, "most": most, "choices": choices, "neutral": neutral}
+    facts = {"least": least, "above": above, "most": most, "choices": choices, "empty": empty, "neutral": neutral}
     return dataclasses.field(default=default, metadata=facts)
+
+
+SEED = dict(least=0, most=2**32 - 1)  # of option: what every generator of random numbers takes
 
 
 def resolve(cfg, presets: dict[str, dict] | None = None):
     """cfg with every field that is None set to what its preset says, and every field checked.
 
     UserError for an unknown preset, for a value that its field does not take, for NaN and infinity, and for text that
-    is not UTF-8.
+    is not UTF-8, is blank, or is empty where the field has a default, as a shell's unset variable leaves it.
     """
+    given = cfg
     if presets is not None:
         if cfg.preset not in presets:
-            raise UserError(f"--preset: expected one of {', '.join(presets)}, got {cfg.preset!r}")
+            raise UserError(f"--preset: expected {_one_of(presets)}, got {cfg.preset!r}")
         cfg = dataclasses.replace(cfg, **{k: v for k, v in presets[cfg.preset].items() if getattr(cfg, k) is None})
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
@@ -80,30 +87,79 @@ def resolve(cfg, presets: dict[str, dict] | None = None):
             raise UserError(f"--{field.name}: expected a finite number, got {value}")
         if isinstance(value, str) and re.search(r"[\ud800-\udfff]", value):  # bytes of the command line
             raise UserError(f"--{field.name}: expected UTF-8 text, got {value!r}")
-        if value is not None and not _fits(value, field.metadata):
+        if isinstance(value, str) and value and not value.strip():
+            raise UserError(f"--{field.name}: expected text, got {value!r}, which is blank; to leave it empty give ''")
+        if value == "" and field.default and not field.metadata.get("empty"):
+            raise UserError(f"--{field.name}: expected a value, got ''")
+        if value is not None and not _fits(value, field):
             raise UserError(f"--{field.name}: expected {_wanted(field)}, got {value!r}")
+    for field in dataclasses.fields(cfg):  # then the limits that are other options
+        value = getattr(given, field.name)
+        if value is not None and not _fits(value, field, cfg):
+            raise UserError(f"--{field.name}: expected {_wanted(field, cfg)}, got {value!r}")
     return cfg
 
 
-def _fits(value, facts: typing.Mapping) -> bool:
-    if facts.get("choices"):
-        return value in facts["choices"]
-    low, above, high = (facts.get(name) for name in ("least", "above", "most"))
-    return (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+LIMITS = {"least": ("at least", operator.ge), "above": ("more than", operator.gt), "most": ("at most", operator.le)}
 
 
-def _wanted(field: dataclasses.Field) -> str:
-    facts = field.metadata
-    if facts.get("choices"):
-        return " or ".join(map(str, facts["choices"]))
-    words = {"least": "at least", "above": "more than", "most": "at most"}
-    limits = [f"{word} {facts[name]}" for name, word in words.items() if facts.get(name) is not None]
-    return " and ".join(limits)
+def _limits(field: dataclasses.Field, cfg=None):
+    """The name of each limit of a field, its value, and its words. cfg: tells those that are another option's value."""
+    for name in LIMITS:
+        limit = field.metadata.get(name)
+        if isinstance(limit, str):
+            value = getattr(cfg, limit, None)
+            yield name, value, f"--{limit}" + (f" ({_shown(value)})" if value is not None else "")
+        elif limit is not None:
+            yield name, limit, _shown(limit)
+
+
+def _fits(value, field: dataclasses.Field, cfg=None) -> bool:
+    if choices := field.metadata.get("choices"):
+        return value in choices
+    return all(LIMITS[name][1](value, limit) for name, limit, _ in _limits(field, cfg) if limit is not None)
+
+
+def _wanted(field: dataclasses.Field, cfg=None) -> str:
+    """The values that a field takes, in words; empty: every value."""
+    if choices := field.metadata.get("choices"):
+        return _one_of(choices)
+    limits = {name: words for name, _, words in _limits(field, cfg)}
+    if limits.keys() == {"least", "most"}:
+        return f"from {limits['least']} to {limits['most']}"
+    return " and ".join(f"{LIMITS[name][0]} {words}" for name, words in limits.items())
+
+
+def _one_of(choices: Iterable[str]) -> str:
+    """a, b or c"""
+    *first, last = choices
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _shown(value) -> str:
+    """A default, a preset's value or a limit, as a line of --help has it."""
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return repr(value) if value == "" else f"{value}" if len(f"{value}") <= 24 else f"{value}"[:8] + "…"
 
 
 def neutral(config: type) -> set[str]:
     """The names of the fields that do not change a result."""
     return {field.name for field in dataclasses.fields(config) if field.metadata.get("neutral")}
+
+
+def listed(text: str, name: str) -> list[str]:
+    """The items of an option's list separated by commas, without the blanks around them; of empty text none.
+
+    UserError for an empty item: one that a shell's unset variable has left, for one.
+    """
+    items = [item.strip() for item in text.split(",")] if text else []
+    if not all(items):
+        raise UserError(f"--{name}: expected a list separated by commas, got {text!r}, where an item is empty")
+    return items
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def field_comments(config: type) -> dict[str, str]:
@@ -112,24 +168,104 @@ def field_comments(config: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", sources, re.M))
 
 
-def parse(config: type, argv: list[str], doc: str):
-    """Command line -> config. Dashes in an option's name may be written for underscores."""
-    comments, hints = field_comments(config), typing.get_type_hints(config)
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _kinds(config: type) -> dict[str, type]:
+    """What the value of each field is: bool, int, float or str."""
+    hints = typing.get_type_hints(config)
+    optional = {name: [k for k in typing.get_args(hint) if k is not type(None)] for name, hint in hints.items()}
+    return {name: (optional[name] or [hint])[0] for name, hint in hints.items()}
+
+
+def parse(config: type, argv: list[str], doc: str, presets: dict[str, dict] | None = None):
+    """Command line -> config, checked as `resolve` does it without the presets, which --help alone tells.
+
+    Dashes in an option's name may be written for underscores. Of an option that is given twice the last one counts.
+    SystemExit after --help; UserError for what is no option, and for a value that its option does not take.
+    """
+    if {"-h", "--help"} & {*argv}:
+        print(_help(config, doc, presets or {}))
+        sys.exit()
+    fields, kinds, given = {field.name: field for field in dataclasses.fields(config)}, _kinds(config), {}
+    words = iter(argv)
+    for word in words:
+        spelled, equals, value = word.partition("=")  # what stands after "=" is a value, whatever it begins with
+        name = spelled.removeprefix("--").replace("-", "_")
+        if name not in fields or spelled == name:
+            raise UserError(_no_option(word, spelled, list(fields)))
+        if kinds[name] is bool:
+            if equals:
+                raise UserError(f"--{name}: expected no value, got {value!r}")
+            given[name] = True
+            continue
+        value = value if equals else next(words, None)
+        try:
+            if value is None or value.startswith("--") and not equals:
+                raise ValueError
+            given[name] = kinds[name](value)
+        except ValueError:
+            kind = {int: "a whole number", float: "a number", str: "a value"}[kinds[name]]
+            wanted = ", ".join(filter(None, (kind, _wanted(fields[name]))))
+            got = "nothing" if value is None or value.startswith("--") and not equals else repr(value[:80])
+            raise UserError(f"--{name}: expected {wanted}, got {got}") from None
+    return resolve(config(**given))
+
+
+def arguments(config: type, doc: str, presets: dict[str, dict] | None = None):
+    """`parse` of the command line, for what is no `program`: a mistake ends it in one line, with exit code 2."""
+    try:
+        return parse(config, sys.argv[1:], doc, presets)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _no_option(word: str, spelled: str, names: list[str]) -> str:
+    """What is wrong with a word that stands in an option's place."""
+    if not spelled.startswith(("-", "–", "—")):
+        return f"{word[:80]!r}: expected an option; quote a value that has blanks (--help lists all options)"
+    near = difflib.get_close_matches(spelled.strip("-–—").replace("-", "_"), [*names, "help"], 1)
+    return f"{spelled[:80]}: no such option{f'; did you mean --{near[0]}?' if near else ''} (--help lists all)"
+
+
+def _help(config: type, doc: str, presets: dict[str, dict]) -> str:
+    """What --help prints: the program's docstring, and each option with its values, what presets set, its default."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    comments, kinds, lines = field_comments(config), _kinds(config), [*_wrapped(doc.strip(), width), "", "options:"]
     for field in dataclasses.fields(config):
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):
-            kind = next(k for k in typing.get_args(kind) if k is not type(None))
-        facts = [wanted] if (wanted := _wanted(field)) else []
-        facts += ["by preset"] if field.default is None and field.metadata else []
-        facts += [f"default {field.default}"] if str(field.default) not in ("None", "", "False") else []
-        shown = comments.get(field.name, "") + (f" ({'; '.join(facts)})" if facts else "")
-        value = {"type": kind, "metavar": kind.__name__, "default": field.default}
-        options = {"action": "store_true"} if kind is bool else value
-        parser.add_argument(f"--{field.name}", help=shown.replace("%", "%%"), **options)
-    # --save-every is --save_every; what stands after "=" is a value
-    spelled = [re.sub(r"^--[^=]*", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
-    return config(**vars(parser.parse_args(spelled)))
+        comment = comments.get(field.name, "")
+        facts = [] if field.metadata.get("choices") else [_wanted(field)]
+        facts += [", ".join(f"{k} {_shown(v[field.name])}" for k, v in presets.items() if field.name in v)]
+        facts += [f"default {_shown(field.default)}"] if str(field.default) not in ("None", "", "False") else []
+        told = "; ".join(filter(None, facts))
+        head = f"  --{field.name} {_metavar(field, kinds[field.name], comment)}"
+        body = textwrap.wrap(comment + (f" ({told})" if told else ""), width - 24) or [""]
+        lines += [f"{head:24}{body.pop(0)}"] if len(head) < 24 else [head]
+        lines += [" " * 24 + line for line in body]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _metavar(field: dataclasses.Field, kind: type, comment: str) -> str:
+    if choices := field.metadata.get("choices"):
+        return "|".join(choices)
+    path = "PATH" if re.search(r"\b(folders?|files?|csv|shards of)\b", comment) else "TEXT"
+    return {bool: "", int: "N", float: "X", str: path}[kind]
+
+
+def _wrapped(doc: str, width: int) -> list[str]:
+    """The lines of a docstring, its prose wrapped; a line that begins with a word and two blanks is an entry of a list,
+    and what is indented stands as it is.
+    """
+    lines = []
+    for paragraph in doc.split("\n\n"):
+        if paragraph.startswith(" "):
+            lines += [*paragraph.splitlines(), ""]
+            continue
+        for entry in re.split(r"\n(?=\S+  )", paragraph):
+            label = re.match(r"\S+  +", entry)
+            indent = " " * len(label[0]) if label else ""
+            text = (label[0] if label else "") + " ".join(entry[len(indent) :].split())
+            lines += textwrap.wrap(text, width, subsequent_indent=indent)
+        lines.append("")
+    return lines[:-1]
 
 
 # ---- how a script ends ----------------------------------------------------------------------------------------------
@@ -218,8 +354,10 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def program(main: Callable, config: type, doc: str) -> None:
+def program(main: Callable, config: type, doc: str, presets: dict[str, dict] | None = None) -> None:
     """Runs main(config from the command line) as a program, which ends in one line where something is wrong.
+
+    presets: what --help tells beside each option that they set.
 
     Exit codes: 2 a user's mistake or a disk's, 3 a run that diverged, 4 another process that ended or hangs, 128 + the
     signal's number. Of these torchrun --max-restarts retries 4 alone, and crashes.
@@ -229,7 +367,7 @@ def program(main: Callable, config: type, doc: str) -> None:
         faulthandler.enable()  # a mapped file that was cut short ends a process by SIGBUS, without a word
     with _signals():
         try:
-            main(parse(config, sys.argv[1:], doc))
+            main(parse(config, sys.argv[1:], doc, presets))
         except BaseException as error:
             _Told.ending = True
             line, code = _ending(error)
@@ -264,7 +402,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
         again = "interrupted: run the same command again to go on from where it was"
         number = error.args[0] if isinstance(error, Interrupted) else signal.SIGINT
         return again if _main_process() else "", 128 + number
-    if isinstance(error, SystemExit) and isinstance(error.code, int):  # argparse has said what is wrong
+    if isinstance(error, SystemExit) and isinstance(error.code, int):  # after --help, for one
         return "", error.code
     if isinstance(error, OSError) and (text := _disk_error(error)):
         return f"error: {text}", 2

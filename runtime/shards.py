@@ -1,6 +1,6 @@
 """Shards: the files between the stages, and the order in which training reads them.
 
-A folder of shards (clips from prepare.py, pairs from make_pairs.py) holds
+A folder of shards (clips or pairs from prepare.py, pairs from make_pairs.py) holds
 
     shard-00000.safetensors   each field stacked over the shard's samples, e.g. `x0 (n, C, F, H, W)`; the text states
                               of all samples in a row in `text (sum of S, text_dim)`, cut at `text_start (n + 1,)`
@@ -48,6 +48,11 @@ def shard_name(k: int) -> str:
 def pixel_frames(first: int, end: int) -> slice:
     """The pixel frames of the latent frames first … end − 1: latent 0 is pixel frame 0, latent i is 4i − 3 … 4i."""
     return slice(max(4 * first - 3, 0), max(4 * end - 3, 0))
+
+
+def latent_frame(picture: int) -> int:
+    """The latent frame that holds a pixel frame: the inverse of `pixel_frames`."""
+    return (picture + 3) // 4
 
 
 def write_shard(
@@ -215,7 +220,10 @@ class Shards:
         return sorted(set(self._sample(0)[0].keys()) - {"text", "text_start"})
 
     def shape(self, field: str) -> tuple[int, ...]:
-        """Shape of one sample's field."""
+        """Shape of one sample's field. UserError if samples have none of that name."""
+        if field not in (found := self.fields()):
+            got = f"got one made by {self.manifest.get('stage', 'others')}, with {', '.join(found)}"
+            raise UserError(f"{self.folder}: expected a folder of samples with {field}, {got}")
         return tuple(self._sample(0)[0].get_slice(field).get_shape()[1:])
 
 
@@ -257,7 +265,13 @@ def micro_batches(n: int, step: int, cfg, run: Run, generator: Callable) -> list
     return [order[i : i + micro] for i in range(first, first + per_process, micro)]
 
 
-def epochs(n: int, cfg, unit: str) -> str:
-    """What a training run reads of its n samples: "625 steps × 32 = 20,000 pairs, 10.0 epochs of 2,000"."""
+def epochs(n: int, cfg, unit: str, asked: int | None = None) -> str:
+    """What a training run reads of its n samples: "625 steps × 32 = 20,000 pairs, 10.0 epochs of 2,000".
+
+    UserError if more samples a step were asked for than there are: a preset may take one twice, where there are few.
+    """
+    if asked and asked > n:
+        twice = f"each would be {asked / n:.1f} times in a step, with the same noise"
+        raise UserError(f"--batch_size: expected at most {n:,}, as there are no more {unit}, got {asked:,}: {twice}")
     read = cfg.steps * cfg.batch_size
     return f"{cfg.steps:,} steps × {cfg.batch_size} = {read:,} {unit}, {read / n:.1f} epochs of {n:,}"

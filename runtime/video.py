@@ -92,16 +92,18 @@ class Decoder(contextlib.AbstractContextManager):
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         clips: int = 1,
+        still: bool = False,
     ) -> list[Clip | BadVideo]:
         """Reads up to `clips` clips of `frames` pictures each, spread evenly over the video without overlap.
 
-        frames None: one clip of the whole video, in which the picture may stand still. size (h, w) px: the upright
-        picture, with square pixels, is resized to cover it and cut at the centre; None keeps the file's size. fps: each
-        picture is the frame on the screen at its time, counted from the first; None takes every frame.
+        frames None: one clip of the whole video. size (h, w) px: the upright picture, with square pixels, is resized to
+        cover it and cut at the centre; None keeps the file's size. fps: each picture is the frame on the screen at its
+        time, counted from the first; None takes every frame. still: the picture may stand still, as in whole videos.
 
         A BadVideo stands in the place of a clip that cannot be trusted. Raises BadVideo if there is no good clip.
         """
-        answer, arrays = self._ask(path=regular_file(path), frames=frames, size=size, fps=fps, clips=clips)
+        request = dict(frames=frames, size=size, fps=fps, clips=clips, still=still or not frames)
+        answer, arrays = self._ask(path=regular_file(path), **request)
         found = [BadVideo(f["error"]) if "error" in f else Clip(arrays.pop(0), **f) for f in answer["clips"]]
         if not any(isinstance(clip, Clip) for clip in found):
             raise found[0]

@@ -2,21 +2,28 @@
 
 import dataclasses
 import errno
+import importlib
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import helpers
 import pytest
 from helpers import contents, copy, cut, flip_bit, refused, run_stage, script, some_clips, stage, stop_at
 
+import asymdpo
 import prepare
-from runtime.files import read_jsonl
-from runtime.options import UserError, program
+import sample
+from runtime.files import read_jsonl, read_text
+from runtime.options import UserError, parse, program, resolve
 from runtime.shards import Shards, shard_is_whole
+from tiny.words import unknown
 
 # ---- a stage's options and folders -----------------------------------------------------------------------------------
 
@@ -31,15 +38,142 @@ def test_every_option_is_checked(name, chain, tmp_path):
         wrong = ["nonsense"] if facts.get("choices") else []
         wrong += [math.nan, math.inf] if isinstance(getattr(cfg, field.name), float) else []
         for limit, beyond in (("least", -1), ("above", 0), ("most", 1)):
-            wrong += [facts[limit] + beyond] if facts.get(limit) is not None else []
+            wrong += [facts[limit] + beyond] if isinstance(facts.get(limit), int | float) else []
         for value in wrong:
             refused(f"^--{field.name}: expected .*got {value!r}", main, dataclasses.replace(cfg, **{field.name: value}))
             tried.add(field.name)
     assert tried and not (tmp_path / "out").exists()
 
 
+def commands() -> dict:
+    """Every command's module by its name."""
+    paths = (p for room in (".", "tiny", "wan", "experiments", "bench") for p in (helpers.ROOT / room).glob("*.py"))
+    own = sorted(p.relative_to(helpers.ROOT).with_suffix("") for p in paths if "class Config" in read_text(p))
+    return {name: importlib.import_module(name) for name in (".".join(path.parts) for path in own)}
+
+
+def legal(kind: type, facts, text: str) -> bool:
+    """Whether a field takes what stands on the command line, by what it declares."""
+    try:
+        value = kind(text)
+    except ValueError:
+        return False
+    low, above, high = (facts.get(name) for name in ("least", "above", "most"))
+    fits = (low is None or value >= low) and (above is None or value > above)
+    return math.isfinite(value) and fits and (high is None or isinstance(high, str) or value <= high)
+
+
+def test_every_number_of_every_command_has_a_range():
+    """What is outside of it, and what is no number, ends in a line that names the option; presets are inside."""
+    found, refusals = commands(), 0
+    assert {"sft", "experiments.labels", "tiny.balls", "wan.export", "bench.pairs"} <= found.keys()
+    for name, module in found.items():
+        hints = typing.get_type_hints(module.Config)
+        for field in dataclasses.fields(module.Config):
+            kinds = {int, float} & {hints[field.name], *typing.get_args(hints[field.name])}
+            if not kinds:
+                continue
+            (kind,), limits = kinds, [field.metadata.get("least"), field.metadata.get("above")]
+            assert limits != [None, None], f"{name}: --{field.name} has no limit"
+            for text in ("-1", "nan", "inf", "-inf", "1e400", "", "x", "--x"):
+                argv = [f"--{field.name}", text]
+                if legal(kind, field.metadata, text):
+                    assert getattr(parse(module.Config, argv, ""), field.name) == kind(text)
+                else:
+                    refused(f"^--{field.name}: expected ", parse, module.Config, argv, "")
+                    refusals += 1
+        for preset in (presets := getattr(module, "PRESETS", {})):
+            resolve(module.Config(preset=preset), presets)
+    assert refusals > 500
+
+
+LINES = {  # command, and what is given -> the line that it must end in
+    "asymdpo --stepz 5": "--stepz: no such option; did you mean --steps? (--help lists all)",
+    "asymdpo --step 5": "--step: no such option; did you mean --steps? (--help lists all)",
+    "asymdpo -steps 5": "-steps: no such option; did you mean --steps? (--help lists all)",
+    "asymdpo --zzz": "--zzz: no such option (--help lists all)",
+    "asymdpo a": "'a': expected an option; quote a value that has blanks (--help lists all options)",
+    "asymdpo --shard=1": "--shard: expected no value, got '1'",
+    "asymdpo --steps many": "--steps: expected a whole number, at least 1, got 'many'",
+    "asymdpo --steps 1e3": "--steps: expected a whole number, at least 1, got '1e3'",
+    "asymdpo --steps": "--steps: expected a whole number, at least 1, got nothing",
+    "asymdpo --steps --lr 1": "--steps: expected a whole number, at least 1, got nothing",
+    "asymdpo --out": "--out: expected a value, got nothing",
+    "asymdpo --out ''": "--out: expected a value, got ''",
+    "asymdpo --beta ''": "--beta: expected a number, more than 0, got ''",
+    "asymdpo --lr -1": "--lr: expected more than 0, got -1.0",
+    "asymdpo --lr nan": "--lr: expected a finite number, got nan",
+    "asymdpo --region 12": "--region: expected 123, 23 or 3, got '12'",
+    "asymdpo --preset huge": "--preset: expected tiny, 1.3b or 14b, got 'huge'",
+    "asymdpo --warmup 500 --steps 10": "--warmup: expected from 0 to --steps (10), got 500",
+    "asymdpo --warmup 500": "--warmup: expected from 0 to --steps (200), got 500",
+    "asymdpo --sft a,,b": "--sft: expected a list separated by commas, got 'a,,b', where an item is empty",
+    "make_pairs --lora a,": "--lora: expected a list separated by commas, got 'a,', where an item is empty",
+    "bench.pairs --seeds 1,x": "--seeds: expected 1 to 12 numbers, separated by commas, got '1,x'",
+    "continuation --caption_dropout 5": "--caption_dropout: expected from 0 to 1, got 5.0",
+    "experiments.pairs --eta_max 0.5": "--eta_min: expected more than 0 and at most --eta_max (0.5), got 0.65",
+    "prepare --workers 0": "--workers: expected at least 1, got 0",
+    "tiny.balls --workers 0": "--workers: expected at least 1, got 0",
+    "sample --t_shift -1": "--t_shift: expected more than 0, got -1.0",
+    "sample": "expected --prompt or --prompts, got neither",
+    "sample --prompts sone.txt": "sone.txt: expected a text file, got no such file; did you mean some.txt?",
+    "prepare --videos models --metadata some.tx": "some.tx: expected a UTF-8 csv table, got no such file; did you mean "
+    "some.txt?",
+    "sample --prompt a --prompts some.txt": "expected --prompt or --prompts, got both",
+    "sample --prompts some.txt": "some.txt line 2, 4: expected a prompt on each line, got a blank one; delete it",
+    "sample --prompt a --continuation ' '": "--continuation: expected text, got ' ', which is blank; to leave it empty "
+    "give ''",
+    "sample --prompt a --continuation x": "--video: expected it with --continuation x, got nothing",
+    "sample --prompt a --n_cond 3": "--n_cond: expected it with --video alone, which it is about, got no --video",
+    "wan.export --lora '' --base Wan2.1-T2V-1.3B": "Wan2.1-T2V-1.3B: expected a folder or a file, got neither; did you "
+    "mean models/Wan2.1-T2V-1.3B?",
+    "wan.export --lora '' --base big/Wan2.1-T2V-14B": "big/Wan2.1-T2V-14B: expected a folder or a file, got neither; "
+    "to download it: hf download Wan-AI/Wan2.1-T2V-14B --local-dir big/Wan2.1-T2V-14B",
+    "wan.export --lora '' --base model/Wan2.1-T2V-1.3B": "model/Wan2.1-T2V-1.3B: expected a folder or a file, got "
+    "neither; did you mean models/Wan2.1-T2V-1.3B?",
+    "wan.export --lora '' --base other": "other: expected a folder or a file, got neither; it was looked for in {here}",
+    "wan.export --lora '' --base {here}/other": "{here}/other: expected a folder or a file, got neither",
+}
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_a_mistake_is_one_line(command, tmp_path, monkeypatch, capsys):
+    """As the program ends: that line on stderr and no other, nothing on stdout, exit code 2."""
+    (tmp_path / "models/Wan2.1-T2V-1.3B").mkdir(parents=True)
+    (tmp_path / "some.txt").write_text("a ball\n\na ball\n \na ball\n")
+    monkeypatch.chdir(tmp_path)
+    name, *words = shlex.split(command.replace("{here}", str(tmp_path)))
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with pytest.raises(SystemExit) as caught:
+        program(module.main, module.Config, module.__doc__)
+    said = capsys.readouterr()
+    assert said.err == f"error: {LINES[command].replace('{here}', str(tmp_path))}\n"
+    assert (caught.value.code, said.out) == (2, "")
+
+
+def test_a_presets_warm_up_may_be_longer_than_a_run():
+    """A short run of a preset is what it always was; the warm-up that its user gave must end within it."""
+    assert resolve(asymdpo.Config(steps=2), asymdpo.PRESETS).warmup == asymdpo.PRESETS["tiny"]["warmup"] > 2
+    assert resolve(asymdpo.Config(steps=2, warmup=2), asymdpo.PRESETS).warmup == 2
+
+
+def test_words_that_no_caption_has_are_told(chain):
+    """The tiny model never saw them: with the words that it knows; a prompt of nothing else is refused."""
+    folder = str(chain / "shards")
+    assert unknown(["a ball falls"], folder) == ""
+    said = unknown(["a cat falls", "a dog falls", "a cat"], folder)
+    assert re.fullmatch(rf"no caption of {folder} has 'cat', 'dog'; its words are a, and, ball, .*", said), said
+    said = unknown(["a ball falls " * 4 + "down"], folder)
+    assert said == "of a prompt the first 11 words are read, not 'falls', 'down'"
+    cfg = sample.Config(base=str(chain / "base"), data=folder, prompt="cats meow", out=str(chain.parent / "nothing"))
+    refused(
+        "prompt 'cats meow': expected words of the captions of .*, got none; its words are a, and,", sample.main, cfg
+    )
+
+
 OPTIONS = {  # what is wrong -> stage, options, words that the error must have
-    "unknown preset": ("sft", dict(preset="huge"), "--preset: expected one of .*tiny.*got 'huge'"),
+    "unknown preset": ("sft", dict(preset="huge"), "--preset: expected tiny, .*got 'huge'"),
     "micro_batch does not divide": ("sft", dict(micro_batch=3), "batch_size 4: expected a multiple"),
     "text that is not UTF-8": ("shards", dict(negative="\udcff"), "--negative: expected UTF-8 text, got"),
     "a timeout of ages": ("sft", dict(step_timeout=1e20), "--step_timeout: expected more than 0 and at most 1000000"),
@@ -51,6 +185,11 @@ OPTIONS = {  # what is wrong -> stage, options, words that the error must have
     "N2 past the clip": ("pairs", dict(n2_max=14), "n2_max <= 13"),
     "no interval of guidance": ("pairs", dict(guidance=3.0, guidance_low=0.5, guidance_high=0.5), "got 0.5 and 0.5"),
     "guidance between the steps": ("pairs", dict(guidance=3.0, guidance_high=0.01), "at one step .*0.01 with --nfe 2"),
+    "more clips a step than there are": (
+        "sft",
+        dict(batch_size=1000),
+        "--batch_size: expected at most .* times in a step",
+    ),
     "more pairs than clips": ("pairs", dict(clips=1000), "--clips: expected at most"),
     "more sweep clips than there are": ("eval", dict(sweep_clips=1000), "--sweep_clips: expected at most"),
     "no LoRA to fuse": ("pairs", dict(lora="/nowhere"), "/nowhere: expected a LoRA"),
@@ -194,14 +333,11 @@ def test_a_folder_that_is_none_of_videos(name, tmp_path):
 
 
 def test_scripts_end_in_one_line_and_code_2(chain, tmp_path):
-    """As programs, from another folder: nothing but the line on stderr, no traceback, exit code 2."""
-    for words in (
-        helpers.command_line("asymdpo", stage(chain, "asymdpo", out=tmp_path / "out", pairs=str(tmp_path))[1]),
-        [str(helpers.ROOT / "sample.py"), "--prompt", " "],
-    ):
-        done = script(*words, cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == "", done
-        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    """As a program, from another folder: nothing but the line on stderr, no traceback, exit code 2."""
+    cfg = stage(chain, "asymdpo", out=tmp_path / "out", pairs=str(tmp_path))[1]
+    done = script(*helpers.command_line("asymdpo", cfg), cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "", done
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 SPEAKING = """

@@ -279,9 +279,10 @@ def test_one_bad_section_does_not_end_the_others(fake, capfd):
     assert "first: 7 size, right: yes" in printed and "second: right: NO" in printed
     table = gpu.table(known | {"kernels": None})
     assert table.splitlines()[2:] == [
-        f"| `fake` | commit {gpu.commit()} on {gpu.here()}: 1 of 2 checks hold |", "|  | first: 7 size, right: yes |",
-        "|  | hang: cut after 9 s |", "|  | crash: exit code -11: about to &lt;fail&gt; \\| now |",
-    ]  # fmt: skip
+        f"| `fake` | commit {gpu.commit()} on {gpu.here()}: 1 of 2 checks hold; hang: cut after 9 s; "
+        "crash: exit code -11: about to &lt;fail&gt; \\| now |",
+        "|  | first: 7 size, right: yes |",
+    ]
 
 
 def test_only_good_ends_are_a_success(fake, monkeypatch):

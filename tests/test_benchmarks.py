@@ -76,7 +76,7 @@ def test_vbench_from_its_folder(tmp_path):
     assert sorted(prompts) == ["a", "b", "c"] and "custom_input" not in command
     assert len(command.split("'")[1].split()) == 6
     (tmp_path / "scene.txt").unlink()
-    with pytest.raises(UserError, match="scene.txt.*No such file"):
+    with pytest.raises(UserError, match="scene.txt.*no such file"):
         benchmarks.vbench(benchmarks.Config(vbench=str(tmp_path)), tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_two_processes(chain, tmp_path):
         ("phygenbench", "p.json", "[{", "p.json: expected JSON, got damaged text"),
         ("phygenbench", "p.json", '{"caption": "a cat"}', "expected a table with a prompt in each row"),
         ("phygenbench", "p.json", r'[{"caption": "a \ud800 cat"}]', "row 1: expected a text in its column prompt or"),
-        ("phygenbench", "nowhere.csv", None, "nowhere.csv.*No such file"),
+        ("phygenbench", "nowhere.csv", None, "nowhere.csv.*[Nn]o such file"),
     ],
 )
 def test_mistakes_are_named(chain, tmp_path, option, name, content, words):

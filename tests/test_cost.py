@@ -1,8 +1,10 @@
 """experiments.cost: its counts against PyTorch's own and published sizes. It needs no file and leaves none."""
 
+import collections
 import dataclasses
 import functools
 import importlib
+import itertools
 
 import pytest
 import torch
@@ -14,11 +16,14 @@ import asymdpo
 import continuation
 import make_pairs
 import model
+import prepare
 import sample
 import sft
-from experiments import cost, scale
+from bench import rounding
+from experiments import cost, recipe, scale
 from kernels import modulate
 from runtime import files
+from runtime.group import Group, local_batch
 from runtime.options import UserError, parse, resolve
 from wan import text, vae
 from wan.lora import read_header
@@ -150,16 +155,35 @@ def test_published_sizes():
 
 
 def printed(name: str, options: str, capsys) -> str:
-    cost.main(name, parse(importlib.import_module(name).Config, options.split(), ""))
+    cost.main(name, parse(cost.options_of(name), options.split(), ""))
     return capsys.readouterr().out
 
 
 def test_the_tables_in_the_docs(tmp_path, monkeypatch):
-    """docs/scale.md is what `python -m experiments.scale --write` makes of it; and it is made without one file."""
+    """docs/scale.md and recipes.md are what `python -m experiments.scale --write` and experiments.recipe's make of
+    them; and they are made without one file.
+    """
     shown = (ROOT / "docs/scale.md").read_text(encoding="utf-8").partition(scale.MARK)
+    recipes = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert "".join(shown[1:]).splitlines() == scale.page().splitlines()
+    assert recipes.splitlines() == recipe.page().splitlines()
     assert not list(tmp_path.iterdir())
+
+
+def test_measured_beside_counted(tmp_path, monkeypatch):
+    """What bench/gpu.py has measured on a GPU, and counted. Not toy sizes, nor rows that nothing was counted for."""
+    monkeypatch.setattr(scale, "ROOT", tmp_path)
+    assert scale.measured_table() == ""
+    step = {"name": "a step", "GiB predicted": 35.07, "GiB at the peak": 34.87, "% MFU": 44.3}
+    sections = {
+        "large": {"on": "H100, torch", "toy": False, "rows": [step, {"name": "a decode", "GiB at the peak": 3.2}]},
+        "small": {"on": "cpu", "toy": True, "rows": [step]},
+    }
+    (tmp_path / "docs").mkdir()
+    files.write_json(tmp_path / "docs/gpu.json", {"1.3b": sections})
+    rows = [line for line in scale.measured_table().splitlines() if line.startswith("|")]
+    assert rows[2:] == ["| a step | 1.3b | H100 | 35.1 | 34.9 | 44 % |"]
 
 
 def test_what_is_sent(monkeypatch):
@@ -248,13 +272,135 @@ def test_shard_is_counted_as_it_is():
         assert [number // 3 for number in counted] == gathers == [2, 3, 1]
 
 
-def test_what_is_said_of_a_run(capsys):
-    """What is assumed, and what does not fit; --shard, where whole forwards make it possible."""
+def test_what_is_said_of_a_run(capsys, monkeypatch):
+    """All that is assumed, and nothing that was given or is there; what does not fit; --shard, where it is possible."""
     assert "does NOT fit in 76" in printed("continuation", "--preset 14b", capsys)
     options = "--preset 1.3b --shard_size 2 --nfe 4 --data nowhere --continuation nowhere"
     found, whole = (printed("make_pairs", options + more, capsys) for more in ("", " --shard"))
-    assert "20,000 pairs by 4 steps, with prefix attention, 2 at once; latents (16, 13, 36, 64) assumed" in found
-    assert "--shard" not in found and "--shard" in whole
+    assert "20,000 pairs (16, 13, 36, 64) by 4 steps, with prefix attention, 2 at once" in found
+    assert "  --shard" not in found and "  --shard" in whole
+    _, assumed = found.split("  assumed")
+    gpus = "8 GPUs, 8 of them a node, 80 GiB of a GPU, 312 TFLOP/s"
+    assert all(words in assumed for words in ("20,000 align latents", "no folder nowhere", gpus, "40 %", "100 tokens"))
+    monkeypatch.setattr(cost, "latents", lambda *folder: (cost.SHAPE, 77, []))
+    given = f"{options} --gpus 2 --node 2 --gpu_gib 24 --tflops 165"
+    assert "latents" not in (known := printed("make_pairs", given, capsys)) and "8 x A800" not in known
+    assert "on 2 GPUs of 24 GiB, 165 TFLOP/s each" in known and "fits in 20.0 GiB" in known
+    refused("--shard: expected several GPUs", printed, "make_pairs", f"{options} --shard --gpus 1", capsys)
+    refused("--gpu_gib: expected more than 4", printed, "make_pairs", f"{options} --gpu_gib 4", capsys)
+
+
+def test_the_text_encoder_is_counted_where_it_is_loaded(capsys):
+    """Beside the VAE in prepare.py, before the rest in sample.py; 11.36 GB are UMT5's as they are published."""
+    encoder = cost.measure_text()
+    assert encoder["weights"] == pytest.approx(11.36e9, rel=0.001)
+    stored = cost.job_of("prepare", prepare.Config(preset="1.3b", videos="nowhere"), cost.Machine())
+    [both] = stored.turns.values()
+    assert both["weights"] - encoder["weights"] == pytest.approx(4 * 126.9e6, rel=0.01)  # the VAE's, in float32
+    drawn = cost.job_of("sample", sample.Config(preset="1.3b", prompts="nowhere.txt"), cost.Machine())
+    alone, rest = (cost.memory(count) for count in drawn.turns.values())
+    assert drawn.gib() == alone > rest and drawn.samples == 1
+    said = printed("sample", "--preset 1.3b --gpus 1", capsys)
+    assert "text encoder: weights 10.6 GiB" in said and "one prompt, as there is no --prompt" in said
+
+
+def test_clips_and_pairs_that_exist_are_encoded(tmp_path):
+    """Both sides of each pair; what is not there is named, and as many as the paper's are assumed."""
+    for side in ("good", "bad"):
+        (tmp_path / side).mkdir()
+        for name in ("a", "b"):
+            (tmp_path / side / f"{name}.mp4").touch()
+            (tmp_path / side / f"{name}.txt").write_text("a ball")
+    (tmp_path / "pairs.csv").write_text("chosen,rejected,caption\n" + "good/a.mp4,bad/a.mp4,a ball\n" * 3)
+    good, bad, table = (str(tmp_path / name) for name in ("good", "bad", "pairs.csv"))
+
+    def encoded(**given):
+        return cost.to_encode(prepare, resolve(prepare.Config(preset="1.3b", **given), prepare.PRESETS))
+
+    assert encoded(videos=good) == (2, "") and encoded(chosen=good, rejected=bad) == (4, "")
+    assert encoded(pairs=table) == (6, "") and encoded(pairs="none.csv") == (40_000, "none.csv")
+    assert encoded(chosen=good, rejected="none") == (40_000, "none") and encoded(videos="none") == (100_000, "none")
+
+
+def test_units():
+    assert [cost.size(gib) for gib in (63.42, 1, 0.01)] == ["63.4 GiB", "1.0 GiB", "10 MiB"]
+    seconds = (0.0184, 59, 61, 3600, 45_000)
+    assert [cost.duration(s) for s in seconds] == [
+        "0.0184 seconds", "59 seconds", "1.02 minutes", "60 minutes", "12.5 hours",
+    ]  # fmt: skip
+    assert cost.duration(45_000, "GPU-") == "12.5 GPU-hours"
+
+
+@functools.cache
+def toy(name, preset, machine, options, look):
+    """A stage on a toy network, in place of recipe.job. Its blocks take 12 of 14 GiB of weights."""
+    stage, share, size, GIB = importlib.import_module(name), 1, 1, 2**30
+    cfg = resolve(parse(stage.Config, f"--preset {preset} {options}".split(), ""), stage.PRESETS)
+    if name == "make_pairs":
+        share = size = cfg.shard_size
+    elif name not in ("prepare", "sample"):
+        share, size = local_batch(cfg, Group(size=machine.gpus))
+    again = getattr(cfg, "checkpointing", False)
+    count = dict(weights=14 * GIB, trained=GIB, activations=size * (2 if again else 9) * GIB, blocks=12 * GIB)
+    count |= dict(block=GIB, flop=0, file=0)
+    flop = (4 if again else 3) * 1e13
+    return cost.Job("", ["a toy"], machine, 320, share, size, 2, flop, machine.peak("bfloat16"), {"network": count})
+
+
+def test_a_recipe_is_the_cheapest_that_fits(monkeypatch):
+    """Of all options, tried one by one, on machines of many sizes; with links so slow that gathering decides, too."""
+    monkeypatch.setattr(recipe, "job", toy)
+    seen = collections.Counter()
+    for gpus, gib in itertools.product((1, 2, 8), (10, 20, 24, 32, 48, 80)):
+        machine = cost.Machine(gpus=gpus, gpu_gib=float(gib))
+        sizes = [f"--micro_batch {n}" for n in range(1, 32 // gpus + 1) if 32 // gpus % n == 0]
+        every = [
+            recipe.Choice(words, toy("sft", "1.3b", machine, words, False))
+            for words in map(" ".join, itertools.product(sizes, ("", "--checkpointing"), ("", "--shard")[:gpus]))
+        ]
+        for link in (160e9, 3e9):
+            monkeypatch.setattr(cost, "NVLINK", link)
+            best, fitting = recipe.choose("sft", "1.3b", machine), [one for one in every if one.fits]
+            assert best.fits == bool(fitting)
+            assert best.hours == min(e.hours for e in fitting) if fitting else best.gib == min(e.gib for e in every)
+            seen.update([*best.options.split(), "fits" if best.fits else "does not"])
+    assert all(seen[word] for word in ("--shard", "--checkpointing", "1", "2", "fits", "does not"))
+
+
+def test_a_recipe_as_commands(monkeypatch, capsys):
+    """Every stage's, with its options; what is assumed; fewer pairs at once, and bfloat16, where else nothing fits."""
+    monkeypatch.setattr(recipe, "job", toy)
+    recipe.main(recipe.Config(gpus=1, gpu_gib=60.0))
+    out = capsys.readouterr().out
+    lines = [line for line in out.replace("\\\n", "").splitlines() if line.startswith("python ")]
+    assert [line.split()[1] for line in lines] == [*(f"{name}.py" for name in recipe.OPTIONS), "-m"]
+    assert "#   a toy" in out and "--micro_batch 1" in lines[1] and "--shard_size 4" in lines[3]
+    assert "--shard_size" not in recipe.choose("make_pairs", "1.3b", cost.Machine(gpu_gib=100.0)).options
+    refused("1.3b does not fit one GPU of 12 GiB", recipe.main, recipe.Config(gpus=1, gpu_gib=12.0))
+    assert recipe.start_of(cost.Machine(gpus=8)) == "torchrun --nproc_per_node 8"
+    assert recipe.start_of(cost.Machine(gpus=16)).startswith("torchrun --nnodes 2 --nproc_per_node 8 ")
+    refused("--gpus 12: expected a multiple of --node 8", recipe.start_of, cost.Machine(gpus=12))
+    refused("batch_size 16: expected a multiple of 32", recipe.main, recipe.Config(gpus=32))
+    wide = dict(weights=0, trained=0, blocks=0, block=0, flop=0, file=0)
+
+    def by_dtype(name, preset, machine, options, look):
+        count = wide | dict(activations=(9 if "bfloat16" in options else 12) * 2**30)
+        return dataclasses.replace(toy(name, preset, machine, "", look), turns={"VAE": count})
+
+    monkeypatch.setattr(recipe, "job", by_dtype)
+    chosen = [recipe.choose("prepare", "1.3b", cost.Machine(gpus=1, gpu_gib=gib)) for gib in (16.0, 14.0)]
+    assert [one.options for one in chosen] == ["", "--dtype bfloat16"]
+
+
+@pytest.mark.parametrize("held", rounding.HELD[1:])
+def test_eight_bits_by_row(held):
+    """Off by half of a step at most: of 127 a row, or of an eighth of the number's own power of two."""
+    weight = torch.randn(64, 256) * torch.logspace(-3, 3, 64)[:, None]
+    most, off = weight.abs().amax(1, keepdim=True), (rounding.by_row(weight, held) - weight).abs()
+    scaled = weight.abs() * 448 / most
+    floats = (2.0 ** scaled.log2().floor() / 8).clamp(min=2.0**-9) * most / 448
+    step = most / 127 if held == torch.int8 else floats
+    assert (off <= 0.501 * step).all() and off.any()
 
 
 def test_the_folder_says_how_its_model_attends(chain, tmp_path):
@@ -273,7 +419,7 @@ def test_continuing_is_counted_for_sample(tmp_path):
     (tmp_path / "clip.mp4").touch()
     given = f"--preset 1.3b --prompt any --nfe 4 --frames 13 --video {tmp_path / 'clip.mp4'} --continuation nowhere"
     options = [f"{given} --n_cond {more}" for more in ("2", "2 --guidance 1", "1")]
-    jobs = [cost.job_of("sample", parse(sample.Config, words.split(), ""), 8) for words in options]
+    jobs = [cost.job_of("sample", parse(sample.Config, words.split(), ""), cost.Machine()) for words in options]
     decoder = cost.measure(vae.VAE, lambda net: net.decode(torch.empty(1, 16, 4, 36, 64)))["flop"]
     two, alone, one = (job.flop - decoder for job in jobs)
     assert two == 2 * alone < one and jobs[0].gathers == 4
@@ -282,12 +428,13 @@ def test_continuing_is_counted_for_sample(tmp_path):
 def test_as_a_program(tmp_path):
     """A stage's options follow its name. What a run refuses is refused, and so is the tiny preset."""
     run = functools.partial(script, "-m", "experiments.cost", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    done = run("make_pairs", "--preset", "1.3b", "--shard-size=2")
+    done = run("make_pairs", "--preset", "1.3b", "--shard-size=2", "--gpus=1")
     assert done.returncode == 0 and "2 at once" in done.stdout, done.stderr
-    assert run("label").returncode == 2
+    done = run("label")
+    assert done.returncode == 2 and done.stderr.startswith("error: expected a stage, prepare, "), done.stderr
     for wrong in (dict(layers="some"), dict(rank=0), dict(preset="3b"), dict(batch_size=12), dict(preset="tiny")):
         with pytest.raises(UserError):
-            cost.main("continuation", continuation.Config(**{"preset": "1.3b"} | wrong))
+            cost.main("continuation", cost.options_of("continuation")(**{"preset": "1.3b"} | wrong))
 
 
 def test_shards_that_exist_decide(chain, tmp_path, monkeypatch):
@@ -299,8 +446,8 @@ def test_shards_that_exist_decide(chain, tmp_path, monkeypatch):
     data = str(copy(chain, tmp_path, "shards") / "shards")
     assert cost.latents(data, "x0")[:2] == (cost.SHAPE, cost.CLIPS["align"])
     monkeypatch.setattr(cost, "SHAPE", (28, 13, 1, 1))
-    shape, count, known = cost.latents(data, "x0")
-    assert shape == (28, 13, 1, 1) and 70 < count <= 80 and f"{count} latents" in known
+    shape, count, assumed = cost.latents(data, "x0")
+    assert shape == (28, 13, 1, 1) and 70 < count <= 80 and not assumed
 
 
 def test_a_million_clips_in_small(tmp_path):

@@ -369,7 +369,7 @@ def phi(root):
 
 
 MISTAKES = {  # what is wrong -> options, what is prepared, words of the error
-    "unknown layout": (dict(layout="comfy"), None, "--layout: expected wan or diffusers or lora, got 'comfy'"),
+    "unknown layout": (dict(layout="comfy"), None, "--layout: expected wan, diffusers or lora, got 'comfy'"),
     "unknown dtype": (dict(dtype="float16"), None, "--dtype: expected float32 or bfloat16, got 'float16'"),
     "missing LoRA": (dict(lora="{}/nowhere"), None, "nowhere: expected"),
     "folder without a LoRA": (dict(lora="{}/base"), None, "base/lora.safetensors: expected"),

@@ -150,7 +150,7 @@ GIVEN = {  # module -> its folders; names in braces are folders of the fixtures
     baselines: dict(base="{chain}/base", sft="{chain}/sft", pairs="{flow}", labels="{by_clip}"),
 }
 REFUSED = {  # what -> module or stage, options, words
-    "eta": (pairs, dict(kind="structural", eta_min=0.9), "eta_min <= eta_max"),
+    "eta": (pairs, dict(kind="structural", eta_min=0.9), "--eta_min: expected .* at most --eta_max .0.8., got 0.9"),
     "clips": (pairs, dict(clips=99), "--clips: expected at most"),
     "no LoRA": (pairs, dict(lora="/nowhere"), "/nowhere: expected a LoRA|/nowhere/lora.safetensors: expected a LoRA"),
     "no labels": (baselines, dict(labels="/nowhere"), "/nowhere: expected a folder"),

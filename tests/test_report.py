@@ -1,5 +1,6 @@
 """The report: complete, self-contained, judged from its figures; and it works when a browser opens it."""
 
+import dataclasses
 import html
 import json
 import math
@@ -16,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import page, trails
+import asymdpo
+from experiments import figures, page, trails
 from runtime.files import MANIFEST, open_manifest, write_manifest
 from runtime.options import UserError
 from runtime.shards import Shards
@@ -87,6 +89,32 @@ def test_pictures_for_the_readme(demo):
     assert (demo / "demo.gif").stat().st_size < 1.5 * 2**20
 
 
+# ---- the figures of docs/method.md -----------------------------------------------------------------------------------
+
+
+def test_figures_of_the_method(chain, tmp_path, capsys):
+    figures.main(figures.Config(demo=str(chain), out=str(tmp_path / "docs")))
+    assert ", of pair ball-" in capsys.readouterr().out
+    for name in ("continuation", "pairs", "loss"):
+        with (
+            Image.open(tmp_path / "docs" / f"method-{name}.png") as drawn,
+            Image.open(helpers.ROOT / "docs" / f"method-{name}.png") as shown,
+        ):
+            assert drawn.width == shown.width == 800 and np.ptp(np.asarray(drawn.convert("L"))) > 200
+
+
+@pytest.mark.parametrize("form, K", [("inside", 1), ("outside", 9)])
+def test_curve_and_push_are_the_loss(form, K):
+    """At S = 0 the loss is ln 2, or ln 2 / K; the push on frames before N1 is 0, and λ = 1 doubles the winner's."""
+    cfg = asymdpo.Config(beta=5.0, form=form, sft_weight=0.0)
+    assert figures.curve(cfg, np.array([-1.0, 0.0, 1.0]), 4, 13) == pytest.approx(
+        [math.log1p(math.exp(x * K)) / K for x in (-1, 0, 1)], rel=1e-5
+    )
+    plain, own = (figures.push(dataclasses.replace(cfg, sft_weight=w), 4, 11, 13) for w in (0.0, 1.0))
+    assert (plain[:, :4] == 0).all() and plain[:, 4:] == pytest.approx(np.outer([-1, 1], np.full(9, 5 / 2 / 9)))
+    assert own == pytest.approx(plain * [[2], [1]])
+
+
 # ---- the ball's path -------------------------------------------------------------------------------------------------
 
 DECODED = types.SimpleNamespace(decode=lambda x0: x0)  # a codec whose latents are the pictures
@@ -115,7 +143,7 @@ def test_ball_that_stands_still_is_marked_where_it_does():
     track = path(20, 20)
     track[:, 20:] = track[:, 20:21]
     clip = watched(track)
-    assert not clip.valid and clip.mark == "✗ stands still"
+    assert not clip.valid and clip.mark == "✗ frozen"
     assert clip.bad[20:].all()
 
 
@@ -200,7 +228,7 @@ def summary_of(gain=0.12, longer=0.06, noise=0.1, bought=0.85) -> dict:
     }
 
 
-SHARES = "95 % of its clips are physically valid, SFT’s 83 %"
+SHARES = "95 % of its clips are valid, SFT’s 83 %"
 
 
 @pytest.mark.parametrize(
@@ -233,11 +261,11 @@ def test_verdict_without_longer_training():
 def test_share_of_the_gap_that_is_closed():
     table = {"SFT": row(0.8, -1.0), page.OURS: row(0.9, -0.8, 1.04), page.REAL: row(1.0, -0.2, 1.1)}
     said = page.gap_closed(table).replace("\N{NO-BREAK SPACE}", " ")
-    assert "closes 50 % in the share of valid clips and 25 % in score: score −1.00 → −0.80 (real −0.20)" in said
+    assert "closes 50 % in valid clips and 25 % in score: score −1.00 → −0.80 (real −0.20)" in said
     assert said.endswith("dynamic degree 1.00 → 1.04 (real 1.10).")
     table[page.OURS] |= {"shape": 0.03, "dyn": 0.9}
     assert page.gap_closed(table).endswith(" It is worse than SFT in dynamic degree, shape.")
-    assert "nothing (there is no gap) in the share" in page.gap_closed({**table, page.REAL: row(0.8)})
+    assert "nothing (there is no gap) in valid clips" in page.gap_closed({**table, page.REAL: row(0.8)})
 
 
 def test_control_is_coloured_by_its_interval():

