@@ -28,6 +28,7 @@ Cost  two forwards and backwards of the policy and two forwards of the reference
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ from runtime.options import SEED, UserError, listed, option, program, resolve, u
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
+from sampling import previews_of_prompts
 from wan.lora import load_adapted
 
 WAN = dict(
@@ -92,6 +94,9 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(50, least=1, neutral=True)  # steps between checkpoints
+    preview_every: int = option(0, least=0, neutral=True)  # steps between previews, at the start and end, too; 0: none
+    preview_prompts: str = option("", neutral=True)  # text file of the previews' prompts, one on each line
+    preview_data: str = option("out/demo/shards", neutral=True)  # tiny: folder with the codec, if --pairs has none
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
     seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
@@ -259,13 +264,14 @@ def main(cfg: Config) -> None:
     plan = epochs(len(usable), cfg, "pairs", asked)
     if group.main and (sentence := repeated(cfg, len(usable))):
         print(sentence, file=sys.stderr)
+    previews = previews_of_prompts(cfg, run, pairs.shape("chosen"), cfg.pairs, cfg.preview_data)
     with user_errors():
         net = build(cfg, group, pairs.shape("chosen"))
 
     # ---- what is trained, and how far it came before
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
-    training = Training(run, cfg, trained, optimizer)
+    training = Training(run, cfg, trained, optimizer, previews and functools.partial(previews, net))
 
     # ---- train
     for step in training.steps(plan):
@@ -296,7 +302,8 @@ def main(cfg: Config) -> None:
             model.export_lora(
                 model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, beneath=net.loras, task="asymdpo"
             )
-    run.finish(["lora.safetensors"])
+    right = f"loss {run.recent('loss'):.4f}, {100 * run.recent('rewards/accuracies'):.0f} % of pairs right"
+    run.finish(["lora.safetensors"], f"{cfg.steps:,} steps", right)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Cost  one forward and backward a clip and step
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -33,6 +34,7 @@ from runtime.options import SEED, option, program, resolve, user_errors
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
+from sampling import previews_of_clips
 
 WAN = dict(
     rank=196, batch_size=16, lr=8e-5, steps=20_000,  # the paper's, as its readers report: 4 epochs of 80,000 clips
@@ -74,6 +76,7 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
+    preview_every: int = option(0, least=0, neutral=True)  # steps between previews: --data's first clips, continued
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
     seed: int = option(0, **SEED)  # of initialisation, order, noise, times and n_cond
 
@@ -127,13 +130,14 @@ def main(cfg: Config) -> None:
     clips = Shards(cfg.data, "prepare.py", cfg.split)
     plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
+    previews = previews_of_clips(cfg, run, clips)
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
 
     # ---- what is trained, and how far it came before
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    training = Training(run, cfg, trained, optimizer)
+    training = Training(run, cfg, trained, optimizer, previews and functools.partial(previews, net))
 
     # ---- train
     for step in training.steps(plan):
@@ -159,7 +163,7 @@ def main(cfg: Config) -> None:
         if cfg.prompts != "off":
             with whole_file(run.folder / "task_prompt.safetensors") as file:
                 model.save_task_prompt(net, file)
-    run.finish(files)
+    run.finish(files, f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}")
 
 
 if __name__ == "__main__":

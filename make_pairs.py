@@ -216,10 +216,9 @@ def main(cfg: Config) -> None:
     # ---- sample
     call = functools.partial(make_pair, net, cfg=cfg, window=window, negative=negative)
     files, kept = sample_shards(run, clips, count, cfg, call)
-    if group.main:
-        low1, high1, low2, high2 = window
-        print(f"make_pairs: {kept} pairs, loser given {low1}..{high1}, winner {low2}..{high2} of {shape[1]} frames")
-    run.finish(files, window=window, frames=shape[1])
+    low1, high1, low2, high2 = window
+    given = f"loser given {low1}..{high1}, winner {low2}..{high2} of {shape[1]} frames"
+    run.finish(files, f"{kept:,} pairs", given, window=window, frames=shape[1])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from kernels.modulate import gate_residual, ln_modulate, residual_ln_modulate
 from kernels.norm_rope import norm_rope
@@ -766,7 +767,8 @@ def check_shapes(net: nn.Module, shape: Mapping[str, tuple[int, ...]]) -> None:
 
 def fill(net: nn.Module, get: Callable[[str], Tensor]) -> nn.Module:
     """Gives net, built on the meta device, the tensors get(name), one at a time. Returns net, frozen."""
-    for name in net.state_dict():
+    hidden = os.environ.get("RANK", "0") != "0"
+    for name in tqdm(net.state_dict(), "loading weights", unit="tensor", delay=1, leave=False, disable=hidden):
         parent, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(parent), leaf, nn.Parameter(get(name), requires_grad=False))
     return net

@@ -10,6 +10,10 @@ the columns `video,caption`, as OpenVid-1M's does. A video is looked for under i
 part of that name in every folder below, because OpenVid-1M's parts unpack into folders of their own. Hidden files are
 passed over. But for --metadata nothing outside of --videos is read; --links_out follows links out of it.
 
+With --cuts reject a clip with a cut inside is left out, with --cuts split the clips are taken from a video's shots that
+are long enough. PySceneDetect finds the cuts (pip install scenedetect-headless; docs/videos.md says how well). Without
+--cuts nobody looks for them: what a folder gives must not depend on what is installed.
+
 Clips are read at 16 pictures a second, by timestamps. Pictures are resized to cover the wanted size and cut at the
 centre. Videos that cannot be trusted are left out and listed (see runtime/decode.py). All clips of a video are in one
 split: train (base and continuation model), align (pairs and cold start) or, where --train and --align leave some, eval.
@@ -35,7 +39,8 @@ In    a folder of videos with captions, or pairs; for Wan also the folder of its
 Out   shards with `x0` (C, F, H, W) and text states, and for each clip id, caption, split, motion, video, start; of
       pairs `chosen` and `rejected`, and for each id, caption, n1, n2, the videos, start;
       negative.safetensors (text states of the negative prompt), codec.safetensors (tiny), rejects.jsonl (what was left
-      out, and why); to look at: kept.png, some clips or pairs decoded again, and rejected.png, some rejected videos
+      out, and why); to look at: kept.png, some clips or pairs decoded again, rejected.png, some rejected videos, and
+      motion.png, how much the clips move
 Cost  decoding, and one pass of the encoders for each clip; of the VAE's decoder for the few of kept.png
 """
 
@@ -52,6 +57,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
 from runtime import dataset, pairs, video
 from runtime.files import checksum, read_jsonl, read_manifest, read_sealed, unchanged, write_tensors
@@ -76,6 +82,7 @@ PRESETS = {"tiny": TINY, "1.3b": WAN, "14b": WAN}
 SPLITS = ("train", "align", "eval")
 FIT_CLIPS = 150  # clips that the linear codec is fitted on
 SHOWN = 24  # clips on a contact sheet
+bar = functools.partial(tqdm, dynamic_ncols=True, mininterval=1.0, delay=2.0, leave=False)  # for what takes longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +103,7 @@ class Config:
     frames: int | None = option(least=5)  # pictures in a clip, of the form 4k+1
     fps: float = option(16.0, least=0, most=1000)  # pictures a second; 0: every frame of the file, whatever its rate
     clips: int = option(1, least=1)  # clips of a video, at most, spread evenly over it; 1: its beginning
+    cuts: str = option("ignore", choices=("ignore", "reject", "split"))  # refuse a clip with a cut, or use the shots
     height: int | None = option(least=1, most=8192)  # px
     width: int | None = option(least=1, most=8192)  # px
     motion: str = option("frames", choices=("frames", "column"))  # score of the frames, or of the csv's column
@@ -157,8 +165,11 @@ def read_items(cfg, talk: bool = True) -> tuple[list[Item], list[dict]]:
     UserError at the first bad row, unless --bad_rows is reject. Rows of --metadata without a video are skipped, because
     the folder may hold a part of the dataset. talk: print how many.
     """
-    folder = dataset.Folder(cfg.videos, cfg.links_out)
+    folder = dataset.Folder(cfg.videos, cfg.links_out, talk)
     table, rows = folder.table(cfg.metadata)
+    if table == folder.root:
+        folder.check_captions()
+    rows = bar(rows, f"prepare: {table}", unit="row", disable=not talk)
     find = functools.partial(find_item, folder, seen=set(), preset=cfg.preset)
     items, rejects, number = [], [], 0
     for names, item, wrong in dataset.judged(cfg, table, rows, ("video",), find):
@@ -187,11 +198,17 @@ def split_of(item: Item, cfg) -> str:
 # ---- clips -----------------------------------------------------------------------------------------------------------
 
 
+class TooLittleMotion(video.BadVideo):
+    """Why a clip is rejected, with its motion score."""
+
+    motion: float
+
+
 def read(cfg, decoder: video.Decoder, item: Item) -> list[tuple[video.Clip, float] | video.BadVideo]:
     """The clips of a video with their motion scores. A BadVideo stands in the place of each rejected clip."""
-    size = (cfg.height, cfg.width)
+    size, cuts = (cfg.height, cfg.width), "" if cfg.cuts == "ignore" else cfg.cuts
     try:
-        clips = decoder.read(Path(cfg.videos, item.video), cfg.frames, size, cfg.fps or None, cfg.clips)
+        clips = decoder.read(Path(cfg.videos, item.video), cfg.frames, size, cfg.fps or None, cfg.clips, cuts=cuts)
     except video.BadVideo as error:
         return [error]
     return [clip if isinstance(clip, video.BadVideo) else with_motion(cfg, item, clip) for clip in clips]
@@ -210,7 +227,9 @@ def with_motion(cfg, item: Item, clip: video.Clip) -> tuple[video.Clip, float] |
     if not math.isfinite(score):
         return video.BadVideo(f"motion score column: expected a number, got {item.motion!r}")
     if score < cfg.min_motion:
-        return video.BadVideo(f"motion score {score:.3f} is below --min_motion {cfg.min_motion:g}")
+        error = TooLittleMotion(f"motion score {score:.3f} is below --min_motion {cfg.min_motion:g}")
+        error.motion = score
+        return error
     return clip, score
 
 
@@ -218,7 +237,8 @@ def fit_codec(cfg, items: list[Item], path: Path, each: Callable) -> None:
     """Fits the linear codec on the first clips that can be read, train clips first, and stores it."""
     order = sorted(items, key=lambda item: split_of(item, cfg) != "train")
     clips, bad = [], []
-    for item, found in zip(order, each(functools.partial(read, cfg), order)):
+    videos, count = each(functools.partial(read, cfg), order), min(FIT_CLIPS, len(order))
+    for item, found in zip(order, bar(videos, "prepare: clips for the codec", count, unit="video")):
         bad += [f"; {item.video}: {clip}" for clip in found if isinstance(clip, video.BadVideo)]
         clips += [video.to_pixels(clip[0].frames) for clip in found if not isinstance(clip, video.BadVideo)]
         if len(clips) >= FIT_CLIPS:
@@ -242,7 +262,8 @@ def encode_shard(cfg, k: int, items: list[Item], codec, encoder, device, folder:
     for item, clips in zip(items, each(functools.partial(read, cfg), items)):
         for number, found in enumerate(clips):
             if isinstance(found, video.BadVideo):
-                rejects.append({"video": item.video, "reason": str(found)})
+                motion = {"motion": round(found.motion, 4)} if isinstance(found, TooLittleMotion) else {}
+                rejects.append({"video": item.video, "reason": str(found), **motion})
                 continue
             clip, motion = found
             x0.append(encode(codec, clip.frames, device))
@@ -291,16 +312,16 @@ def first_picture(cfg, decoder: video.Decoder, row: dict) -> np.ndarray | None:
 
 
 def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable) -> list[str]:
-    """Draws kept.png, clips as the codec gives them back, and rejected.png, what was read and rejected.
+    """Draws kept.png, clips as the codec gives them back, rejected.png, what was read and rejected, and motion.png.
 
-    Some of each, evenly chosen; of pairs those that were kept. Returns the files' names.
+    Some of each, evenly chosen; of pairs those that were kept alone. Returns the files' names.
     """
     kept, rejected, cells = [], [], []
     for k in range(shards):
         facts = read_sealed(folder / f"{shard_name(k)}.json")
         kept += [(folder / f"{shard_name(k)}.safetensors", i, row) for i, row in enumerate(facts["rows"])]
         rejected += facts["rejects"]
-    for path, i, row in evenly(kept):
+    for path, i, row in bar(evenly(kept), "prepare: kept.png", unit="clip"):
         if "split" in row:
             fields, facts = ["x0"], f"{row['split']}, motion {row['motion']:.1f}, from {row['start']:.1f} s"
         else:
@@ -315,10 +336,21 @@ def contact_sheets(cfg, folder: Path, shards: int, codec, device, each: Callable
     if wants_pairs(cfg):
         return ["kept.png"]
     some = evenly(rejected)
-    pictures = each(functools.partial(first_picture, cfg), some)
+    pictures = bar(each(functools.partial(first_picture, cfg), some), "prepare: rejected.png", len(some), unit="video")
     cells = [(picture, f"{row['video']}: {row['reason']}") for picture, row in zip(pictures, some)]
     video.contact_sheet(folder / "rejected.png", f"rejected: {len(cells)} of {len(rejected)}", cells)
-    return ["kept.png", "rejected.png"]
+    show_motion(cfg, folder / "motion.png", [row for *_, row in kept], rejected)
+    return ["kept.png", "rejected.png", "motion.png"]
+
+
+def show_motion(cfg, path: Path, kept: list[dict], rejected: list[dict]) -> None:
+    """Draws how many clips move how much, and prints what most of those that were kept do."""
+    scores = tuple([row["motion"] for row in rows if "motion" in row] for rows in (kept, rejected))
+    if kept:
+        low, half, high = (f"{score:.2f}" for score in np.quantile(scores[0], [0.1, 0.5, 0.9]))
+        print(f"prepare: motion of what was kept: 10 % below {low}, 50 % below {half}, 90 % below {high}")
+    score = "mean difference of neighbouring pictures, of 255" if cfg.motion == "frames" else "the table's column"
+    video.histogram(path, f"motion score: {score}", scores, "--min_motion", cfg.min_motion)
 
 
 def evenly(rows: list) -> list:
@@ -326,11 +358,18 @@ def evenly(rows: list) -> list:
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int)]
 
 
-def print_reasons(rejects: list[dict]) -> None:
-    """Prints the commonest reasons with their counts. Reasons that differ only in a name or a number count as one."""
+def print_table(kept: int, rejects: list[dict], unit: str) -> None:
+    """Prints how many were kept, and the commonest reasons why others were not, with shares of all.
+
+    Reasons that differ only in a name or a number count as one.
+    """
     kinds = collections.Counter(re.sub(r"'.*'|(?<![\w-])-?\d[\d.]*", "…", row["reason"]) for row in rejects)
-    for reason, count in kinds.most_common(10):
-        print(f"{count:8d}  {reason}")
+    rows = [("kept", kept), *kinds.most_common(10)]
+    if rest := len(rejects) - sum(count for _, count in rows[1:]):
+        rows.append((f"{len(kinds) - 10} other reasons: see rejects.jsonl", rest))
+    print(f"   share {unit:>8}")
+    for reason, count in rows:
+        print(f"{count / (kept + len(rejects)):8.1%} {count:8,d}  {reason}")
 
 
 def wants_pairs(cfg) -> bool:
@@ -360,10 +399,24 @@ def check_pairs(cfg, preset: dict) -> None:
     if cfg.preset == "tiny" and not cfg.vae:
         raise UserError("pairs at --preset tiny need --vae, the shards that --base was trained on: their codec is used")
     unused = {"clips": 1, "motion": "frames", "min_motion": 0.0, "train": preset["train"], "align": preset["align"]}
-    unused |= {"metadata": ""} if cfg.pairs else {"videos": preset["videos"]}
+    unused |= {"cuts": "ignore"} | ({"metadata": ""} if cfg.pairs else {"videos": preset["videos"]})
     if given := [name for name, value in unused.items() if getattr(cfg, name) != value]:
         way = "--pairs" if cfg.pairs else "--chosen and --rejected"
         raise UserError(f"--{given[0]} says nothing of {way}: leave it out")
+
+
+def detector_of_cuts(cfg, talk: bool) -> dict[str, str]:
+    """What finds cuts, for the manifest. talk: say so where nothing does. UserError if it is not installed."""
+    install = "pip install scenedetect-headless"
+    if cfg.cuts == "ignore":
+        if talk and not wants_pairs(cfg):
+            print(f"prepare: nobody looks for cuts: --cuts reject or split does, after {install}")
+        return {}
+    try:
+        import scenedetect
+    except ImportError as error:
+        raise UserError(f"--cuts {cfg.cuts} needs PySceneDetect: {install} ({error})") from None
+    return {"cuts_found_by": f"PySceneDetect {scenedetect.__version__}"}
 
 
 def main(cfg: Config) -> None:
@@ -378,7 +431,8 @@ def main(cfg: Config) -> None:
         stats = [[path.stat() for path in pairs.paths(cfg, item)] for item in items]
     else:
         items, rejects = read_items(cfg, group.main)
-        stats = [[Path(cfg.videos, item.video).stat()] for item in items]
+        paths = (Path(cfg.videos, item.video) for item in items)
+        stats = [[p.stat()] for p in bar(paths, "prepare: sizes", len(items), unit="video", disable=not group.main)]
     facts = [(*dataclasses.astuple(item), *(stat.st_size for stat in some)) for item, some in zip(items, stats)]
     items_hash, times = (
         hashlib.sha256(repr(value).encode()).hexdigest()
@@ -389,6 +443,7 @@ def main(cfg: Config) -> None:
     run = Run(cfg, stage, group, inputs, items=items_hash, times=times)
     if run.done:
         return
+    found_by = detector_of_cuts(cfg, group.main)
 
     # ---- the encoders, then one shard after the other
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the other half decodes
@@ -410,18 +465,18 @@ def main(cfg: Config) -> None:
             make(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)
 
         # ---- result
-        files, kept = [], 0
+        files, kept, figure = [], 0, ""
         if group.main:
             files, kept, rejected = collect(run.folder, shards, rejects)
             sheets = contact_sheets(cfg, run.folder, shards, codec, device, each)
             write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([cfg.negative])[0]})
             files += sheets + ["negative.safetensors"] + ["codec.safetensors"] * (cfg.preset == "tiny")
-            print(f"prepare: kept {kept} {unit}, rejected {rejected}; look at {run.folder}/{' and '.join(sheets)}")
-            print_reasons(read_jsonl(run.folder / "rejects.jsonl"))
+            figure = f"{rejected:,} rejected; see its {', '.join(sheets)}"
+            print_table(kept, read_jsonl(run.folder / "rejects.jsonl"), unit)
             if not kept:
                 where = cfg.pairs or cfg.chosen or cfg.videos
                 raise UserError(f"{where}: expected {unit} to keep, every one was rejected; delete {run.folder}")
-    run.finish(files, **{unit: kept}, fps=cfg.fps or 16)
+    run.finish(files, f"{kept:,} {unit}", figure, **{unit: kept}, fps=cfg.fps or 16, **found_by)
 
 
 if __name__ == "__main__":

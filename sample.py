@@ -138,8 +138,7 @@ def finish(run: Run, rows: list[dict]) -> None:
     """Writes prompts.jsonl, a row for each video, and marks the folder as finished."""
     if run.group.main:
         write_jsonl(run.folder / "prompts.jsonl", rows)
-        print(f"{run.stage}: {len(rows)} videos in {run.folder}")
-    run.finish(["prompts.jsonl", *(row["video"] for row in rows)])
+    run.finish(["prompts.jsonl", *(row["video"] for row in rows)], f"{len(rows):,} videos")
 
 
 def main(cfg: Config) -> None:

@@ -16,6 +16,7 @@ Cost  one forward and backward a clip and step
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -29,6 +30,7 @@ from runtime.options import SEED, UserError, option, program, resolve, user_erro
 from runtime.run import Run
 from runtime.shards import Shards, epochs, micro_batches
 from runtime.train import Training
+from sampling import previews_of_prompts
 
 WAN = dict(
     rank=128, batch_size=32, lr=1e-5, steps=375,  # the paper's, as one reader reports: 0.6 epochs of 20,000 clips
@@ -65,6 +67,8 @@ class Config:
     shard: bool = option(False, neutral=True)  # split the frozen weights over a node's processes: less memory
     compile: bool = option(False, neutral=True)  # torch.compile the network's blocks
     save_every: int = option(250, least=1, neutral=True)  # steps between checkpoints
+    preview_every: int = option(0, least=0, neutral=True)  # steps between previews, at the start and end, too; 0: none
+    preview_prompts: str = option("", neutral=True)  # text file of the previews' prompts, one on each line
     step_timeout: float = option(600.0, above=0, most=1e6, neutral=True)  # seconds a step waits for a stuck process
     seed: int = option(0, **SEED)  # of initialisation, order, noise and times
 
@@ -114,13 +118,14 @@ def main(cfg: Config) -> None:
     clips = Shards(cfg.data, "prepare.py", cfg.split)
     plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
+    previews = previews_of_prompts(cfg, run, clips.shape("x0"), cfg.data)
     with user_errors():
         net = build(cfg, group, clips.shape("x0"))
 
     # ---- what is trained, and how far it came before
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    training = Training(run, cfg, trained, optimizer)
+    training = Training(run, cfg, trained, optimizer, previews and functools.partial(previews, net))
 
     # ---- train
     for step in training.steps(plan):
@@ -144,7 +149,7 @@ def main(cfg: Config) -> None:
     elif group.main:
         write_json(run.folder / "config.json", model.wan_config(net.config))
         write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict(), model.weights_header(net.loras))
-    run.finish(files)
+    run.finish(files, f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}")
 
 
 if __name__ == "__main__":

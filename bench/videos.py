@@ -220,7 +220,9 @@ def main() -> None:
     text = "\n".join(parts)
     print(text)
     if sys.argv[1:] == ["--write"]:
-        (ROOT / "docs/videos.md").write_text(text, encoding="utf-8")
+        page = ROOT / "docs/videos.md"
+        cuts = page.read_text(encoding="utf-8").partition("\n## Cuts\n")[1:]  # bench.cuts's part stays
+        page.write_text(text + "".join(cuts), encoding="utf-8")
 
 
 if __name__ == "__main__":

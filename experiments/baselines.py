@@ -226,7 +226,8 @@ def main(cfg: Config) -> None:
             model.export_lora(
                 model.trained_lora(net), file, base=cfg.base, sft=cfg.sft, beneath=net.loras, task="baseline"
             )
-    run.finish(["lora.safetensors"])
+    right = f"loss {run.recent('loss'):.4f}, {100 * run.recent('rewards/accuracies'):.0f} % of pairs right"
+    run.finish(["lora.safetensors"], f"{cfg.steps:,} steps", right)
 
 
 if __name__ == "__main__":

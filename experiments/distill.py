@@ -118,7 +118,7 @@ def main(cfg: Config) -> None:
     # ---- result
     with whole_file(run.folder / "lora.safetensors") as file:
         model.export_lora(model.trained_lora(net), file, base=cfg.base, sft=cfg.lora, beneath=net.loras, task="distill")
-    run.finish(["lora.safetensors"])
+    run.finish(["lora.safetensors"], f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,9 @@ def main(cfg: Config) -> None:
     }
     write_json(run.folder / "summary.json", summary)
     write_tensors(run.folder / "samples.safetensors", shown | more)
-    run.finish(["summary.json", "samples.safetensors"])
+    sft, ours = (100 * summary["table"][name]["valid"] for name in ("SFT", "DynamicsBoost"))
+    figure = f"SFT {sft:.1f} % valid, DynamicsBoost {ours:.1f} %"
+    run.finish(["summary.json", "samples.safetensors"], f"{cfg.clips:,} clips a model", figure)
 
 
 if __name__ == "__main__":

@@ -200,8 +200,8 @@ def main(cfg: Config) -> None:
     ]
     write_jsonl(run.folder / "labels.jsonl", rows)
     counts = [int((label == sign).sum()) for sign in (1, -1, 0)]
-    print("experiments.labels: {} first, {} second, {} ties".format(*counts))
-    run.finish(["labels.jsonl"], cuts=cuts)
+    figure = "{} first, {} second, {} ties".format(*counts)
+    run.finish(["labels.jsonl"], f"{len(rows):,} pairs", figure, cuts=cuts)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,7 @@ def main(cfg: Config) -> None:
 
     # ---- sample
     files, kept = sample_shards(run, clips, count, cfg, functools.partial(sample_pairs, call, cfg=cfg))
-    if group.main:
-        print(f"experiments.pairs: {kept} pairs; experiments.labels says who won")
-    run.finish(files)
+    run.finish(files, f"{kept:,} pairs", "experiments.labels says who won")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from runtime.files import csv_rows, inside, nearest, read_text
 from runtime.options import UserError
 
@@ -25,15 +27,16 @@ class Folder:
     unless links_out. `passed` says what else was passed over.
     """
 
-    def __init__(self, path: str | Path, links_out: bool = False):
-        """UserError if path is no folder."""
+    def __init__(self, path: str | Path, links_out: bool = False, talk: bool = False):
+        """talk: show a bar while it takes long. UserError if path is no folder."""
         path = Path(path)
         if not path.is_dir():
             got = "a file" if path.exists() else f"no such folder{nearest(path)}"
             raise UserError(f"{path}: expected a folder of videos, got {got}")
         self.root, self.links_out, self.passed = path.resolve(), links_out, []
         self._own = set()  # files without any link on their way
-        self.names = sorted(self._walk())  # paths from root
+        walk = tqdm(self._walk(), str(path), unit="file", delay=2, leave=False, disable=not talk)
+        self.names = sorted(walk)  # paths from root
         self._places = collections.defaultdict(list)
         for name in self.names:
             for key in {plain(os.path.basename(name)), *([] if name.isascii() else [plain(name)])}:
@@ -126,6 +129,19 @@ class Folder:
         except ValueError as error:
             raise UserError(f"{table}: {error}") from None
         return (table, csv_rows(table, COLUMNS)) if found else (self.root, self._captioned())
+
+    def check_captions(self) -> None:
+        """UserError if none of its videos has a text beside it."""
+        texts, videos = set(), []
+        for stem, ending in map(os.path.splitext, self.names):
+            if ending.lower() == ".txt":
+                texts.add(plain(stem))
+            elif ending.lower() in VIDEOS:
+                videos.append(plain(stem))
+        if videos and not texts & set(videos):
+            ways = "metadata.csv in the folder, with the columns video,caption", "name.txt beside each name.mp4"
+            found = f"{len(videos)} videos and not one caption"
+            raise UserError(f"{self.root}: {found}; give them as {ways[0]}, or as {ways[1]}, or by --metadata any.csv")
 
     def _captioned(self) -> Iterator[tuple[dict[str, str], str]]:
         """A row of each video, with the text of `name.txt` beside it."""

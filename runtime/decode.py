@@ -17,6 +17,10 @@ refused if its picture stands still for more than 4 frames, or if a frame is mis
 FFmpeg also reads playlists, which name other files and servers. So PyAV opens containers alone, and decord, which has
 no such option, gets only those that no playlist can pass for.
 
+With `cuts` PySceneDetect looks for cuts in all frames from the first to just after the last that is wanted, at 48 x 27:
+a frame unlike those around it, or a way through black. "reject" refuses the clips with one inside, "split" reads the
+file once more and takes the clips from its shots.
+
 Colours become RGB by the matrix and the range that the file names; where it names no matrix, by BT.601's at any size,
 as other readers do. Wide primaries (BT.2020, P3) are taken for BT.709's. HDR is refused, but for Dolby Vision that says
 so nowhere else (profile 5).
@@ -64,6 +68,12 @@ STILL = 4  # equal frames in a row that are accepted
 REPEATS = 0.1  # share of a clip's frames that resampling may show twice
 SLACK = 0.002  # s by which a timestamp may be off: some containers round to a millisecond
 BATCH = 32  # frames decoded at a time
+SMALL = (48, 27)  # px: what PySceneDetect sees of a frame; it finds no more in larger ones (docs/videos.md)
+QUICK = 144  # px: the shorter side of the pictures that are decoded for their cuts alone
+AHEAD = 4  # frames after a clip in which a cut at its end shows
+BESIDE = 2  # frames on either side of a cut that may show both shots
+FLASH = 4  # frames after which the picture is as before a flash, which is no cut
+ALIKE = 0.5  # mean difference up to which a frame repeats the one before, as in drawings on threes
 UNREADABLE = (av.FFmpegError, OSError, IndexError)  # the last when damage in a transport stream looks like a new stream
 HARMLESS = ("[swscaler", "deprecated pixel format")  # FFmpeg prints these for healthy files, too
 
@@ -295,21 +305,31 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int], colours: int) -> np.ndar
     return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
 
 
-def gather(frames, chosen: np.ndarray, size: tuple[int, int], log) -> np.ndarray:
-    """The chosen (clips, T) of an iterator's frames, cut at the centre: (clips, T, h, w, 3) uint8.
+def gather(frames, last: int, chosen: np.ndarray, size: tuple[int, int], log, shrink) -> tuple[np.ndarray, list]:
+    """The chosen (clips, T) of an iterator's frames 0 … last, cut at the centre: (clips, T, h, w, 3) uint8; and
+    shrink(frame) of every frame, if there is such a function.
 
     Refuses the file if its decoder complained in the log or if the frames end too early.
     """
-    pictures, count = np.empty((*chosen.shape, *size, 3), np.uint8), 0
+    pictures, small, count = np.empty((*chosen.shape, *size, 3), np.uint8), [], 0
     complaints(log)
     for count, frame in enumerate(frames, 1):
         top, left = (frame.shape[0] - size[0]) // 2, (frame.shape[1] - size[1]) // 2
         pictures[chosen == count - 1] = frame[top : top + size[0], left : left + size[1]]
+        small += [shrink(frame)] if shrink else []
     if lines := complaints(log):
         raise Refused(f"its decoder complains: {lines[0]}")
-    if count <= chosen.max():
+    if count <= last:
         raise Refused(f"its pictures end after {count} frames")
-    return pictures
+    return pictures, small
+
+
+def by_either(path: str, source: Source, last: int, cover: tuple[int, int], log, chosen, size, shrink):
+    """Which of the two read frames 0 … last at size `cover`, and what `gather` makes of them."""
+    with contextlib.suppress(Refused):
+        return "decord", *gather(by_decord(path, source, last, cover), last, chosen, size, log, shrink)
+    # outside the exception's handler, which would keep decord's threads alive and complaining
+    return "PyAV", *gather(by_pyav(path, source, last, cover, log), last, chosen, size, log, shrink)
 
 
 def complaints(log) -> list[str]:
@@ -319,6 +339,74 @@ def complaints(log) -> list[str]:
     log.seek(0)
     log.truncate()
     return [line for line in lines if line and not any(h in line for h in HARMLESS)]
+
+
+# ---- cuts ------------------------------------------------------------------------------------------------------------
+
+
+def shrinker():
+    """frame (h, w, 3) uint8 RGB -> (27, 48, 3) BGR, as PySceneDetect takes it."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    return lambda frame: cv2.resize(frame, SMALL, interpolation=cv2.INTER_AREA)[..., ::-1].copy()
+
+
+def cuts_in(small: list[np.ndarray]) -> list[int]:
+    """The frames at which a shot begins, but for the first; small: the frames from the first, by `shrinker`."""
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import AdaptiveDetector, ThresholdDetector
+
+    def apart(i: int, j: int) -> float:
+        return np.abs(small[i].astype(np.int16) - small[j]).mean()
+
+    new, found = [i for i in range(len(small)) if not i or apart(i - 1, i) > ALIKE], set()
+    for detector in (AdaptiveDetector(min_scene_len=1), ThresholdDetector(min_scene_len=1)):
+        for place, i in enumerate(new):  # the rate is of no consequence: all limits are in frames
+            found |= {at.frame_num for at in detector.process_frame(FrameTimecode(place, 25.0), small[i])}
+    cuts = sorted(new[place] for place in found)
+    near = [(a, b) for a, b in zip(cuts, cuts[1:]) if b - a <= FLASH]
+    flashes = {i for a, b in near if apart(a - 1, b) < apart(a - 1, a) / 2 for i in (a, b)}
+    return [i for i in cuts if i not in flashes]
+
+
+def cuts_of_file(path: str, source: Source, cover: tuple[int, int], log, shrink) -> list[int]:
+    """The cuts in all of a file, read once at a small size. cover: its larger one, for the shape."""
+    last, scale = len(source.times) - 1, min(1, QUICK / min(cover))
+    check_size(source.first.width, source.first.height, last + 1)
+    quick, none = tuple(round(side * scale) for side in cover), np.empty((0, 0), int)
+    return cuts_in(by_either(path, source, last, quick, log, none, quick, shrink)[2])
+
+
+def ahead(times: np.ndarray, last: int) -> int:
+    """The last frame that is looked at for a cut in frames 0 … last: within a second, as `look` may end there."""
+    return min(last + AHEAD, int((times <= times[last] + 1).sum()) - 1)
+
+
+def of_shots(times: np.ndarray, cuts: list[int], frames: int, fps: float | None, clips: int) -> np.ndarray:
+    """`plan` of the shots that are long enough, without the frames beside a cut: spread evenly over all of their clips.
+
+    Refuses a video that has none, by what is wrong with its longest.
+    """
+    ends = [0, *cuts, len(times)]
+    shots = [(a + BESIDE * (a > 0), b - BESIDE * (b < len(times))) for a, b in zip(ends, ends[1:])]
+    if not cuts:
+        return plan(times, frames, fps, clips)
+    found, why = [], {}
+    for a, b in shots:
+        if b > a:
+            try:
+                found += [*(a + plan(times[a:b], frames, fps, len(times)))]
+            except Refused as error:
+                why[times[b - 1] - times[a]] = error
+    if not found:
+        raise Refused(f"{cut_at(times, cuts)}, and its longest shot is {why[max(why)]}" if why else cut_at(times, cuts))
+    return np.stack(found)[np.linspace(0, len(found) - 1, min(clips, len(found))).round().astype(int)]
+
+
+def cut_at(times: np.ndarray, cuts: list[int]) -> str:
+    """Where the first cut is, in words."""
+    return f"a cut at {times[cuts[0]] - times[0]:.1f} s"
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -350,22 +438,25 @@ def missing(source: Source, clip: np.ndarray) -> float | None:
 
 def read(request: dict, log) -> tuple[list[dict], list[np.ndarray]]:
     """The facts of each clip that is asked for, or why it is refused, and the pictures of each that is accepted."""
-    path, frames, fps, clips = (request[key] for key in ("path", "frames", "fps", "clips"))
-    source = look(path, frames / (fps or 1e-3) if frames and clips == 1 else math.inf, log)
+    path, frames, fps, clips, look_for = (request[key] for key in ("path", "frames", "fps", "clips", "cuts"))
+    some = frames and clips == 1 and look_for != "split"
+    source, shrink = look(path, frames / (fps or 1e-3) if some else math.inf, log), shrinker() if look_for else None
     with source.file:
-        chosen = plan(source.times, frames, fps, clips)
-        last = int(chosen.max())
-        check_size(source.first.width, source.first.height, last + 1)
+        times = source.times
         size, cover = source.sizes(request["size"])
-        reader, pictures = "decord", None
-        with contextlib.suppress(Refused):
-            pictures = gather(by_decord(path, source, last, cover), chosen, size, log)
-        if pictures is None:  # outside the exception's handler, which would keep decord's threads alive and complaining
-            reader, pictures = "PyAV", gather(by_pyav(path, source, last, cover, log), chosen, size, log)
+        chosen, cuts = plan(times, frames, fps, clips), []
+        if look_for == "split":
+            chosen, shrink = of_shots(times, cuts_of_file(path, source, cover, log, shrink), frames, fps, clips), None
+        last = ahead(times, int(chosen.max())) if shrink else int(chosen.max())
+        check_size(source.first.width, source.first.height, last + 1)
+        reader, pictures, small = by_either(path, source, last, cover, log, chosen, size, shrink)
+        cuts = cuts_in(small) if shrink else []
     facts, kept = [], []
     for index, clip in zip(chosen, pictures):
         if not request["still"] and (still := longest_still(clip)) > STILL:
             facts.append({"error": f"the picture stands still for {still} frames"})
+        elif inside := [c for c in cuts if index[0] < c + BESIDE and c - BESIDE <= index[-1]]:
+            facts.append({"error": cut_at(times, inside)})
         elif (time := missing(source, index)) is not None:
             facts.append({"error": f"the frame at {time:.2f} s is missing"})
         else:

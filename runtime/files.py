@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.group import rank_and_size
+from runtime.group import rank_and_size, slow
 from runtime.options import Diverged, UserError
 
 MANIFEST = "MANIFEST.json"
@@ -264,11 +264,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def fingerprint(path: Path) -> dict:
     """Size in bytes and sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as f, slow(None, f"hashing {path.name}", "B", size) as bar:
         while chunk := f.read(2**20):
             digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+            bar.update(len(chunk))
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 _checked: dict[Path, tuple[int, dict[str, dict]]] = {}  # of a folder's memory: the bytes read, and what they say
@@ -303,7 +304,7 @@ def checksums(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """
     memory = folder / CHECKED
     known = _read_checked(memory)
-    for name in names:
+    for name in slow(names, f"checking {folder}", "file"):
         stat, row = (folder / name).stat(), known.get(name, {})
         stamp = {"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
         sha256 = row.get("sha256")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
 
 from runtime import roll
 from runtime.options import UserError
@@ -124,6 +125,15 @@ def rank_and_size() -> tuple[int, int]:
     if not rank < size:
         raise UserError(f"RANK={rank}: expected less than WORLD_SIZE={size}; {_BY_TORCHRUN}")
     return rank, size
+
+
+def slow(items: Iterable | None, what: str, unit: str, total: int | None = None) -> tqdm:
+    """A bar for work that may take long and has no bar of its own: after a second, on the first process, until it ends.
+
+    items: to go through, or None for who counts in `update`, up to total. what: is done, in words. unit: "B" is bytes.
+    """
+    look = dict(delay=1, mininterval=1.0, leave=False, dynamic_ncols=True, disable=rank_and_size()[0] > 0)
+    return tqdm(items, what, total, unit=unit, unit_scale=unit == "B", **look)
 
 
 _BY_TORCHRUN = "let torchrun set it, or unset it for a process alone"

@@ -1,10 +1,14 @@
-"""A stage's output folder: what makes it, what it logs, its checkpoints, its end."""
+"""A stage's output folder: what makes it, what it logs, its checkpoints, its end.
+
+Where `tensorboard` is installed, what goes to metrics.jsonl goes to event files beside it, too, under the same names.
+"""
 
 import contextlib
 import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,6 +25,7 @@ from runtime.files import (
     commit,
     identity,
     is_temporary,
+    read_jsonl,
     read_manifest,
     read_sealed,
     read_tensors,
@@ -34,6 +39,7 @@ from runtime.options import UserError, neutral
 
 DRAWS = 3  # changes when a stage's random draws or its checkpoints' form do: what is half made is not gone on with
 LOCK, LOG = ".lock", "metrics.jsonl"
+EVENTS = "events.out.tfevents.*"  # as TensorBoard names them
 
 
 class Run:
@@ -58,13 +64,14 @@ class Run:
         """
         self.folder, self.stage, self.group = Path(cfg.out), stage, group
         self.started, self.spent = time.time(), 0.0
+        self.resumed = 0  # the step that `resume` found
         self.skipped: list[int] = []  # steps that changed nothing, as they were not finite
         left_out = neutral(type(cfg)) | inputs.keys()
         config = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in left_out}
         digests |= {name: _identity(paths) for name, paths in inputs.items() if paths}
         facts = {"stage": stage, "config": config, "inputs": digests, "times": times, "draws": DRAWS}
         self.facts = json.loads(json.dumps(facts))
-        self._lock = None
+        self._lock = self._events = None
         self._compare()
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         if not there.is_dir() or not (os.access(there, os.W_OK) or (self.folder / MANIFEST).exists()):
@@ -146,13 +153,23 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether the folder is finished; says so once."""
+        """Whether the folder is finished; says so once, and what is in it."""
         finished = (self.folder / MANIFEST).is_file()
         if finished and self.group.main:
             with contextlib.suppress(OSError):  # a folder of others, to be read alone
                 self._tidy()  # a kill may have come just before
-            print(f"{self.stage}: {self.folder} is finished already, nothing to do")
+            try:
+                manifest = read_sealed(self.folder / MANIFEST)
+                what = self._closing(manifest["files"], manifest["made"])
+            except (UserError, KeyError):  # damaged, which whoever reads it is told; or up to 0.9
+                what = f"{self.stage}: {self.folder}"
+            print(f"{what}: finished already, nothing to do")
         return finished
+
+    def _closing(self, files: Sequence[str], made: str) -> str:
+        """What a stage ends with: who made what, where, and its figure."""
+        own = [name for name in files if name != LOG]
+        return f"{self.stage}: {self.folder / own[0] if len(own) == 1 else self.folder}, {made}"
 
     def progress(self, items: int, start: int = 0, unit: str = "step", plan: str = "") -> tqdm:
         """A progress bar with rate and time left, on the first process only; first, a line that says what runs.
@@ -161,7 +178,8 @@ class Run:
         """
         self.claim()
         if self.group.main:
-            print(f"{self.stage}: {plan}{'; ' * bool(plan)}{self.group}", file=sys.stderr)
+            again = f"goes on from {unit} {start:,} of {items:,}" if start else ""
+            print(f"{self.stage}: {'; '.join(filter(None, (plan, again, str(self.group))))}", file=sys.stderr)
         return tqdm(
             total=items, initial=start, unit=unit, desc=self.stage,
             disable=not self.group.main, dynamic_ncols=True, mininterval=1.0,
@@ -217,7 +235,7 @@ class Run:
                 advance(count)
 
     def log(self, step: int, **metrics: float) -> None:
-        """Appends a line to metrics.jsonl."""
+        """Appends a line to metrics.jsonl, and its figures to TensorBoard's events."""
         if self.group.main:
             self.check()
             line, path = json.dumps({"step": step, **metrics}) + "\n", self.folder / LOG
@@ -227,6 +245,26 @@ class Run:
             except OSError as error:
                 error.filename = str(path)  # an error of writing names no file
                 raise
+            if self._events:
+                for name, value in metrics.items():
+                    self._events.add_scalar(name, value, step)
+                self._events.flush()  # whatever ends the run, they have what metrics.jsonl has
+
+    def recent(self, name: str) -> float:
+        """The mean of what was logged under a name in the last tenth of the lines; NaN if there is none."""
+        rows = read_jsonl(self.folder / LOG) if (self.folder / LOG).exists() else []
+        values = [row[name] for row in rows[-max(1, len(rows) // 10) :] if name in row]
+        return sum(values) / len(values) if values else math.nan
+
+    def _open_events(self, done: int) -> None:
+        """Starts an event file after so many steps, if it can: what others hold of later steps no longer counts."""
+        if not done:
+            for path in self.folder.glob(EVENTS):
+                path.unlink()
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(self.folder, purge_step=done + 1 if done else None)
 
     def save(self, step: int, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Writes parameters, AdamW's state and what was logged to checkpoints/step-N, whole or not at all, and keeps
@@ -264,15 +302,17 @@ class Run:
             except UserError as error:
                 print(f"skipping a damaged checkpoint: {error}", file=sys.stderr)
                 continue
-            self.spent, self.skipped = facts["seconds"], facts["skipped"]
+            self.spent, self.skipped, self.resumed = facts["seconds"], facts["skipped"], facts["step"]
             _unpack(state, trained, optimizer)
             if self.group.main:
                 with whole_file(self.folder / LOG) as temporary:
                     shutil.copyfile(folder / LOG, temporary)
+                self._open_events(facts["step"])
             self.group.wait()
             return facts["step"]
         if self.group.main:
             (self.folder / LOG).unlink(missing_ok=True)
+            self._open_events(0)
         self.group.wait()
         return 0
 
@@ -281,8 +321,9 @@ class Run:
         """Time spent in this run so far, earlier attempts up to their last checkpoint included."""
         return self.spent + time.time() - self.started
 
-    def finish(self, files: list[str], **facts) -> None:
-        """The first process writes MANIFEST.json over `files` and drops checkpoints and claims: the run is done.
+    def finish(self, files: list[str], what: str, figure: str = "", **facts) -> None:
+        """The first process writes MANIFEST.json over `files` and drops checkpoints and claims: the run is done. It
+        says so: what was made, where, in what time, and the figure to know about it.
 
         The others wait. They do not end before: when all processes of a node have ended, torchrun waits 300 s for other
         nodes (exit_barrier_timeout in torch/distributed/elastic/agent/server/api.py) and then ends there, with the
@@ -295,8 +336,12 @@ class Run:
             if self.skipped:
                 facts["skipped"] = len(self.skipped)
                 print(f"{self.stage}: steps that were not finite and changed nothing: {len(self.skipped)}")
+            if self._events:
+                self._events.close()
+            facts["made"] = f"{what} in {_spoken(self.seconds)}" + f", {figure}" * bool(figure)
             write_manifest(self.folder, files + logged, **facts)
             self._tidy()
+            print(self._closing(files, facts["made"]))
         self.group.wait()
 
     def _tidy(self) -> None:
@@ -310,6 +355,15 @@ class Run:
         """Drops what a kill left half-written."""
         for path in [p for p in self.folder.rglob("*") if is_temporary(p)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _spoken(seconds: float) -> str:
+    """A time in words, in two of its units at most."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _identity(paths: str | Path | Sequence[str | Path]) -> str | list[str]:

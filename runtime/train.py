@@ -13,7 +13,7 @@ shown with the samples that it came from; three in a row end the run.
 import math
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,21 @@ NAMED = 8  # samples that a message names
 class Training:
     """One run of an optimiser over `cfg.steps` steps. cfg: steps, batch_size, save_every."""
 
-    def __init__(self, run: Run, cfg, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer):
-        """trained: the parameters by name; they and optimizer get what the newest whole checkpoint holds."""
-        self.run, self.cfg, self.trained, self.optimizer = run, cfg, trained, optimizer
-        self.first = run.resume(trained, optimizer)
+    def __init__(
+        self,
+        run: Run,
+        cfg,
+        trained: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        preview: Callable[[int], bool] | None = None,
+    ):
+        """trained: the parameters by name; they and optimizer get what the newest whole checkpoint holds.
+
+        preview: shows what the model does after so many steps, and returns whether a process was asked to stop
+        meanwhile. It is called every cfg.preview_every steps, at the start and at the end, by all processes.
+        """
+        self.run, self.cfg, self.trained, self.optimizer, self.preview = run, cfg, trained, optimizer, preview
+        self.first = self._saved = run.resume(trained, optimizer)
         self._seen: list[tuple[Sequence[str], Tensor]] = []  # the samples of this step, and their losses
         self._stop = False
 
@@ -44,16 +55,31 @@ class Training:
         asked to stop. Diverged if the weights are not finite in the end.
         """
         with patient(), self.run.progress(self.cfg.steps, self.first, plan=plan) as self.bar:
+            self._show(self.first)
             for step in range(self.first, self.cfg.steps):
+                if self._stop:
+                    self._save(step)
+                    raise Interrupted(asked_to_stop() or signal.SIGTERM)
                 self._step, done = step, step + 1
                 yield step
                 self.bar.update()
-                if done < self.cfg.steps and (self._stop or done % self.cfg.save_every == 0):
-                    self._check()
-                    self.run.save(done, self.trained, self.optimizer)
-                if self._stop and done < self.cfg.steps:
-                    raise Interrupted(asked_to_stop() or signal.SIGTERM)
+                if done % self.cfg.save_every == 0:
+                    self._save(done)
+                self._show(done)
         self._check()
+
+    def _save(self, done: int) -> None:
+        """Saves after so many steps, unless that was done, or the result is about to be written."""
+        if self._saved < done < self.cfg.steps:
+            self._check()
+            self.run.save(done, self.trained, self.optimizer)
+            self._saved = done
+
+    def _show(self, done: int) -> None:
+        """Previews, where they are due. A run that resumes makes those again that were cut."""
+        due = self.preview and (done == self.cfg.steps or done % self.cfg.preview_every == 0)
+        if due and not self._stop:
+            self._stop = self.preview(done)
 
     def backward(self, losses: Tensor, ids: Sequence[str]) -> None:
         """Adds the gradient of a micro-batch. losses (B,), ids: of its samples."""

@@ -93,16 +93,18 @@ class Decoder(contextlib.AbstractContextManager):
         fps: float | None = None,
         clips: int = 1,
         still: bool = False,
+        cuts: str = "",
     ) -> list[Clip | BadVideo]:
         """Reads up to `clips` clips of `frames` pictures each, spread evenly over the video without overlap.
 
         frames None: one clip of the whole video. size (h, w) px: the upright picture, with square pixels, is resized to
         cover it and cut at the centre; None keeps the file's size. fps: each picture is the frame on the screen at its
         time, counted from the first; None takes every frame. still: the picture may stand still, as in whole videos.
+        cuts: "reject" refuses clips with a cut inside, "split" takes them from the shots; both need PySceneDetect.
 
         A BadVideo stands in the place of a clip that cannot be trusted. Raises BadVideo if there is no good clip.
         """
-        request = dict(frames=frames, size=size, fps=fps, clips=clips, still=still or not frames)
+        request = dict(frames=frames, size=size, fps=fps, clips=clips, still=still or not frames, cuts=cuts)
         answer, arrays = self._ask(path=regular_file(path), **request)
         found = [BadVideo(f["error"]) if "error" in f else Clip(arrays.pop(0), **f) for f in answer["clips"]]
         if not any(isinstance(clip, Clip) for clip in found):
@@ -226,12 +228,11 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: int = 16, crf: int = 12
         file.mux(stream.encode())
 
 
-def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]]) -> None:
+def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, str]], columns: int = 3) -> None:
     """Draws a PNG of cells: words, and below them pictures (n, h, w, 3) side by side, or a grey box for None."""
     from matplotlib import font_manager
     from matplotlib.figure import Figure
 
-    columns = 3
     rows = max(1, -(-len(cells) // columns))
     figure = Figure(figsize=(5 * columns, 1.5 * rows + 0.5), dpi=100, layout="constrained")
     figure.suptitle(title)
@@ -248,6 +249,29 @@ def contact_sheet(path: Path, title: str, cells: list[tuple[np.ndarray | None, s
             ax.set_title("\n".join(textwrap.wrap(words, 80)[:2]), fontsize=8, family=family, parse_math=False)
     with whole_file(path) as temporary, warnings.catch_warnings(category=UserWarning, action="ignore"):
         figure.savefig(temporary, format="png")  # letters that no installed font has are drawn as boxes
+
+
+def histogram(path: Path, title: str, scores: tuple[list[float], list[float]], option: str, least: float) -> None:
+    """Draws a PNG of the scores that were kept and of those that were rejected, below `least` as `option` has it.
+
+    The highest hundredth of them counts into the last bar.
+    """
+    from matplotlib.figure import Figure
+
+    end = max([*np.quantile(scores[0] + scores[1], [0.99]), least * 1.1, 1e-6] if any(scores) else [1.0])
+    start = min([0.0, *scores[0], *scores[1]])
+    figure = Figure(figsize=(6.4, 3.8), dpi=125, layout="constrained")
+    ax = figure.add_subplot()
+    labels = [f"{words}: {len(some):,}" for words, some in zip(("kept", f"rejected by {option}"), scores)]
+    bins = np.linspace(start, end, 41)
+    ax.hist([np.minimum(some, end) for some in scores], bins, stacked=True, label=labels, color=["#4477aa", "#ee6677"])
+    ax.axvline(least, color="#222222", linestyle="--", label=f"{option} {least:g}")
+    ax.set_xlabel(title)
+    ax.set_ylabel("clips")
+    ax.set_xlim(start, end)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def to_pixels(frames: np.ndarray):

@@ -28,6 +28,7 @@ from experiments import evaluate, labels
 from experiments import pairs as samples
 from runtime.files import CHECKED, read_jsonl
 from runtime.options import UserError
+from runtime.run import EVENTS
 from runtime.shards import Shards
 from tiny import balls
 
@@ -184,13 +185,14 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """sha256 of every file below folder by name, but for the three that hold times and paths.
+    """sha256 of every file below folder by name, but for those that hold times and paths.
 
     Of a safetensors file without its header's metadata, which name folders and have no fixed order.
     """
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in ("MANIFEST.json", "run.json", CHECKED):
+        timed = path.name in ("MANIFEST.json", "run.json", CHECKED) or path.match(EVENTS)
+        if path.is_file() and not timed:
             raw = path.read_bytes()
             if path.suffix == ".safetensors":
                 end = 8 + int.from_bytes(raw[:8], "little")

@@ -43,9 +43,13 @@ def torchrun(chain, out, processes: int, lines: str):
 
 @pytest.fixture(scope="module")
 def two(chain, tmp_path_factory):
-    """The folder in which two processes of one torchrun wrote three stages."""
+    """The folder in which two processes of one torchrun wrote three stages, asymdpo with previews."""
     lines = f"""
-for name, changes in (("shards", {{}}), ("pairs", {{}}), ("asymdpo", {TRAINING})):
+import sampling
+sampling.PRESETS["tiny"]["nfe"] = 2
+(out / "prompts.txt").write_text("a ball\\na ball falls\\na ball floats\\n")
+previews = dict(preview_every=4, preview_prompts=out / "prompts.txt", preview_data=chain / "shards")
+for name, changes in (("shards", {{}}), ("pairs", {{}}), ("asymdpo", previews | {TRAINING})):
     run_stage(chain, name, out=out / name, **changes)
 """
     return torchrun(chain, tmp_path_factory.mktemp("two"), 2, lines)
@@ -71,8 +75,10 @@ def same_training(one, other, allowed: float) -> bool:
 
 
 def test_training_on_two_processes(one, two):
-    """asymdpo: two processes log the losses of one and end in its LoRA."""
+    """asymdpo: two processes log the losses of one and end in its LoRA. They share the previews, of odd number."""
     assert same_training(one, two / "asymdpo", 1e-6)
+    found = sorted(str(path.relative_to(two / "asymdpo" / "previews")) for path in two.glob("asymdpo/previews/*/*"))
+    assert found == [f"step-000000{step}/{i}.mp4" for step in (0, 4) for i in range(3)]
 
 
 @pytest.mark.parametrize("processes, node", [(2, 2), (4, 2)])
@@ -80,11 +86,15 @@ def test_training_on_sharded_weights(processes, node, one, chain, tmp_path):
     """The frozen weights split over a node of two processes, on one node and on two: one process's LoRA.
 
     With recomputed activations. Only what is trained is whole, so checkpoints and the gradients' sum are as without.
+    Previews are made in step: who has none repeats another's.
     """
-    changes = TRAINING | dict(micro_batch=0, checkpointing=True, shard=True)
+    (tmp_path / "prompts.txt").write_text("a ball\n")
+    previews = dict(preview_every=4, preview_prompts=str(tmp_path / "prompts.txt"), preview_data=str(chain / "shards"))
+    changes = TRAINING | dict(micro_batch=0, checkpointing=True, shard=True) | previews
     lines = f"""
 os.environ["LOCAL_WORLD_SIZE"] = "{node}"
-import asymdpo, runtime.group
+import asymdpo, runtime.group, sampling
+sampling.PRESETS["tiny"]["nfe"], sampling.Previews._draw = 2, lambda self: None
 def seen(net, cfg, group):
     full = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     net = runtime.group.place(net, cfg, group)
@@ -94,7 +104,8 @@ def seen(net, cfg, group):
 asymdpo.place = seen
 run_stage(chain, "asymdpo", out=out / "asymdpo", **{changes})
 """
-    assert same_training(one, torchrun(chain, tmp_path, processes, lines) / "asymdpo", 1e-5)
+    sharded = torchrun(chain, tmp_path, processes, lines) / "asymdpo"
+    assert same_training(one, sharded, 1e-5) and len(list(sharded.glob("previews/*/0.mp4"))) == 2
 
 
 def test_a_gpu_for_each_process(monkeypatch):

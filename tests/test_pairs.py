@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def test_a_table_of_pairs_trains(chain, mine, tmp_path, capsys):
     """
     rows = [(f"good/{i}.mp4", f"bad/{i}.mp4", CAPTION, start) for i, start in enumerate(("", 0, 4, 48))]
     made = run(chain, tmp_path / "pairs", pairs=table(mine, *rows))
-    assert f"kept 4 pairs, rejected 0; look at {tmp_path}/pairs/kept.png\n" in capsys.readouterr().out
+    line = rf"^prepare.py --pairs: {tmp_path}/pairs, 4 pairs in [\d.]+ s, 0 rejected; see its kept.png$"
+    assert re.search(line, capsys.readouterr().out, re.M)
     assert [(row["n1"], row["n2"], row["start"]) for row in made.rows] == [
         (0, 13, 0),
         (0, 13, 0),

@@ -20,7 +20,7 @@ from helpers import contents, cut, real_clips, refused
 import flow
 import prepare
 from prepare import Config
-from runtime import video
+from runtime import decode, video
 from runtime.files import inside, read_csv, read_jsonl, write_jsonl
 from runtime.options import UserError, resolve
 from runtime.shards import Shards, batch_order
@@ -419,6 +419,15 @@ def test_what_lies_in_folders(hostile, capsys):
     assert len(items(hostile, preset="1.3b")[0]) == 1  # UMT5 has tokens for them
 
 
+def test_not_one_caption(hostile):
+    """Said as such, with the three ways to give them; another text in the folder is none of them."""
+    (hostile / "README.txt").write_text("clips")
+    ways = "metadata.csv in the folder, .* or as name.txt beside each .*, or by --metadata any.csv"
+    refused(f"hostile: [0-9] videos and not one caption; give them as {ways}", items, hostile)
+    (hostile / "part/b.txt").write_text("a ball")
+    assert [item.video for item in items(hostile, bad_rows="reject")[0]] == ["part/b.mp4"]
+
+
 def test_a_snapshot_of_hugging_faces_cache(tmp_path):
     """Links to blobs and to folders beside it are followed when asked for; those that lead back end."""
     blobs, root = tmp_path / "blobs", tmp_path / "snapshots/main"
@@ -485,6 +494,8 @@ def test_motion_by_frames(folder):
     shards = run(folder, min_motion=motion["walk"] - 0.01)
     assert [row["id"] for row in shards.rows] == ["fast", "walk"]
     assert rejects(folder).keys() == {"still.mp4", "slow.mp4"} and "motion score" in rejects(folder)["slow.mp4"]
+    scores = {row["video"]: row.get("motion") for row in read_jsonl(folder.parent / "out/rejects.jsonl")}
+    assert scores == {"still.mp4": None, "slow.mp4": motion["slow"]}  # for the picture of what the limit takes away
 
 
 def item(clip: str = "a", motion: str = "", split: str = "") -> prepare.Item:
@@ -559,5 +570,77 @@ def test_batch_order_reads_every_clip_once_an_epoch():
 
 
 def test_reasons_that_differ_in_a_number_are_one(capsys):
-    prepare.print_reasons([{"reason": f"'{n}.txt': expected UTF-8 text, got {n}.5 bytes"} for n in range(3)])
-    assert capsys.readouterr().out == "       3  …: expected UTF-8 text, got … bytes\n"
+    """The table of what was kept, and why others were not: the commonest reasons, then the number of the rest."""
+    several = [{"reason": f"'{n}.txt': expected UTF-8 text, got {n}.5 bytes"} for n in range(30)]
+    prepare.print_table(960, several + [{"reason": "reason " + "x" * n} for n in range(10)], "clips")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "   share    clips",
+        "   96.0%      960  kept",
+        "    3.0%       30  …: expected UTF-8 text, got … bytes",
+    ]
+    assert len(lines) == 13 and lines[-1] == "    0.1%        1  1 other reasons: see rejects.jsonl"
+
+
+def test_the_picture_of_motion(tmp_path):
+    """Drawn of no scores, too, and of negative ones, which a table's column may have."""
+    for number, scores in enumerate((([], []), ([-3.0, 2.0], [-5.0]))):
+        video.histogram(tmp_path / f"{number}.png", "motion", scores, "--min_motion", 0.7)
+        assert (tmp_path / f"{number}.png").read_bytes()[1:4] == b"PNG"
+
+
+# ---- cuts ------------------------------------------------------------------------------------------------------------
+
+
+def joined() -> np.ndarray:
+    """Two shots, cut after 40 of their 100 pictures."""
+    other = 255 - clip(60, speed=2.0).swapaxes(1, 2) // 3
+    other[..., 2] //= 4
+    return np.concatenate([clip(40, speed=5.0), other])
+
+
+def test_cuts(folder):
+    """A clip with a cut inside is left out, or taken from a shot. Fast motion and a flash are none. Without --cuts all
+    are read.
+    """
+    pytest.importorskip("scenedetect", reason="needs PySceneDetect: pip install -r requirements-dev.txt")
+    flash = clip()
+    flash[20:22] = 255 - (255 - flash[20:22]) // 4
+    replace(folder, cut=joined(), fast=clip(speed=9.0), flash=flash, short=joined()[:55])
+    expected = {  # where the clip begins, or why there is none
+        "ignore": {"cut": 0.0, "short": 0.0},
+        "reject": {"cut": "a cut at 2.5 s", "fast": 0.0, "flash": 0.0, "short": "a cut at 2.5 s"},
+    }
+    with video.Decoder() as decoder:
+        for cuts, wanted in expected.items():
+            cfg = resolve(Config(videos=str(folder), cuts=cuts), prepare.PRESETS)
+            found = {name: prepare.read(cfg, decoder, item(name))[0] for name in wanted}
+            got = {name: str(f) if isinstance(f, video.BadVideo) else f[0].start for name, f in found.items()}
+            assert got == wanted
+    shards = run(folder, cuts="split")
+    assert {row["id"]: row["start"] for row in shards.rows} == {"cut": 2.625, "fast": 0.0, "flash": 0.0}
+    longest = "its longest shot is too short: expected 49 frames at 16 a second, got 38"
+    assert rejects(folder) == {"short.mp4": f"a cut at 2.5 s, and {longest}"}
+    assert "PySceneDetect" in shards.manifest["cuts_found_by"]
+
+
+def test_clips_of_shots():
+    """Each lies in one shot, no picture beside a cut; spread over all of them; without a cut they are `plan`'s."""
+    times = np.arange(100) / 16
+    assert np.array_equal(decode.of_shots(times, [], 17, 16, 3), decode.plan(times, 17, 16, 3))
+    for clips in (1, 2, 9):
+        found = decode.of_shots(times, [30, 40], 17, 16, clips)
+        assert [row[0] for row in found] == {1: [0], 2: [0, 83], 9: [0, 42, 62, 83]}[clips]
+        assert not {28, 29, *range(30, 42)} & set(found.ravel()) and found.max() == (99 if clips > 1 else 16)
+    with pytest.raises(decode.Refused, match="a cut at 1.9 s, and its longest shot is too short: expected 65"):
+        decode.of_shots(times, [30, 40], 65, 16, 1)
+    with pytest.raises(decode.Refused, match="a cut at 0.1 s$"):
+        decode.of_shots(times[:4], [2], 17, 16, 1)
+
+
+def test_cuts_without_what_finds_them(folder, monkeypatch, capsys):
+    """One line says how to get it; without --cuts, too."""
+    monkeypatch.setitem(sys.modules, "scenedetect", None)
+    refused("--cuts split needs PySceneDetect: pip install scenedetect-headless", run, folder, cuts="split")
+    assert prepare.detector_of_cuts(Config(), talk=True) == {}
+    assert "nobody looks for cuts: --cuts reject or split does" in capsys.readouterr().out

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from bench import torture
-from runtime import video
+from runtime import dataset, video
 
 LIMIT, DEADLINE = 10.0, 8.0  # s: what a file may take, and the decoder's own deadline
 WAYS = [(49, None, None), (17, (96, 120), 16)]  # frames, size, fps
@@ -70,6 +70,13 @@ def test_right_or_refused(decoder, name, tmp_path):
     case = hostile.make(name, tmp_path)
     for way in WAYS:
         assert torture.right_or_refused(decoder, case, *way) == ""
+
+
+@pytest.mark.parametrize("ending", [".3gp", ".MTS", ".m4v"])
+def test_phones_and_cameras(decoder, ending, tmp_path):
+    """Their endings, in capitals, too, are those of containers that are read."""
+    assert isinstance(read(decoder, hostile.write(tmp_path / f"video{ending}"), 49), video.Clip)
+    assert f"video{ending}".lower().endswith(dataset.VIDEOS)
 
 
 @pytest.mark.parametrize("name", ["B-frames", "open GOP", "HEVC, open GOP", "MPEG-2", "VP9", "turned by 90°"])
@@ -254,7 +261,7 @@ PARENT = """
 import subprocess, sys
 decoder = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdin=-1, stdout=-1, start_new_session=True)
 decoder.stdout.readline()
-decoder.stdin.write(b'{"path": "spin.mp4", "frames": 1, "fps": 1, "clips": 1, "deadline": 60}\\n')
+decoder.stdin.write(b'{"path": "spin.mp4", "frames": 1, "fps": 1, "clips": 1, "cuts": "", "deadline": 60}\\n')
 decoder.stdin.flush()
 print(decoder.pid, flush=True)
 decoder.wait()

@@ -29,7 +29,7 @@ import numpy as np
 
 from runtime import video
 from runtime.files import checksum, unchanged, whole_file
-from runtime.group import alone
+from runtime.group import alone, slow
 from runtime.options import SEED, UserError, option, program, resolve, user_errors
 from runtime.run import Run
 from tiny.codec import GROUP, PATCH
@@ -256,7 +256,8 @@ def pixels(codec, x0) -> np.ndarray:
 def score(codec, x0, captions: list[str], frames: slice = slice(None)) -> dict[str, np.ndarray]:
     """`score_clips` of the latent clips x0 (B, C, F, H, W)."""
     rows = []
-    for i in range(0, len(x0), 8):  # a few at a time: fresh memory for many costs more than the score
+    # a few at a time: fresh memory for many costs more than the score
+    for i in slow(range(0, len(x0), 8), "scoring clips", "batch"):
         rows.append(score_clips(light_of(pixels(codec, x0[i : i + 8])), captions[i : i + 8], frames))
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
@@ -306,7 +307,7 @@ def main(cfg: Config) -> None:
         writer = csv.DictWriter(f, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    run.finish(["metadata.csv"] + [row["video"] for row in rows])
+    run.finish(["metadata.csv"] + [row["video"] for row in rows], f"{len(rows):,} clips")
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def main(cfg: Config) -> None:
         provenance = dict(lora=cfg.lora, merged=sorted(merged), beneath=sorted(beneath))
         with user_errors(), whole_file(run.folder / "lora.safetensors") as file:
             model.export_lora(joined([lora for lora, _ in read]), file, dtype, **provenance)
-        run.finish(["lora.safetensors"])
-        print(f"{run.stage}: wrote {run.folder / 'lora.safetensors'}")
+        run.finish(["lora.safetensors"], f"{len(read)} LoRA{'s' * (len(read) > 1)} as one")
         return
 
     # ---- the whole model
@@ -149,8 +148,7 @@ def main(cfg: Config) -> None:
     write_json(run.folder / folder / "config.json", config)
     written = write_checkpoint(run.folder / folder, shapes, fused, dtype, loras=net.loras)
     bar.close()
-    run.finish([folder + file for file in ("config.json", *written)])
-    print(f"{run.stage}: wrote {run.folder / folder}")
+    run.finish([folder + file for file in ("config.json", *written)], f"{len(ours):,} tensors")
 
 
 if __name__ == "__main__":
