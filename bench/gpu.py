@@ -193,8 +193,8 @@ def summary(suite: str, record: dict | None) -> Iterator[list[str]]:
     made = "; ".join(f"commit {', '.join(found)}{how}" for how, found in commits.items())
     ends = {name: e["ended"] for name, e in entries.items() if e["ended"] != "done"}
     ends |= {name: "not run yet" for name in SECTIONS[suite] if name not in record}
-    said = [f"{made}: {sum(checks)} of {len(checks)} checks hold", *(f"{name}: {end}" for name, end in ends.items())]
-    yield [f"`{suite}`", "; ".join(said)]
+    said = [f"{sum(checks)} of {len(checks)} checks hold"] if checks else []
+    yield [f"`{suite}`", f"{made}: " + "; ".join(said + [f"{name}: {end}" for name, end in ends.items()])]
     yield from (["", text(row)] for row in rows if SHOWN in row)
 
 
