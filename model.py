@@ -85,24 +85,51 @@ class LowRank(nn.Module):
         self.scale = scale
         self.on = True
 
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x Aᵀ (N, rank) and scale · B (out, rank) for rows x (N, in), in x's dtype; zeros if it is off."""
+        if not self.on:
+            return x.new_zeros(len(x), len(self.A)), x.new_zeros(self.B.shape)
+        return F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype)
+
     def forward(self, x: Tensor, y: Tensor | None) -> Tensor:
         """y + scale · (x Aᵀ) Bᵀ for rows x (N, in), written into y (N, out) where there is one."""
         if not self.on:
             return x.new_zeros(len(x), len(self.B)) if y is None else y
-        low, up = F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype).t()
-        return low @ up if y is None else y.addmm_(low, up)
+        low, up = self.factors(x)
+        return low @ up.t() if y is None else y.addmm_(low, up.t())
 
 
 LoRA = dict[str, LowRank]  # by the name of the layer
 
 
-class Linear(nn.Linear):
-    """nn.Linear with low-rank terms, one for each LoRA: y = Σ scale · (x Aᵀ) Bᵀ + x Wᵀ + b.
+class _OneProduct(torch.autograd.Function):
+    """x Wᵀ + low upᵀ + b, the product of [x low] and [W up]: x (N, in), low (N, r), W (out, in), up (out, r), b (out).
 
-    The sum begins with the terms, the newest first, because a matrix product adds to what is there in float32 and
-    rounds once. In bfloat16 the other order would round a small term away: x Wᵀ is rounded, and does not change by less
-    than half of its last bit. If the newest term is off, it takes part as a zero, so that what is added to it are the
-    same operations, and a LoRA with B = 0 changes no bit.
+    W and b are frozen: they get no gradient, nor is x kept for one.
+    """
+
+    @staticmethod
+    def forward(ctx, x, low, weight, up, bias):
+        ctx.save_for_backward(low, weight, up)
+        return F.linear(torch.cat([x, low], 1), torch.cat([weight, up], 1), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        low, weight, up = ctx.saved_tensors
+        wants_x, wants_low, _, wants_up, _ = ctx.needs_input_grad
+        d_low = dy @ up if wants_low else None
+        return dy @ weight if wants_x else None, d_low, None, dy.t() @ low if wants_up else None, None
+
+
+class Linear(nn.Linear):
+    """nn.Linear with low-rank terms, one for each LoRA: y = x Wᵀ + Σ scale · (x Aᵀ) Bᵀ + b.
+
+    In bfloat16 a small term must not be added to an x Wᵀ that was rounded, which does not change by less than half of
+    its last bit. So all are one product, summed up in float32 and rounded once. It is not enough to let a product add
+    to the terms: cuBLAS on an H100 rounds the product before. In float32 the terms come first, the newest of them at
+    the start. If the newest term is off, it takes part as a zero, so that the operations are the same, and a LoRA with
+    B = 0 changes no bit.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -113,9 +140,14 @@ class Linear(nn.Linear):
         if not self.lora:
             return F.linear(x, self.weight, self.bias)
         rows, y = x.flatten(0, -2), None
-        for term in reversed(self.lora):
-            y = term(rows, y)
-        return y.addmm_(rows, self.weight.t()).add_(self.bias).unflatten(0, x.shape[:-1])
+        if x.dtype in (torch.bfloat16, torch.float16):
+            low, up = (torch.cat(halves, 1) for halves in zip(*(term.factors(rows) for term in self.lora)))
+            y = _OneProduct.apply(rows, low, self.weight, up, self.bias)
+        else:
+            for term in reversed(self.lora):
+                y = term(rows, y)
+            y = y.addmm_(rows, self.weight.t()).add_(self.bias)
+        return y.unflatten(0, x.shape[:-1])
 
 
 class RMSNorm(nn.Module):

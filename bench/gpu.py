@@ -1,6 +1,7 @@
 """What a GPU says of this code: checks first, then times. Nothing is downloaded, weights are random.
 
     python bench/gpu.py [kernels] [1.3b] [14b]     each at most 8 minutes of one H100 or A800; none named: all three
+    python bench/gpu.py 1.3b --sections split,eager --seconds 90     these alone; the record of the others stays
     python bench/gpu.py readme                     writes README's table from docs/gpu.json
 
 Each section runs in a process of its own, as an illegal access to memory spoils its process, and has a time limit.
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a script, Python looks in bench/ alone
@@ -34,6 +35,11 @@ import torch
 from runtime.files import commit, read_json, write_json
 from runtime.group import start_group
 from runtime.options import UserError
+
+try:
+    import triton
+except ImportError:  # no Triton for this platform
+    triton = None
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {"kernels": "bench.gpu_kernels", "1.3b": "bench.gpu_model", "14b": "bench.gpu_model"}
@@ -48,7 +54,7 @@ SECTIONS = {  # suite -> section -> its seconds at most; the most important firs
     ),
     "14b": dict(card=30, large_forward=90, large_pair=150, shard=150),
 }  # fmt: skip
-BUDGET = 470  # seconds of a suite
+BUDGET = 470  # seconds of a suite, unless --seconds says otherwise
 MARK, DONE = "row ", "no more rows"  # what a section's process prints before each row, and after the last
 SHOWN = "in README"  # a row that has it is a line of README's table
 BEGIN, END = "<!-- written by python bench/gpu.py readme -->", "<!-- end of what it wrote -->"
@@ -124,46 +130,72 @@ def failed(row: dict) -> bool:
 
 
 def read(file: Path) -> dict:
-    """What is known: suite -> commit, toy, sections. UserError for a damaged file."""
+    """What is known: suite -> section -> commit, on, toy, ended, seconds, rows. UserError for a damaged file."""
     return read_json(file) if file.is_file() else {}
 
 
-def run_suite(suite: str, file: Path, toy: bool) -> bool:
-    """Runs all sections and writes what they say under the suite's name. Returns whether all came to a good end."""
-    known, began = read(file), time.monotonic()
-    known[suite] = {"commit": commit(), "toy": toy, "sections": {}}
+def here() -> str:
+    """The card, or the CPU, and the versions of what computes."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{card}, torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}"
+
+
+def run_suite(suite: str, file: Path, toy: bool, sections: Collection[str] = (), budget: float = BUDGET) -> bool:
+    """Runs the sections and writes what they say under the suite's name. Returns whether all came to a good end.
+
+    sections: those to run, and the record of the others stays; none named: all, and nothing of the suite's record
+    stays. One that no time is left for keeps its old record.
+    """
+    known, end = read(file), time.monotonic() + budget
+    record = known[suite] = known.get(suite, {}) if sections else {}
+    made, good = {"commit": commit(), "on": here(), "toy": toy}, True
     for section, most in SECTIONS[suite].items():
-        entry = known[suite]["sections"][section] = {"ended": "cut", "rows": []}
-        limit, start = min(most, BUDGET - (time.monotonic() - began)), time.monotonic()
+        if sections and section not in sections:
+            continue
+        print(f"{suite}, {section}", flush=True)
+        start = time.monotonic()
+        limit = min(most, end - start)
+        if limit < 5:
+            good = False
+            record.setdefault(section, {**made, "ended": "not started: no time left", "seconds": 0, "rows": []})
+            write_json(file, known)
+            print("  not started: no time left", flush=True)
+            continue
+        entry = record[section] = {**made, "ended": "cut", "rows": []}
 
         def found(row: dict, entry=entry) -> None:
             entry["rows"].append(row)
             write_json(file, known)
             print(f"  {text(row)}", flush=True)
 
-        print(f"{suite}, {section}", flush=True)
-        entry["ended"] = run_section(suite, section, limit, toy, found) if limit > 5 else "not started: no time left"
+        entry["ended"] = run_section(suite, section, limit, toy, found)
         entry["seconds"] = round(time.monotonic() - start, 1)
         write_json(file, known)
         print(f"  {entry['ended']}, {entry['seconds']} s", flush=True)
-    sections = known[suite]["sections"].values()
-    return all(entry["ended"] == "done" and not any(map(failed, entry["rows"])) for entry in sections)
+        good &= entry["ended"] == "done" and not any(map(failed, entry["rows"]))
+    return good
 
 
 # ---- README's table --------------------------------------------------------------------------------------------------
 
 
-def summary(suite: str, result: dict | None) -> Iterator[list[str]]:
-    """Lines of the table: the card, the checks, the rows to show, and the sections that came to no good end."""
-    if result is None:
+def summary(suite: str, record: dict | None) -> Iterator[list[str]]:
+    """Lines of the table: commits, cards, checks, sections without a good end or a run; then the rows to show."""
+    if not record:
         yield [f"`{suite}`", "not run yet"]
         return
-    rows = [row for entry in result["sections"].values() for row in entry["rows"]]
+    entries = {name: record[name] for name in SECTIONS[suite] if name in record}
+    rows = [row for entry in entries.values() for row in entry["rows"]]
     checks = [a for row in rows for a in row.values() if isinstance(a, bool)]
-    toy = " at toy sizes" * result["toy"]
-    yield [f"`{suite}`", f"commit {result['commit']}{toy}: {sum(checks)} of {len(checks)} checks hold"]
+    commits = {}
+    for e in entries.values():
+        commits.setdefault(" at toy sizes" * e["toy"] + f" on {e['on']}", {})[e["commit"]] = True
+    made = "; ".join(f"commit {', '.join(found)}{how}" for how, found in commits.items())
+    ends = {name: e["ended"] for name, e in entries.items() if e["ended"] != "done"}
+    ends |= {name: "not run yet" for name in SECTIONS[suite] if name not in record}
+    said = [f"{sum(checks)} of {len(checks)} checks hold"] if checks else []
+    yield [f"`{suite}`", f"{made}: " + "; ".join(said + [f"{name}: {end}" for name, end in ends.items()])]
     yield from (["", text(row)] for row in rows if SHOWN in row)
-    yield from (["", f"{name}: {e['ended']}"] for name, e in result["sections"].items() if e["ended"] != "done")
 
 
 def table(known: dict) -> str:
@@ -183,6 +215,8 @@ def with_table(page: str, known: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="kernels | 1.3b | 14b | readme", help="what to do")
+    parser.add_argument("--sections", default="", metavar="a,b", help="these alone; the record of the others stays")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help=f"a suite's at most (default {BUDGET})")
     parser.add_argument("--toy", action="store_true", help="toy sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, help="JSON file to write: docs/gpu.json, or out/gpu.json with --toy")
     given = parser.parse_args()
@@ -193,12 +227,16 @@ def main() -> None:
         return
     if unknown := set(given.suites) - SECTIONS.keys():
         parser.error(f"expected {', '.join(SECTIONS)}, or readme alone, got {' '.join(sorted(unknown))}")
+    suites, sections = given.suites or list(SECTIONS), [name for name in given.sections.split(",") if name]
+    names = dict.fromkeys(name for suite in suites for name in SECTIONS[suite])
+    if unknown := set(sections) - names.keys():
+        parser.error(f"--sections: expected some of {', '.join(names)}, got {' '.join(sorted(unknown))}")
     if not given.toy and not torch.cuda.is_available():
         parser.error("expected a CUDA GPU, got none that PyTorch can use; --toy runs on the CPU")
     file = given.out or (ROOT / "out/gpu.json" if given.toy else figures)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        good = [run_suite(suite, file, given.toy) for suite in given.suites or SECTIONS]
+        good = [run_suite(suite, file, given.toy, sections, given.seconds) for suite in suites]
     except UserError as error:
         parser.error(str(error))
     sys.exit(not all(good))

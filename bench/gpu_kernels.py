@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 
 import model
 from bench.cases import BF16, ROWS, Case, dpo_case, modulation_cases, norm_rope_case, real_norm_rope
-from bench.gpu import SHOWN
 from bench.measure import (
     GIB,
     apart,
@@ -218,9 +217,7 @@ def rows(case: Case, D: int, trained: bool, ways: dict[str, tuple[float, float]]
         tables = "" if case.name == "region_dpo" else f", D = {D}, tables {'trained' if trained else 'frozen'}"
         took = {f"ms {way}": ms[i] for way, ms in ways.items()}
         share = case.minimum[i] / (next(iter(took.values())) / 1e3) / bandwidth
-        row = {"name": f"{case.name}, {direction}{tables}", **took, "% of a copy's bandwidth": 100 * share}
-        shown = case.name in ("residual_ln_modulate", "norm_rope") and not trained
-        yield row | {SHOWN: 1} if shown else row
+        yield {"name": f"{case.name}, {direction}{tables}", **took, "% of a copy's bandwidth": 100 * share}
 
 
 def speed(device: torch.device, sizes: Sizes) -> Iterator[dict]:
@@ -249,15 +246,14 @@ def inductor(device: torch.device, sizes: Sizes) -> Iterator[dict]:
 
 
 def options(device: torch.device, sizes: Sizes) -> Iterator[dict]:
-    """Stages of the token loop, and caps on registers, beside what the kernels are launched with."""
-    tried = [{}, *({"STAGES": n} for n in (1, 2, 3)), *({"maxnreg": n} for n in (64, 96, 128))]
+    """Tokens and warps of a program, and stages of its loop, beside what the kernels are launched with."""
+    tried = [{}, {"STAGES": 2}, *({"num_warps": w, "TOKENS": n} for w in (2, 4, 8, 16) for n in (1, 2, 4, 8))]
     for D in sizes.widths:
         for case in operations(sizes, D, False)[1:5:3]:  # residual_ln_modulate and norm_rope
             inputs = inputs_of(case, device)
             for change in tried:
-                row = {
-                    "name": f"{case.name}, D = {D}, {', '.join(f'{k} = {v}' for k, v in change.items()) or 'as it is'}"
-                }
+                words = ", ".join(f"{k} = {v}" for k, v in change.items()) or "as it is"
+                row = {"name": f"{case.name}, D = {D}, {words}"}
                 with mock.patch.dict(modulate.OPTIONS, change), mock.patch.dict(norm_rope.OPTIONS, change):
                     try:
                         ahead, back = both_passes(case.function, inputs, device)

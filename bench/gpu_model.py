@@ -176,7 +176,7 @@ def used(flop: float, took: float, device: torch.device) -> dict[str, float]:
 def timed_forward(trainer: Trainer, way: str, device: torch.device, sizes: Sizes, calls: int = 3) -> dict:
     took = seconds(trainer.forward, device, calls)
     share = used(2 * forward_flop(sizes), took, device)
-    return {"name": f"a forward of both clips, {way}", "ms": 1e3 * took, **share, SHOWN: 1}
+    return {"name": f"a forward of both clips, {way}", "ms": 1e3 * took, **share}
 
 
 def timed_step(
@@ -185,18 +185,19 @@ def timed_step(
     """MFU is of the operations that a step needs, without what checkpointing does again."""
     trainer.net.gradient_checkpointing = checkpointing
     took = seconds(trainer.step, device, calls)
-    count, flop = predicted(sizes, checkpointing), predicted(sizes, False)["flop"]
+    count = predicted(sizes, checkpointing)
+    flop = (predicted(sizes, False) if checkpointing else count)["flop"]
+    counted = {} if "definitions" in way else {"GiB predicted": cost.memory(count)}  # of the kernels, in any case
     return {
         "name": f"a pair's step, {way}{', checkpointing' * checkpointing}", "ms": 1e3 * took, "pairs/s": 1 / took,
-        **used(flop, took, device), "GiB at the peak": peak_bytes(trainer.step, device) / GIB,
-        "GiB predicted": cost.memory(count), SHOWN: 1,
+        **used(flop, took, device), "GiB at the peak": peak_bytes(trainer.step, device) / GIB, **counted,
     }  # fmt: skip
 
 
 def speed(trainer: Trainer, way: str, device: torch.device, sizes: Sizes) -> Iterator[dict]:
     yield timed_forward(trainer, way, device, sizes)
-    for checkpointing in (True, False):  # without it a pair needs several times the memory
-        yield timed_step(trainer, way, device, sizes, checkpointing)
+    yield timed_step(trainer, way, device, sizes, True)
+    yield timed_step(trainer, way, device, sizes, False) | {SHOWN: 1}  # it needs several times the memory
 
 
 def kernels(device: torch.device, sizes: Sizes) -> Iterator[dict]:
@@ -249,7 +250,7 @@ def split(device: torch.device, sizes: Sizes) -> Iterator[dict]:
     kind, column = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
     events = [e for e in found.key_averages() if e.device_type == kind and not e.is_user_annotation]
     took = {e.key: getattr(e, column) for e in events}
-    yield {"name": "a step's time", **{f"% {kind}": share for kind, share in shares(took).items()}, SHOWN: 1}
+    yield {"name": "a step's time", **{f"% {kind}": share for kind, share in shares(took).items()}}
     for name, time in sorted(took.items(), key=lambda item: -item[1])[:15]:
         yield {
             "name": name[:100],
@@ -311,7 +312,7 @@ def decode(device: torch.device, sizes: Sizes) -> Iterator[dict]:
         run: Callable = functools.partial(net.decode, x0)
         took = seconds(run, device, calls=1)
         name = f"a clip decoded, {str(dtype).removeprefix('torch.')}"
-        yield {"name": name, "s": took, "GiB at the peak": peak_bytes(run, device) / GIB, SHOWN: 1}
+        yield {"name": name, "s": took, "GiB at the peak": peak_bytes(run, device) / GIB}
 
 
 # ---- 14B -------------------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def large_forward(device: torch.device, sizes: Sizes) -> Iterator[dict]:
 
 
 def large_pair(device: torch.device, sizes: Sizes) -> Iterator[dict]:
-    yield timed_step(trainer_of(sizes, device), "14B", device, sizes, True, calls=1)
+    yield timed_step(trainer_of(sizes, device), "14B", device, sizes, True, calls=1) | {SHOWN: 1}
 
 
 def shard(device: torch.device, sizes: Sizes) -> Iterator[dict]:

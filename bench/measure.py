@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 import asymdpo
 import flow
 import model
-from bench.gpu import SHOWN
 from experiments.cost import Count
 from kernels import modulate, norm_rope, region_dpo
 
@@ -228,7 +227,7 @@ def card(device: torch.device, sizes) -> Iterator[dict]:
     """The first section of every suite: what it runs on, and what that can do."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     about = {"torch": torch.__version__, "CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
-    yield {"name": name, **about, SHOWN: 1}
+    yield {"name": name, **about}
     size, n = (GIB, 8192) if device.type == "cuda" else (2**20, 128)
     a, b = torch.randn(2, n, n, device=device).to(dtype_of(device))
     flops = 2 * n**3 / (milliseconds(lambda: a @ b, device) / 1e3)

@@ -300,9 +300,9 @@ def per_token_block(block: model.Block, x, e0, context, rope):
     shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (block.modulation.float().unsqueeze(1) + e0).unbind(2)
     dtype, width = block.ffn[0].weight.dtype, x.shape[-1:]
     h = (F.layer_norm(x, width, eps=block.eps) * (1 + scale_sa) + shift_sa).to(dtype)
-    x = x + block.self_attn(h, h, rope) * gate_sa
+    x = x + block.self_attn(h, block.self_attn.keys(h, rope), rope) * gate_sa
     h = F.layer_norm(x, width, block.norm3.weight.float(), block.norm3.bias.float(), block.eps).to(dtype)
-    x = x + block.cross_attn(h, context)
+    x = x + block.cross_attn(h, block.cross_attn.keys(context))
     h = (F.layer_norm(x, width, eps=block.eps) * (1 + scale_ff) + shift_ff).to(dtype)
     return x + block.ffn(h) * gate_ff
 

@@ -58,8 +58,8 @@ KERNELS = os.environ.get("KERNELS", "")  # "torch": the definitions on every dev
 MAX_WIDTH = 8192  # largest D
 STREAMS = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that the kernels take
 ROWS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Options of every launch, not tuned on a GPU yet; maxnreg and num_warps may be added. STAGES: of how many tokens the
-# loads are in flight.
+# Options of every launch. STAGES: of how many tokens the loads are in flight; 2 were no faster on an H100. TOKENS,
+# num_warps and maxnreg may be added.
 OPTIONS = {"STAGES": 1}
 
 
@@ -238,18 +238,18 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 def _sizes(x: Tensor, frames: int, sums: bool = False) -> tuple[tuple[int, int], tuple[int, int, int], dict]:
     """Grid, the sizes that the kernels take, and their options. sums: does the kernel add up the tables' gradients?
 
-    Fewer tokens a program make more programs, but each program's sums cost as much as three tokens.
+    Fewer tokens a program make more programs, but each program's sums cost as much as three tokens. Tokens and warps
+    are an H100's choice, of those that bench/gpu.py's section `options` tries.
     """
     B, L, D = x.shape
-    T, tokens = L // frames, 32 if sums else 8
+    T, tokens = L // frames, OPTIONS.get("TOKENS", 32 if sums else 2)
     while T > 65535 * tokens:  # CUDA takes no more programs along the grid's second axis
         tokens *= 2
     block = max(16, triton.next_power_of_2(D))
-    nvidia = torch.version.hip is None
-    # eight columns a thread: 16-byte accesses; the sums of more than 4096 columns do not fit a 1024-thread program
-    threads = min(block // 8, 1024 if nvidia and not sums else 512)
-    options = {"BLOCK_D": block, "TOKENS": tokens, "num_warps": max(threads // (32 if nvidia else 64), 1)}
-    return (B * frames, triton.cdiv(T, tokens)), (frames, T, D), options | OPTIONS
+    threads = min(block // (8 if sums else 16), 256)
+    warps = max(threads // (32 if torch.version.hip is None else 64), 1)
+    options = {"num_warps": warps} | OPTIONS | {"BLOCK_D": block, "TOKENS": tokens}
+    return (B * frames, triton.cdiv(T, tokens)), (frames, T, D), options
 
 
 class _Modulate(torch.autograd.Function):

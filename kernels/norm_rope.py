@@ -50,8 +50,8 @@ jit = triton.jit if triton else lambda function: function
 
 KERNELS = os.environ.get("KERNELS", "")  # "torch": the definition on every device
 MAX_WIDTH = 8192  # largest D
-# Options of every launch, not tuned on a GPU yet; maxnreg and num_warps may be added. STAGES: of how many tokens the
-# loads are in flight.
+# Options of every launch. STAGES: of how many tokens the loads are in flight; 2 were no faster on an H100. TOKENS,
+# num_warps and maxnreg may be added.
 OPTIONS = {"STAGES": 1}
 
 
@@ -153,15 +153,17 @@ def _fold_kernel(partial, out, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexp
 
 
 def _sizes(x: Tensor, rope: Tensor | None, sums: bool = False) -> tuple[tuple[int], tuple, dict]:
-    """Grid, the sizes that the kernels take, and their options. Few tokens a program: many programs, and many sums."""
+    """Grid, the sizes that the kernels take, and their options. Few tokens a program: many programs, and many sums.
+
+    Tokens and warps are an H100's choice, of those that bench/gpu.py's section `options` tries.
+    """
     B, L, D = x.shape
-    tokens = 32 if sums else 8
+    tokens = OPTIONS.get("TOKENS", 16 if sums else 1)
     block = max(16, triton.next_power_of_2(D))
-    nvidia = torch.version.hip is None
-    threads = min(block // 8, 1024 if nvidia else 512)  # eight columns a thread: 16-byte accesses
-    options = {"K": 0 if rope is None else rope.shape[-1], "BLOCK_D": block, "TOKENS": tokens}
-    options["num_warps"] = max(threads // (32 if nvidia else 64), 1)
-    return (triton.cdiv(B * L, tokens),), (B * L, L, D), options | OPTIONS
+    threads = min(block // (8 if sums else 16), 256)
+    options = {"num_warps": max(threads // (32 if torch.version.hip is None else 64), 1)} | OPTIONS
+    options |= {"K": 0 if rope is None else rope.shape[-1], "BLOCK_D": block, "TOKENS": tokens}
+    return (triton.cdiv(B * L, tokens),), (B * L, L, D), options
 
 
 class _NormRope(torch.autograd.Function):

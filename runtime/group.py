@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -197,9 +196,6 @@ def place(net: nn.Module, cfg, group: Group) -> nn.Module:
         for part in (*net.blocks, net):
             fully_shard(part, mesh=group.mesh, ignored_params=whole)
     if cfg.compile:
-        # without it Inductor makes a rounded product and a sum of addmm: github.com/pytorch/pytorch/pull/176848
-        if not getattr(torch._inductor.config, "keep_addmm_fused_for_half_dtypes", False):
-            print("warning: --compile of this PyTorch rounds a LoRA twice in bfloat16; 2.13 does not", file=sys.stderr)
         torch._dynamo.config.recompile_limit = 64  # a continuation's lengths, batches and branches: more than 8
         for block in net.blocks:  # the method, and not the module: FSDP2's hooks around it are not to be compiled
             block.forward = torch.compile(block.forward, fullgraph=not net.prefix)

@@ -9,7 +9,9 @@ Allowed is twice what the definition is off in the same dtype. Tensors are made 
 
 import math
 import os
+import re
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -34,6 +36,14 @@ def ratios(names, got, eager, truth, dtypes) -> dict[str, float]:
         assert allowed <= TOLERANCE[dtype] * max(size, 1), f"{name}: definition off by {allowed:.2e} of {size:.2e}"
         found[name] = math.inf if math.isnan(error) else error / (2 * allowed + 2**-22 * size)
     return found
+
+
+def calls_to_copy() -> dict:
+    """Runs what kernels/README.md opens with, as it is printed. Returns the names that it leaves."""
+    page = (Path(__file__).resolve().parent.parent / "kernels/README.md").read_text(encoding="utf-8")
+    scope = {}
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)), scope)
+    return scope
 
 
 # ---- modulate --------------------------------------------------------------------------------------------------------

@@ -269,19 +269,20 @@ def fake(tmp_path, monkeypatch):
 def test_one_bad_section_does_not_end_the_others(fake, capfd):
     """A crash, a section that hangs: the rows before are kept, the sections after run, the others' suites stay."""
     file = fake / "gpu.json"
-    file.write_text(json.dumps({"other": {"commit": "abc"}}))
+    file.write_text(json.dumps({"other": {"card": "abc"}}))
     assert not gpu.run_suite("fake", file, toy=False)
     known = gpu.read(file)
-    found = known["fake"]["sections"]
-    assert known["other"] == {"commit": "abc"} and {name: entry["ended"] for name, entry in found.items()} == ENDS
+    found = known["fake"]
+    assert known["other"] == {"card": "abc"} and {name: entry["ended"] for name, entry in found.items()} == ENDS
     assert [row["name"] for entry in found.values() for row in entry["rows"]] == ["fourth", "first", "second", "third"]
     printed = capfd.readouterr().out
     assert "first: 7 size, right: yes" in printed and "second: right: NO" in printed
     table = gpu.table(known | {"kernels": None})
     assert table.splitlines()[2:] == [
-        f"| `fake` | commit {known['fake']['commit']}: 1 of 2 checks hold |", "|  | first: 7 size, right: yes |",
-        "|  | hang: cut after 9 s |", "|  | crash: exit code -11: about to &lt;fail&gt; \\| now |",
-    ]  # fmt: skip
+        f"| `fake` | commit {gpu.commit()} on {gpu.here()}: 1 of 2 checks hold; hang: cut after 9 s; "
+        "crash: exit code -11: about to &lt;fail&gt; \\| now |",
+        "|  | first: 7 size, right: yes |",
+    ]
 
 
 def test_only_good_ends_are_a_success(fake, monkeypatch):
@@ -289,9 +290,22 @@ def test_only_good_ends_are_a_success(fake, monkeypatch):
     assert gpu.run_suite("fake", fake / "gpu.json", toy=True)
     monkeypatch.setattr(gpu, "SECTIONS", {"fake": dict(wrong=60)})
     assert not gpu.run_suite("fake", fake / "gpu.json", toy=True)
-    monkeypatch.setattr(gpu, "BUDGET", 0)
-    assert not gpu.run_suite("fake", fake / "gpu.json", toy=True)
-    assert gpu.read(fake / "gpu.json")["fake"]["sections"]["wrong"]["ended"] == "not started: no time left"
+    assert not gpu.run_suite("fake", fake / "gpu.json", toy=True, budget=0)
+    assert gpu.read(fake / "gpu.json")["fake"]["wrong"]["ended"] == "not started: no time left"
+
+
+def test_some_sections_run_again(fake):
+    """Each section's record says what it was made of; one that is not named, or has no time, keeps its own."""
+    file, old = fake / "gpu.json", {"commit": "old", "on": "A100", "toy": False, "ended": "done", "rows": []}
+    before = {"hang": old, "good": old, "wrong": old, "crash": old}
+    file.write_text(json.dumps({"fake": before}))
+    assert gpu.run_suite("fake", file, True, ["good"])
+    found = gpu.read(file)["fake"]
+    made = {"commit": gpu.commit(), "on": gpu.here(), "toy": True}
+    assert {name: entry for name, entry in found.items() if entry != old} == {"good": found["good"]}
+    assert made.items() <= found["good"].items() and "torch" in made["on"]
+    assert f"commit old on A100; commit {made['commit']} at toy sizes on" in gpu.table({"fake": found})
+    assert not gpu.run_suite("fake", file, True, ["wrong"], budget=0) and gpu.read(file)["fake"] == found
 
 
 def test_a_run_that_is_cut_still_tells(fake):
@@ -309,7 +323,7 @@ def test_a_run_that_is_cut_still_tells(fake):
             break
     process.send_signal(signal.SIGINT)
     assert process.wait(30) != 0
-    found = gpu.read(fake / "gpu.json")["fake"]["sections"]
+    found = gpu.read(fake / "gpu.json")["fake"]
     assert [(name, entry["ended"], len(entry["rows"])) for name, entry in found.items()] == [
         ("good", "done", 1), ("hang", "cut", 1)
     ]  # fmt: skip
@@ -327,14 +341,19 @@ def test_the_command_needs_few_packages(tmp_path):
     file, bare = tmp_path / "gpu.json", dict(PYTHONPATH=str(tmp_path))
     done = script(str(ROOT / "bench/gpu.py"), "14b", "--toy", "--out", str(file), cwd=tmp_path, **bare)
     assert done.returncode == 0, done.stdout + done.stderr
-    sections = gpu.read(file)["14b"]["sections"]
+    sections = gpu.read(file)["14b"]
     assert list(sections) == list(gpu.SECTIONS["14b"]) and all(e["ended"] == "done" for e in sections.values())
     code = "import bench.gpu_kernels, bench.step; print(bench.step.diffusers)"
     assert script("-c", code, **bare).stdout == "None\n"
 
 
 @pytest.mark.parametrize(
-    "words, said", [([], "expected a CUDA GPU"), (["5b"], "expected kernels, 1.3b, 14b, or readme")]
+    "words, said",
+    [
+        ([], "expected a CUDA GPU"),
+        (["5b"], "expected kernels, 1.3b, 14b, or readme"),
+        (["14b", "--sections", "speed"], "expected some of card, large_forward, large_pair, shard, got speed"),
+    ],
 )
 def test_no_gpu_and_no_such_suite(words, said):
     done = script(str(ROOT / "bench/gpu.py"), *words)

@@ -15,8 +15,8 @@ STREAMS = {"bfloat16": (BF16, BF16), "mixed": (F32, BF16), "float32": (F32, F32)
 
 # Registers a thread for sm_80 and bfloat16 streams, forward and backward with trained tables. No kernel has a cap, and
 # ptxas takes what it likes: 128 registers leave room for two programs of eight warps on a multiprocessor, 16 of its 64.
-REGISTERS = {"ln_modulate": (40, 64), "residual_ln_modulate": (64, 128), "gate_residual": (32, 48)}
-REGISTERS |= {"norm_rope": (40, 64), "region_dpo": (48, 32)}
+REGISTERS = {"ln_modulate": (72, 64), "residual_ln_modulate": (96, 128), "gate_residual": (56, 48)}
+REGISTERS |= {"norm_rope": (48, 64), "region_dpo": (48, 32)}
 
 
 def launches_of(op, streams="bfloat16", tables=True, D=1536, rows=None) -> list[tuple]:
@@ -58,12 +58,12 @@ def accesses(text: str) -> collections.Counter:
 def gate(compiled, minimum: dict | None) -> None:
     """No spills, no local memory, no atomics; every stream in 16-byte accesses, none more than the minimum.
 
-    16 warps of a program that has 16 or fewer run side by side on a multiprocessor, by its registers.
+    Eight warps at least run side by side on a multiprocessor, by their registers.
     """
     used, text = compiled.resources, compiled.asm["ptx"]
     assert used["stack"] == used["local"] == 0, f"{compiled.name} spills: {used}"
     assert not re.search(r"\b(ld|st)\.local|\.local\b|\b(atom|red)\.", text), compiled.name
-    assert compiled.warps >= 16 or compiled.num_warps < 4, (compiled.name, used)
+    assert compiled.warps >= 8, (compiled.name, used)
     if minimum is not None:
         found = accesses(text)
         wide = {kind: found[kind, 16] for kind in ("ld", "st")}
@@ -71,8 +71,11 @@ def gate(compiled, minimum: dict | None) -> None:
         assert (wide, narrow) == (minimum["wide"], minimum["narrow"]), f"{compiled.name}: {dict(found)}"
 
 
-def least(kernel, args) -> dict:
-    """The accesses a thread that takes eight columns cannot do without: loads and stores of the launch's tensors."""
+def least(kernel, args, kwargs) -> dict:
+    """The accesses that a thread cannot do without for its columns: loads and stores of the launch's tensors."""
+    eights = (
+        kwargs["BLOCK" if kernel.__module__.endswith("region_dpo") else "BLOCK_D"] // (32 * kwargs["num_warps"]) // 8
+    )
     given = {n: a for n, a in zip(kernel.arg_names, args) if torch.is_tensor(a)}
     outputs = {"y", "x_out", "dx", "dh", "dv", "partial"} | ({"mean", "rstd"} if "y" in given else set())
     wide, narrow = {"ld": 0, "st": 0}, {"ld": 0, "st": 0}
@@ -83,7 +86,8 @@ def least(kernel, args) -> dict:
         elif kernel.__name__ == "_errors_kernel" and name == "partial":
             narrow["st"] += 3
         elif name != "ref" or kernel.__name__ == "_errors_kernel":  # the gradient of v does without ref
-            wide[kind] += a.element_size() * 8 // 16 * (a.shape[0] if name == "partial" and a.ndim == 4 else 1)
+            tables = a.shape[0] if name == "partial" and a.ndim == 4 else 1
+            wide[kind] += eights * a.element_size() * 8 // 16 * tables
     return {"wide": wide, "narrow": narrow}
 
 
@@ -101,7 +105,7 @@ def test_compiled_for_nvidia(op, streams, tables, target):
     assert len(launches) == 2 + (tables and op != "region_dpo")
     for kernel, args, kwargs in launches:
         compiled = aot.compile_launch(kernel, args, kwargs, target)
-        gate(compiled, None if kernel.__name__ in PARTLY else least(kernel, args))
+        gate(compiled, None if kernel.__name__ in PARTLY else least(kernel, args, kwargs))
 
 
 @pytest.mark.parametrize("op", REGISTERS)
@@ -119,7 +123,7 @@ def test_rows_without_an_index_need_no_fold(op, rows):
     launches = launches_of(op, "mixed", rows=rows)
     assert [kernel.__name__ for kernel, _, _ in launches] == ["_forward_kernel", "_backward_kernel"]
     for kernel, args, kwargs in launches:
-        gate(aot.compile_launch(kernel, args, kwargs), least(kernel, args))
+        gate(aot.compile_launch(kernel, args, kwargs), least(kernel, args, kwargs))
 
 
 def test_what_is_saved_has_memory_of_its_own():
@@ -181,7 +185,7 @@ def test_the_gate_has_teeth(op):
     for kernel, args, kwargs in launches_of(op):
         if kernel.__name__ not in PARTLY:
             with pytest.raises(AssertionError, match=kernel.__name__):
-                gate(aot.compile_launch(kernel, args, kwargs, hints=False), least(kernel, args))
+                gate(aot.compile_launch(kernel, args, kwargs, hints=False), least(kernel, args, kwargs))
 
 
 # ---- executed at full size -------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_full_size_forward_moves_little_more_than_it_must():
     eager = modulate.ln_modulate_ref(x, shift, scale, row)
     assert (y.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
     ((_, grid, traffic),) = emulated["modulate", "_forward_kernel"].launches
-    assert grid == (13, 72)
+    assert grid == (13, 288)
     moved = sum(t.read if name == "x" else t.read_once for name, t in traffic.items())
     moved += sum(t.written for t in traffic.values())
     assert moved <= 1.05 * 2 * x.numel() * x.element_size()

@@ -1,7 +1,10 @@
-"""On a GPU, `pytest -m gpu`, with the cases of test_kernels.py. Needs torch, triton, numpy and pytest, and no more."""
+"""On a GPU, `pytest -m gpu`, with the cases of test_kernels.py. Needs torch, triton, numpy and pytest, and no more; the
+test of the stages needs what they need.
+"""
 
 import pytest
 import torch
+from kernel_cases import calls_to_copy
 
 from kernels import modulate, norm_rope, region_dpo
 
@@ -43,3 +46,22 @@ def test_same_bits_twice(module):
         case = module._case((2, 13, 576, 1536), torch.bfloat16, device)
         run = (module.FORMS["residual_ln_modulate"][0], module.KERNEL, *case)
     assert all(torch.equal(a, b) for a, b in zip(module._step(*run), module._step(*run), strict=True))
+
+
+def test_the_page_opens_with_calls_that_run():
+    made = calls_to_copy()
+    assert made["x"].is_cuda and made["x"].grad.isfinite().all() and made["loss"].isfinite().all()
+
+
+def test_every_stage(tmp_path):
+    """All of the demo, as small as it goes; then AsymDPO compiled, with activations that are computed anew."""
+    for package in ("av", "tqdm", "safetensors", "einops", "tokenizers"):
+        pytest.importorskip(package)
+    from helpers import STAGES, metrics, run_stage  # here, as the other tests do without what the stages import
+
+    for name in STAGES:
+        run_stage(tmp_path, name)
+    other = run_stage(tmp_path, "asymdpo", out=tmp_path / "compiled", compile=True, checkpointing=True)
+    for folder, most in ((tmp_path / "asymdpo", 0), (other, 1e-3)):  # compiled, policy and reference are two graphs
+        first, second = metrics(folder)
+        assert abs(first["S"]) <= most and second["grad_norm"] > 0

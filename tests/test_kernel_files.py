@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 from helpers import ROOT, script
+from kernel_cases import calls_to_copy
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model
@@ -208,6 +209,11 @@ def test_the_example_is_diffusers_query():
     q, k, v = (a.unflatten(2, (2, -1)).transpose(1, 2) for a in (scope["query"], scope["key"], attn.to_v(x)))
     ours = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     assert torch.allclose(attn.to_out[0](ours), attn(x, rotary_emb=rotary_emb), rtol=1e-5, atol=1e-6)
+
+
+def test_the_page_opens_with_calls_that_run():
+    made = calls_to_copy()
+    assert made["x"].grad.isfinite().all() and made["q"].shape == made["x"].shape and made["loss"].shape == (1,)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
