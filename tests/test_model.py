@@ -173,7 +173,7 @@ def test_frame_embedding():
 
 def test_without_frame_embedding_it_is_wans_network(tmp_path):
     """Names and configuration: nothing in a checkpoint tells of an option that Wan does not have."""
-    assert [config.frames for config in model.PRESETS.values()] == [13, 0, 0]
+    assert [config.frames for config in model.PRESETS.values()] == [13, 0, 0, 0]
     net = make()
     assert "frame_embedding" not in net.state_dict()
     assert net.state_dict().keys() | {"frame_embedding"} == known_frames().state_dict().keys()
