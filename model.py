@@ -105,21 +105,28 @@ LoRA = dict[str, LowRank]  # by the name of the layer
 class _OneProduct(torch.autograd.Function):
     """x Wᵀ + low upᵀ + b, the product of [x low] and [W up]: x (N, in), low (N, r), W (out, in), up (out, r), b (out).
 
-    W and b are frozen: they get no gradient, nor is x kept for one.
+    x is kept for W's gradient alone, so not for the frozen W that a LoRA has as a rule.
     """
 
     @staticmethod
     def forward(ctx, x, low, weight, up, bias):
-        ctx.save_for_backward(low, weight, up)
-        return F.linear(torch.cat([x, low], 1), torch.cat([weight, up], 1), bias)
+        ctx.save_for_backward(x if weight.requires_grad else None, low, weight, up)
+        # Zeros make rows of whole 16 bytes, as cuBLAS's fast kernels want them; a rank of 196 would not
+        fill = -(x.shape[1] + low.shape[1]) % 8
+        return F.linear(*(torch.cat([a, b, a.new_zeros(len(a), fill)], 1) for a, b in ((x, low), (weight, up))), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        low, weight, up = ctx.saved_tensors
-        wants_x, wants_low, _, wants_up, _ = ctx.needs_input_grad
-        d_low = dy @ up if wants_low else None
-        return dy @ weight if wants_x else None, d_low, None, dy.t() @ low if wants_up else None, None
+        x, low, weight, up = ctx.saved_tensors
+        wants_x, wants_low, wants_weight, wants_up, wants_bias = ctx.needs_input_grad
+        return (
+            dy @ weight if wants_x else None,
+            dy @ up if wants_low else None,
+            dy.t() @ x if wants_weight else None,
+            dy.t() @ low if wants_up else None,
+            dy.sum(0) if wants_bias else None,
+        )
 
 
 class Linear(nn.Linear):

@@ -389,19 +389,28 @@ class AsOnHopper(TorchDispatchMode):
         return operation(*given, **(named or {}))
 
 
-def test_one_product_has_the_gradients_of_many():
-    """In bfloat16, of the input and of the newest of two terms, beside float64's."""
+@pytest.mark.parametrize("trained", ["weight", "bias", ""])
+def test_one_product_has_the_gradients_of_many(trained, monkeypatch):
+    """In bfloat16, of the input, of the newest of two terms and of what else is trained, beside float64's.
+
+    Its rows are of whole 16 bytes, whatever the ranks.
+    """
+    linear, sizes = model.F.linear, set()
+    monkeypatch.setattr(model.F, "linear", lambda x, *rest: sizes.add(x.shape[1]) or linear(x, *rest))
     layer, x = model.Linear(64, 48).bfloat16().requires_grad_(False), torch.randn(2, 96, 64).bfloat16().requires_grad_()
-    for _ in range(2):
+    for rank in (8, 5):
         layer.lora.requires_grad_(False)
-        layer.lora.append(model.LowRank(torch.randn(8, 64) / 8, torch.randn(48, 8) / 8, 0.5))
+        layer.lora.append(model.LowRank(torch.randn(rank, 64) / 8, torch.randn(48, rank) / 8, 0.5))
+    if trained:
+        layer.get_parameter(trained).requires_grad_()
     exact, upstream = copy.deepcopy(layer).double(), torch.randn(2, 96, 48).bfloat16()
-    x64, found = x.detach().double().requires_grad_(), {}
-    for net, given in ((layer, x), (exact, x64)):
-        term = net.lora[-1]
-        found[net] = torch.autograd.grad(net(given), (given, term.A, term.B), upstream.to(given.dtype))
-    for ours, expected in zip(found[layer], found[exact]):
+    found = []
+    for net, given in ((layer, x), (exact, x.detach().double().requires_grad_())):
+        wanted = [given, *(p for p in net.parameters() if p.requires_grad)]
+        found.append(torch.autograd.grad(net(given), wanted, upstream.to(given.dtype)))
+    for ours, expected in zip(*found, strict=True):
         assert (ours.double() - expected).norm() < 0.01 * expected.norm()
+    assert sizes == {64, 80}
 
 
 @torch.no_grad()
