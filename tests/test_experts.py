@@ -172,7 +172,8 @@ def mistakes(root):
     yield asymdpo, dict(t_min=0.5, t_max=0.5, out=train["out"]), "more than --t_min .0.5. and at most 1, got 0.5"
     yield sft, dict(t_max=1.5, out=train["out"]), "--t_max: expected"
     yield sample, take | dict(base=high), "with the release's two networks, or --base and --base_low"
-    yield sample, take | dict(base=low, base_low=high), "high and low noise, got .*low_noise_model' and"
+    for one, other in ((low, high), (high, high), (low, low)):
+        yield sample, take | dict(base=one, base_low=other), f"high and low noise, got '{one}' and '{other}'"
     yield sample, take | dict(preset="14b", lora_low="x"), "--lora_low: is for the two networks of --preset a14b"
     yield make_pairs, dict(preset="a14b", base=high, out=train["out"]), "with the release's two networks"
     base = str(root / "wan")

@@ -60,7 +60,7 @@ def check_times(cfg) -> None:
 def bases(cfg) -> tuple[str, ...]:
     """The networks that cfg.base and cfg.base_low name: at the preset a14b high and low noise, elsewhere the one.
 
-    UserError for another number of them, and for two in the wrong order.
+    UserError for another number of them, and for one in the other's place.
     """
     if cfg.preset != "a14b":
         options = ("base_low", "lora_low", "continuation_low", "guidance_low_noise")
@@ -71,7 +71,7 @@ def bases(cfg) -> tuple[str, ...]:
     for names in () if given else EXPERTS:
         if all((Path(cfg.base) / name).is_dir() for name in names):
             given = tuple(str(Path(cfg.base) / name) for name in names)
-    if not given or tuple(map(expert_of, given)) == ("low", "high"):
+    if not given or expert_of(given[0]) == "low" or expert_of(given[1]) == "high":
         expected = "expected --base with the release's two networks, or --base and --base_low, high and low noise"
         raise UserError(f"--preset a14b: {expected}, got {cfg.base!r} and {cfg.base_low!r}")
     if bool(cfg.continuation) != bool(cfg.continuation_low):
