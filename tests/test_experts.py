@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -100,7 +101,9 @@ class Stub:
 
 
 def test_one_network_at_a_time_is_on_the_device():
-    """That of high noise from 0.875 on, the boundary included, else the other; split ones stay where they are."""
+    """That of high noise from 0.875 on, the boundary included, else the other; split ones stay where they are. What is
+    called in their place is there one at a time, too.
+    """
     high, low = Stub("meta"), Stub("cpu")
     both = experts.Experts(high, low, torch.device("meta"), keep=False)
     for t, called, waiting in ((1.0, high, low), (0.875, high, low), (0.874, low, high), (0.0, low, high)):
@@ -108,6 +111,20 @@ def test_one_network_at_a_time_is_on_the_device():
         assert (called.device, waiting.device) == ("meta", "cpu")
     split = experts.Experts(Stub("meta"), Stub("cpu"), torch.device("meta"), keep=True)
     assert split(None, torch.tensor([0.5]), None).device == "cpu"
+    alive, made = weakref.WeakSet(), []
+
+    class Shared:
+        def __init__(self, net):
+            assert not alive
+            made.append(net)
+            alive.add(self)
+
+        def __call__(self, x_t, t, text, cond_mask):
+            return made[-1]
+
+    call = experts.each(both, Shared)
+    assert [call(None, torch.tensor([t]), None) for t in (1.0, 0.9, 0.5, 0.2, 1.0)] == [high, high, low, low, high]
+    assert made == [high, low, high] and (high.device, low.device) == ("meta", "cpu")
 
 
 def test_sample_takes_a_release_or_two_networks(released, tmp_path):

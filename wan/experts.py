@@ -12,7 +12,7 @@ same in pipelines/wan/pipeline_wan.py (boundary_ratio, transformer_2).
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -92,18 +92,23 @@ class Experts:
     """Networks of high and low noise as one: called as a network is, it calls that of the batch's one time.
 
     Only that one is on the device; the other waits on the CPU, unless it is split over a node's GPUs (`keep`).
+    wraps: what is called of each in its place (`each`), made when its times come. It may hold gigabytes, so it is
+    dropped when those of the other one come.
     """
 
-    def __init__(self, high: DiT, low: DiT, device: torch.device, keep: bool):
-        self.nets, self.device, self.keep = (high, low), device, keep
-        self.calls: tuple[Callable, ...] = self.nets
+    def __init__(self, high: DiT, low: DiT, device: torch.device, keep: bool, wraps: Sequence[Callable] = ()):
+        self.nets, self.device, self.keep, self.wraps = (high, low), device, keep, wraps
+        self.which, self.call = -1, None
 
     def __call__(self, x_t: Tensor, t: Tensor, text: Tensor, cond_mask: Tensor | None = None) -> Tensor:
         which = int(t[0].item() < BOUNDARY)
-        self.bring(which)
-        return self.calls[which](x_t, t, text, cond_mask)
+        if which != self.which:
+            self.which, self.call = which, None
+        net = self._bring(which)
+        self.call = self.call or (self.wraps[which](net) if self.wraps else net)
+        return self.call(x_t, t, text, cond_mask)
 
-    def bring(self, which: int) -> DiT:
+    def _bring(self, which: int) -> DiT:
         """The network of high (0) or low (1) noise, on the device."""
         if not self.keep and self.nets[which].patch_embedding.weight.device != self.device:
             self.nets[1 - which].to("cpu")
@@ -115,10 +120,7 @@ def each(net: DiT | Experts, high: Callable[[DiT], Callable], low: Callable[[DiT
     """high(net); of two networks, what calls high of the one and low, or high, of the other in their place."""
     if not isinstance(net, Experts):
         return high(net)
-    made = Experts(*net.nets, net.device, net.keep)
-    of_low, of_high = (low or high)(net.bring(1)), high(net.bring(0))  # sampling starts with high noise
-    made.calls = of_high, of_low
-    return made
+    return Experts(*net.nets, net.device, net.keep, (high, low or high))
 
 
 def load_networks(cfg, dtype: torch.dtype, device: torch.device, finish: Callable[[DiT, str], DiT]) -> DiT | Experts:
