@@ -15,7 +15,7 @@
 
 How this differs from the loss as the paper prints it: a reference is subtracted (the SFT model, whose LoRA is a part of
 the frozen base, so that "LoRA off" is the reference), and errors are means over C, H, W, not sums; the tiny preset adds
-the winner's own loss, λ. docs/method.md gives the reasons. The forward is plain text-to-video: every frame is noised at
+the winner's own loss, λ. docs/choices.md gives reasons. The forward is plain text-to-video: every frame is noised at
 one t, no frame is given and there are no task prompts; only the loss is masked. Winner and loser of a pair see the same
 noise and the same t.
 

@@ -17,7 +17,6 @@ import textwrap
 from collections.abc import Iterator
 
 from experiments import cost, scale
-from runtime.group import Group, local_batch
 from runtime.options import UserError, option, parse, program, resolve
 
 OPTIONS = {  # of every stage, in their order; what is after --preset and --base
@@ -105,7 +104,10 @@ def candidates(name: str, preset: str, machine: cost.Machine, look: bool) -> Ite
                 if one.fits:  # smaller ones take as long, and --shard runs whole forwards
                     return
     else:
-        share, _ = local_batch(resolve(stage.Config(preset=preset), stage.PRESETS), Group(size=machine.gpus))
+        batch = stage.PRESETS[preset]["batch_size"]
+        share, rest = divmod(batch, machine.gpus)
+        if rest:
+            raise UserError(f"--gpus: expected a divisor of {batch}, {name}.py's batch, got {machine.gpus}")
         for checkpointing in ("", "--checkpointing"):
             for shard in shards:
                 for size in (size for size in range(1, share + 1) if share % size == 0):

@@ -380,7 +380,8 @@ def test_a_recipe_as_commands(monkeypatch, capsys):
     assert recipe.start_of(cost.Machine(gpus=8)) == "torchrun --nproc_per_node 8"
     assert recipe.start_of(cost.Machine(gpus=16)).startswith("torchrun --nnodes 2 --nproc_per_node 8 ")
     refused("--gpus 12: expected a multiple of --node 8", recipe.start_of, cost.Machine(gpus=12))
-    refused("batch_size 16: expected a multiple of 32", recipe.main, recipe.Config(gpus=32))
+    refused("--gpus: expected a divisor of 32, sft.py's batch, got 7", recipe.main, recipe.Config(gpus=7))
+    refused("--gpus: expected a divisor of 16, continuation.py's batch, got 32", recipe.main, recipe.Config(gpus=32))
     wide = dict(weights=0, trained=0, blocks=0, block=0, flop=0, file=0)
 
     def by_dtype(name, preset, machine, options, look):
