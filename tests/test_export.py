@@ -526,12 +526,23 @@ def test_a_card_says_what_is_known(layout, chain, tmp_path):
 
 
 def test_a_card_of_what_others_made(root, tmp_path):
-    """A LoRA of another program, by its file's name; no LoRA at all: no method, no training that nobody knows of."""
+    """A LoRA of another program, by its file's name; no LoRA at all: no method, no training that nobody knows of.
+
+    One of ours without its folder is told of by its header; one with a header of another form does no harm.
+    """
     data, told = read_card(run(root, tmp_path / "lora", "lora", "kohya.safetensors"))
     assert "* `kohya.safetensors`, a LoRA that does not say how it was trained" in told and "## Method" not in told
     assert {*data.tags} == {"lora", "text-to-video", "wan", "diffusers"}
     export.main(export.Config(str(root / "base"), "", str(tmp_path / "none"), "diffusers"))
     assert "trained on\n" not in read_card(tmp_path / "none")[1]
+    lora, _ = read_lora(model.load_model(root / "base"), root / "kohya.safetensors")
+    for header, words in (
+        (dict(task="sft"), "* `sft.py`: flow matching on real clips, the cold start; rank 3\n"),
+        (dict(task="new\n# stage"), "* `new # stage`; rank 3\n"),
+        (dict(stages=[dict(task="sft", steps="many")]), "* a training that its LoRA tells of in another form"),
+    ):
+        model.export_lora(lora, tmp_path / "alone.safetensors", **header)
+        assert words in card.model_card("wan", "", "", CONFIG, card.stages_of(tmp_path / "alone.safetensors"), False)
 
 
 @pytest.mark.parametrize(

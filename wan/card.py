@@ -67,7 +67,14 @@ def stages_of(file: Path) -> list[dict]:
 
 
 def _sentence(stage: dict) -> str:
-    """A training in a line of the card."""
+    """A training in a line of the card, whatever another version, or another program, has put into a header."""
+    try:
+        return " ".join(_words(stage).split())
+    except (KeyError, TypeError, ValueError):
+        return "a training that its LoRA tells of in another form than this program's"
+
+
+def _words(stage: dict) -> str:
     if "task" not in stage:
         return f"`{stage['file']}`, a LoRA that does not say how it was trained"
     command, what = STAGES.get(stage["task"], (stage["task"], ""))
@@ -82,7 +89,7 @@ def _sentence(stage: dict) -> str:
         given = f"the loser was given {low1} to {high1}, the winner {low2} to {high2}"
         parts.append(f"{given} of {stage['frames']} latent frames")
     parts += [f"learning rate {stage['lr']:g}"] if "lr" in stage else []
-    parts.append(f"rank {stage['rank']}" + f" on `{stage['layers']}`" * ("layers" in stage))
+    parts.append(f"rank {stage['rank']}" + (f" on `{stage['layers']}`" if "layers" in stage else ""))
     if stage["task"] == "asymdpo" and "beta" in stage:
         parts.append(f"β {stage['beta']:g}, {stage['form']}, region {stage['region']}, λ {stage['sft_weight']:g}")
     if (stage.get("t_min", 0), stage.get("t_max", 1)) != (0, 1):
