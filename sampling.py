@@ -157,7 +157,9 @@ class Previews:
         Returns whether one of them was asked to stop meanwhile. Then these previews are left out.
         """
         group, folder = self.run.group, self.folder / f"step-{done:07d}"
-        if group.sum({"there": group.main and self._there(folder, done)})["there"]:
+        there = group.main and self._there(folder, done)
+        group.wait(where=f"previews of step {done}")
+        if group.sum({"there": there})["there"]:
             return False
         fresh = folder.with_name(f".{folder.name}.tmp")
         if group.main:

@@ -17,6 +17,7 @@ VIDEOS = (  # endings of the containers that runtime/decode.py reads
     *(".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob"),
 )
 COLUMNS = ("video", "caption")  # of a table
+MORE = ("motion score", "split")  # that it may have
 LONGEST = 2**20  # bytes of a caption's file
 
 
@@ -122,13 +123,13 @@ class Folder:
         UserError, from the first row on, if it cannot be read.
         """
         if path:
-            return Path(path), csv_rows(Path(path), COLUMNS)
+            return Path(path), csv_rows(Path(path), COLUMNS, MORE)
         table = self.root / "metadata.csv"
         try:
             found = self.path(table.name).is_file()
         except ValueError as error:
             raise UserError(f"{table}: {error}") from None
-        return (table, csv_rows(table, COLUMNS)) if found else (self.root, self._captioned())
+        return (table, csv_rows(table, COLUMNS, MORE)) if found else (self.root, self._captioned())
 
     def check_captions(self) -> None:
         """UserError if none of its videos has a text beside it."""

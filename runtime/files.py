@@ -124,15 +124,21 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: expected UTF-8 text, got: {error}") from None
 
 
-def csv_rows(path: Path, columns: tuple[str, ...] = ()) -> Iterator[tuple[dict[str, str], str]]:
+def csv_rows(
+    path: Path, columns: tuple[str, ...] = (), more: tuple[str, ...] = ()
+) -> Iterator[tuple[dict[str, str], str]]:
     """The rows of a csv table, and beside each what is wrong with it, or "". A bad row leaves the others as they are.
 
-    UserError if the file cannot be read, lacks one of `columns`, or has two of the same name.
+    UserError if the file cannot be read, lacks one of `columns`, has two of the same name, or spells one of them, or of
+    `more`, which it may lack, otherwise: with capitals or blanks, for one.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
             reader = csv.reader(f, strict=True)  # or a quote that is not closed takes the rest of the table
             header = next(reader, [])
+            names = {name.strip().lower(): name for name in header}
+            if odd := [name for name in (*columns, *more) if name not in header and name in names]:
+                raise UserError(f"{path}: expected the column {odd[0]!r}, got {names[odd[0]]!r}: name it so")
             if not {*columns} <= {*header}:
                 got = repr(", ".join(header)[:60]) if header else "none"
                 raise UserError(f"{path}: expected the columns {','.join(columns)}, got {got}")

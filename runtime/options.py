@@ -182,18 +182,21 @@ def parse(config: type, argv: list[str], doc: str, presets: dict[str, dict] | No
     SystemExit after --help; UserError for what is no option, and for a value that its option does not take.
     """
     if {"-h", "--help"} & {*argv}:
-        print(_help(config, doc, presets or {}))
+        _tell(_help(config, doc, presets or {}))
         sys.exit()
     fields, kinds, given = {field.name: field for field in dataclasses.fields(config)}, _kinds(config), {}
-    words = iter(argv)
+    words, flag = iter(argv), ""
     for word in words:
         spelled, equals, value = word.partition("=")  # what stands after "=" is a value, whatever it begins with
         name = spelled.removeprefix("--").replace("-", "_")
+        if flag and not word.startswith("-"):
+            raise UserError(f"--{flag}: expected no value, got {word[:80]!r}")
         if name not in fields or spelled == name:
             raise UserError(_no_option(word, spelled, list(fields)))
-        if kinds[name] is bool:
+        flag = name if kinds[name] is bool else ""
+        if flag:
             if equals:
-                raise UserError(f"--{name}: expected no value, got {value!r}")
+                raise UserError(f"--{name}: expected no value, got {value[:80]!r}")
             given[name] = True
             continue
         value = value if equals else next(words, None)
@@ -207,6 +210,14 @@ def parse(config: type, argv: list[str], doc: str, presets: dict[str, dict] | No
             got = "nothing" if value is None or value.startswith("--") and not equals else repr(value[:80])
             raise UserError(f"--{name}: expected {wanted}, got {got}") from None
     return resolve(config(**given))
+
+
+def _tell(text: str) -> None:
+    """Prints text, as far as somebody reads it: `--help | head` is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again as it ends
 
 
 def arguments(config: type, doc: str, presets: dict[str, dict] | None = None):

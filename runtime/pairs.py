@@ -20,7 +20,8 @@ from runtime.shards import latent_frame, pixel_frames
 from runtime.video import BadVideo, Decoder
 
 SIDES = ("chosen", "rejected")
-COLUMNS = (*SIDES, "caption")  # of a table; it may have the column `start`, too
+COLUMNS = (*SIDES, "caption")  # of a table
+MORE = ("start",)  # that it may have
 NAMED = 5  # videos without a partner that are named
 
 
@@ -52,7 +53,7 @@ def read_pairs(cfg, check_caption: Callable, talk: bool = True) -> tuple[list[Pa
     """
     if cfg.pairs:
         folders = (Folder(cfg.videos, cfg.links_out),) * 2
-        table, rows = cfg.pairs, csv_rows(Path(cfg.pairs), COLUMNS)
+        table, rows = cfg.pairs, csv_rows(Path(cfg.pairs), COLUMNS, MORE)
     else:
         folders = tuple(Folder(getattr(cfg, side), cfg.links_out) for side in SIDES)
         table, rows = cfg.chosen, folder_rows(folders, cfg.metadata)

@@ -94,6 +94,7 @@ LINES = {  # command, and what is given -> the line that it must end in
     "asymdpo --zzz": "--zzz: no such option (--help lists all)",
     "asymdpo a": "'a': expected an option; quote a value that has blanks (--help lists all options)",
     "asymdpo --shard=1": "--shard: expected no value, got '1'",
+    "asymdpo --shard false": "--shard: expected no value, got 'false'",
     "asymdpo --steps many": "--steps: expected a whole number, at least 1, got 'many'",
     "asymdpo --steps 1e3": "--steps: expected a whole number, at least 1, got '1e3'",
     "asymdpo --steps": "--steps: expected a whole number, at least 1, got nothing",

@@ -164,6 +164,8 @@ def test_each_bad_row_stands_alone(mine, tmp_path):
         assert [words in row["reason"] for row in rejected] == [True]
     table(root, *list(BAD)[:-1])
     refused("expected pairs of videos, found none; its chosen video", read, bad_rows="reject")
+    table(root, good[0], columns="chosen,rejected,caption, Start")
+    refused("pairs.csv: expected the column 'start', got ' Start': name it so", read)
     table(root, good[0][:2], columns="chosen,rejected")
     refused("expected the columns chosen,rejected,caption, got 'chosen, rejected'", read)
 

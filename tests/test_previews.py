@@ -9,6 +9,7 @@ from helpers import contents, metrics, refused, run_stage, stop_at
 import runtime.run
 import sample
 import sampling
+from runtime.group import Group
 from runtime.options import Interrupted
 from runtime.run import EVENTS
 from runtime.video import read_clip
@@ -104,12 +105,22 @@ def test_previews_of_other_prompts_replace_those_that_are_there(chain, tmp_path,
 
 
 def test_a_preview_that_is_not_finite_ends_nothing(chain, tmp_path, monkeypatch, capsys):
-    """It is said, and left out: its cell is empty."""
+    """It is said, and left out: its cell is empty. No process goes into a collective, which could not say whom it waits
+    for, before all are there.
+    """
+    calls = []
+
+    def noted(name: str, method):
+        return lambda *args, **options: (calls.append(name), method(*args, **options))[1]
+
+    for name in ("meet", "wait", "sum"):
+        monkeypatch.setattr(Group, name, noted(name, getattr(Group, name)))
     solve = sampling.flow.SOLVERS["unipc"]
     monkeypatch.setitem(sampling.flow.SOLVERS, "unipc", lambda *args: solve(*args).log())
     out = run_stage(chain, "sft", out=tmp_path / "run", **shown(tmp_path))
     assert "0.mp4, 'a ball floats', is not written: it is not finite" in capsys.readouterr().err
     assert trained(out) == trained(chain / "sft") and not list(out.glob("previews/*/*.mp4"))
+    assert calls.count("sum") == 8 and all(before != "sum" for before, call in zip(calls, calls[1:]) if call == "sum")
 
 
 def test_what_previews_need_is_asked_for_before_anything_is_loaded(chain, tmp_path):

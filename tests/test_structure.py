@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -134,6 +135,17 @@ def test_help(stage, capsys):
         assert f"--{field.name}" in printed
     for preset in (getattr(module, "PRESETS", {}) | getattr(module, "FROM_SCRATCH", {})).values():
         assert all(hasattr(module.Config(), name) for name in preset)
+
+
+def test_help_that_nobody_reads_to_its_end(monkeypatch):
+    """`--help | head` says what it can, and nothing of a broken pipe, at its end neither."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as cut:
+        monkeypatch.setattr(sys, "stdout", cut)
+        with pytest.raises(SystemExit) as caught:
+            parse(importlib.import_module("prepare").Config, ["--help"], "")
+    assert not caught.value.code
 
 
 def test_command_line():
