@@ -45,7 +45,7 @@ from runtime.files import read_manifest, whole_file
 from runtime.group import Group, local_batch, place, start_group
 from runtime.options import SEED, UserError, listed, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, epochs, micro_batches
+from runtime.shards import Shards, check_codec, epochs, micro_batches
 from runtime.train import Training
 from sampling import previews_of_prompts
 from wan.experts import check_times, tell_of_others
@@ -262,6 +262,7 @@ def main(cfg: Config) -> None:
     for name in starts:
         read_manifest(name, "sft.py --base, asymdpo.py or experiments.baselines")
     pairs = Shards(cfg.pairs, "make_pairs.py or prepare.py --pairs")
+    check_codec(cfg.base, cfg.pairs, pairs.manifest)
     frames = pairs.shape("chosen")[1]
     usable = [i for i, row in enumerate(pairs.rows) if cfg.region != "3" or row["n2"] < frames]
     if not usable:

@@ -32,7 +32,7 @@ from runtime.files import verified, whole_file
 from runtime.group import Group, local_batch, place, start_group
 from runtime.options import SEED, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, epochs, micro_batches
+from runtime.shards import Shards, check_codec, epochs, micro_batches
 from runtime.train import Training
 from sampling import previews_of_clips
 from wan.experts import check_times
@@ -133,6 +133,7 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split)
+    check_codec(cfg.base, cfg.data, clips.manifest)
     plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
     previews = previews_of_clips(cfg, run, clips)

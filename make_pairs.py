@@ -36,7 +36,7 @@ from runtime.files import read_manifest
 from runtime.group import place, start_group
 from runtime.options import SEED, Diverged, UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, collect, unfinished, write_shard
+from runtime.shards import Shards, check_codec, codec_of, collect, unfinished, write_shard
 from wan.experts import bases, each, load_networks
 from wan.lora import lora_files
 
@@ -209,6 +209,7 @@ def main(cfg: Config) -> None:
     for folder in filter(None, (cfg.continuation, cfg.continuation_low)):
         read_manifest(folder, "continuation.py")
     clips, count = read_clips(cfg)
+    check_codec(cfg.base, cfg.data, clips.manifest)
     shape = clips.shape("x0")
     window = windows(cfg, shape[1])
     dtype = torch.bfloat16 if group.device.type == "cuda" else torch.float32
@@ -226,7 +227,7 @@ def main(cfg: Config) -> None:
     files, kept = sample_shards(run, clips, count, cfg, call)
     low1, high1, low2, high2 = window
     given = f"loser given {low1}..{high1}, winner {low2}..{high2} of {shape[1]} frames"
-    run.finish(files, f"{kept:,} pairs", given, window=window, frames=shape[1])
+    run.finish(files, f"{kept:,} pairs", given, window=window, frames=shape[1], codec=codec_of(clips.manifest))
 
 
 if __name__ == "__main__":

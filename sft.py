@@ -28,7 +28,7 @@ from runtime.files import verified, whole_file, write_json, write_tensors
 from runtime.group import Group, local_batch, place, start_group
 from runtime.options import SEED, UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import Shards, epochs, micro_batches
+from runtime.shards import Shards, check_codec, codec_of, epochs, micro_batches
 from runtime.train import Training
 from sampling import previews_of_prompts
 from wan.experts import check_times
@@ -121,6 +121,7 @@ def main(cfg: Config) -> None:
     if run.done:
         return
     clips = Shards(cfg.data, "prepare.py", cfg.split)
+    check_codec(cfg.base, cfg.data, clips.manifest)
     plan = epochs(len(clips), cfg, "clips", asked)
     negative = clips.negative() if cfg.caption_dropout else None
     previews = previews_of_prompts(cfg, run, clips.shape("x0"), cfg.data)
@@ -154,7 +155,8 @@ def main(cfg: Config) -> None:
     elif group.main:
         write_json(run.folder / "config.json", model.wan_config(net.config))
         write_tensors(run.folder / model.WEIGHTS_NAME, net.state_dict(), model.weights_header(net.loras))
-    run.finish(files, f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}", clips=len(clips))
+    facts = dict(clips=len(clips), codec=codec_of(clips.manifest))
+    run.finish(files, f"{cfg.steps:,} steps", f"loss {run.recent('loss'):.4f}", **facts)
 
 
 if __name__ == "__main__":

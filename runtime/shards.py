@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.files import (
+    MANIFEST,
     checksum,
     not_finite,
     open_manifest,
@@ -225,6 +226,22 @@ class Shards:
             got = f"got one made by {self.manifest.get('stage', 'others')}, with {', '.join(found)}"
             raise UserError(f"{self.folder}: expected a folder of samples with {field}, {got}")
         return tuple(self._sample(0)[0].get_slice(field).get_shape()[1:])
+
+
+def codec_of(manifest: dict) -> str:
+    """sha256 of the codec of a folder's latents, or "" if none is noted, as for Wan's VAE and in older folders."""
+    return manifest["files"].get("codec.safetensors", {}).get("sha256") or manifest.get("codec", "")
+
+
+def check_codec(base: str | Path, folder: str | Path, manifest: dict) -> None:
+    """UserError if a base that this project made knows the latents of another codec than those of a folder."""
+    path = Path(base) / MANIFEST
+    known, found = codec_of(read_sealed(path, old=True)) if base and path.is_file() else "", codec_of(manifest)
+    if known and found and known != found:
+        again = "give the shards that the base was trained on, or make these with prepare.py --vae and those"
+        raise UserError(
+            f"{folder}: expected the codec of {base}, got another one, which it does not know; {again}"
+        )
 
 
 def _rows(path: Path) -> list[dict]:

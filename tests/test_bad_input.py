@@ -20,9 +20,9 @@ from helpers import contents, copy, cut, flip_bit, refused, run_stage, script, s
 import asymdpo
 import prepare
 import sample
-from runtime.files import read_jsonl, read_text
+from runtime.files import read_jsonl, read_sealed, read_text, write_sealed
 from runtime.options import UserError, parse, program, resolve
-from runtime.shards import Shards, shard_is_whole
+from runtime.shards import Shards, codec_of, shard_is_whole
 from tiny.words import unknown
 
 # ---- a stage's options and folders -----------------------------------------------------------------------------------
@@ -157,6 +157,20 @@ def test_a_presets_warm_up_may_be_longer_than_a_run():
     """A short run of a preset is what it always was; the warm-up that its user gave must end within it."""
     assert resolve(asymdpo.Config(steps=2), asymdpo.PRESETS).warmup == asymdpo.PRESETS["tiny"]["warmup"] > 2
     assert resolve(asymdpo.Config(steps=2, warmup=2), asymdpo.PRESETS).warmup == 2
+
+
+def test_a_base_of_another_codec_is_refused(chain, tmp_path):
+    """Latents of two codecs look alike and train, to no end: whoever reads a base and latents compares their codecs."""
+    manifests = {name: read_sealed(chain / name / "MANIFEST.json") for name in ("shards", "base", "pairs")}
+    assert len({codec_of(manifest) for manifest in manifests.values()} - {""}) == 1
+    assert "" not in map(codec_of, manifests.values())
+    base = str(copy(chain, tmp_path, "base") / "base")
+    write_sealed(tmp_path / "base" / "MANIFEST.json", manifests["base"] | {"codec": "of others"})
+    words = f"expected the codec of {base}, got another one"
+    for name in ("sft", "continuation", "pairs", "asymdpo"):
+        refused(words, run_stage, chain, name, base=base, out=tmp_path / "out")
+    cfg = sample.Config(base=base, data=str(chain / "shards"), prompt="a ball", out=str(tmp_path / "out"))
+    refused(words, sample.main, cfg)
 
 
 def test_words_that_no_caption_has_are_told(chain):
