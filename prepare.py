@@ -419,54 +419,63 @@ def detector_of_cuts(cfg, talk: bool) -> dict[str, str]:
     return {"cuts_found_by": f"PySceneDetect {scenedetect.__version__}"}
 
 
+def what_to_read(cfg, talk: bool) -> tuple[list, list[dict], dict[str, str]]:
+    """The items, the rejected rows, and digests: of the items with their files' sizes, and of the files' times."""
+    if wants_pairs(cfg):
+        items, rejects = pairs.read_pairs(cfg, functools.partial(check_caption, preset=cfg.preset), talk)
+        paths = (pairs.paths(cfg, item) for item in items)
+    else:
+        items, rejects = read_items(cfg, talk)
+        paths = ([Path(cfg.videos, item.video)] for item in items)
+    paths = bar(paths, "prepare: sizes", len(items), unit="video", disable=not talk)
+    stats = [[path.stat() for path in some] for some in paths]
+    facts = [(*dataclasses.astuple(item), *(stat.st_size for stat in some)) for item, some in zip(items, stats)]
+    told = {"items": facts, "times": [stat.st_mtime_ns for some in stats for stat in some]}
+    return items, rejects, {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in told.items()}
+
+
+def make_codec(cfg, run: Run, items: list, each: Callable) -> None:
+    """The tiny preset's codec, in run's folder, unless it is there: that of --vae, or one of these clips."""
+    run.claim()
+    path = run.folder / "codec.safetensors"
+    if run.group.main and not unchanged(path):
+        if cfg.vae:
+            codecs.load(cfg.vae).save(path)
+        else:
+            fit_codec(cfg, items, path, each)
+        checksum(path)  # remembered, for the next start
+    run.group.wait()
+
+
 def main(cfg: Config) -> None:
     # ---- what to do, checked before anything is decoded
     if cfg.pairs and cfg.videos is None:
         cfg = dataclasses.replace(cfg, videos=str(Path(cfg.pairs).parent))
     cfg = resolve(cfg, PRESETS)
     check(cfg)
-    group = start_group()
+    stage, unit, item, make = "prepare", "clips", "video", encode_shard
     if wants_pairs(cfg):
-        items, rejects = pairs.read_pairs(cfg, functools.partial(check_caption, preset=cfg.preset), group.main)
-        stats = [[path.stat() for path in pairs.paths(cfg, item)] for item in items]
-    else:
-        items, rejects = read_items(cfg, group.main)
-        paths = (Path(cfg.videos, item.video) for item in items)
-        stats = [[p.stat()] for p in bar(paths, "prepare: sizes", len(items), unit="video", disable=not group.main)]
-    facts = [(*dataclasses.astuple(item), *(stat.st_size for stat in some)) for item, some in zip(items, stats)]
-    items_hash, times = (
-        hashlib.sha256(repr(value).encode()).hexdigest()
-        for value in (facts, [stat.st_mtime_ns for some in stats for stat in some])
-    )
-    inputs = {name: getattr(cfg, name) for name in ("base", "vae", "text")}
-    stage, unit = ("prepare.py --pairs", "pairs") if wants_pairs(cfg) else ("prepare", "clips")
-    run = Run(cfg, stage, group, inputs, items=items_hash, times=times)
+        stage, unit, item, make = "prepare.py --pairs", "pairs", "pair", encode_pairs
+    group = start_group()
+    items, rejects, digests = what_to_read(cfg, group.main)
+    run = Run(cfg, stage, group, {name: getattr(cfg, name) for name in ("base", "vae", "text")}, **digests)
     if run.done:
         return
     found_by = detector_of_cuts(cfg, group.main)
 
     # ---- the encoders, then one shard after the other
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # the other half decodes
-    shards = -(-len(items) // cfg.shard_size)
     with video.readers(cfg.workers, cfg.deadline) as each:
         if cfg.preset == "tiny":
-            run.claim()
-            fitted = run.folder / "codec.safetensors"
-            if group.main and not unchanged(fitted):
-                if cfg.vae:
-                    codecs.load(cfg.vae).save(fitted)
-                else:
-                    fit_codec(cfg, items, fitted, each)
-                checksum(fitted)  # remembered, for the next start
-            group.wait()
+            make_codec(cfg, run, items, each)
         codec, encoder, device = load_encoders(cfg, run.folder, group.device)
-        make = encode_pairs if wants_pairs(cfg) else encode_shard
-        for k, index, _ in unfinished(run, len(items), cfg.shard_size, unit="pair" if wants_pairs(cfg) else "video"):
+        for k, index, _ in unfinished(run, len(items), cfg.shard_size, item):
             make(cfg, k, [items[i] for i in index], codec, encoder, device, run.folder, each)
 
         # ---- result
         files, kept, figure = [], 0, ""
         if group.main:
+            shards = -(-len(items) // cfg.shard_size)
             files, kept, rejected = collect(run.folder, shards, rejects)
             sheets = contact_sheets(cfg, run.folder, shards, codec, device, each)
             write_tensors(run.folder / "negative.safetensors", {"text": encoder.encode([cfg.negative])[0]})
