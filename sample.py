@@ -19,7 +19,6 @@ Cost  nfe forwards a sample, twice that with guidance
 import dataclasses
 import functools
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -29,14 +28,22 @@ import flow
 import model
 from kernels.modulate import implementation
 from runtime import video
-from runtime.files import MANIFEST, checksum, nearest, read_manifest, read_sealed, unchanged, write_jsonl
+from runtime.files import checksum, nearest, read_manifest, unchanged, write_jsonl
 from runtime.group import Group, place, start_group
 from runtime.options import UserError, option, program, resolve, user_errors
 from runtime.run import Run
-from runtime.shards import check_codec
-from sampling import PRESETS, Options, encode_text, guidances, load_codec, read_prompts, sample_latents, write_video
+from sampling import (
+    PRESETS,
+    Options,
+    check_tiny,
+    encode_text,
+    guidances,
+    load_codec,
+    read_prompts,
+    sample_latents,
+    write_video,
+)
 from tiny import codec as codecs
-from tiny import words
 from wan import experts, lora
 
 
@@ -113,8 +120,6 @@ def write_videos(cfg, run: Run, jobs: list[tuple[str, str, tuple]]) -> None:
     # ---- the text comes first, so that its encoder is gone when the network is loaded
     states, negative = encode_text(cfg, list(dict.fromkeys(prompt for _, prompt, _ in jobs)), device)
     codec, codec_device = load_codec(cfg, device)
-    if cfg.preset == "tiny":
-        check_codec(cfg.base, cfg.data, read_sealed(Path(cfg.data, MANIFEST), old=True))
     given = given_frames(cfg, codec, codec_device) if cfg.continuation else ()
     size = (codec.channels, latent_frames(cfg), cfg.height // codec.side, cfg.width // codec.side)
 
@@ -165,8 +170,7 @@ def main(cfg: Config) -> None:
         return
     if cfg.continuation:
         read_manifest(cfg.continuation, "continuation.py")
-    if cfg.preset == "tiny" and (sentence := words.unknown(prompts, cfg.data)) and group.main:
-        print(f"sample: warning: {sentence}", file=sys.stderr)
+    check_tiny(cfg, prompts, run)
 
     # ---- sample
     pairs = [(p, s, prompt) for p, prompt in enumerate(prompts) for s in range(cfg.samples)]

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 import flow
 from runtime import video
-from runtime.files import read_jsonl, read_manifest, read_text, write_jsonl
+from runtime.files import open_manifest, read_jsonl, read_manifest, read_text, write_jsonl
 from runtime.group import slow
 from runtime.options import SEED, Diverged, UserError, asked_to_stop, option, resolve
 from runtime.run import Run
-from runtime.shards import Shards
+from runtime.shards import Shards, check_codec
 from tiny import codec as codecs
 from tiny import words
 from wan import grids, text, vae
@@ -86,6 +86,16 @@ def load_codec(cfg, device: torch.device) -> tuple[vae.VAE | codecs.LinearVAE, t
         return vae.load_vae(cfg.vae or cfg.base, getattr(torch, cfg.dtype), device), device
     read_manifest(cfg.data, "prepare.py or prepare.py --pairs")
     return codecs.load(cfg.data), torch.device("cpu")
+
+
+def check_tiny(cfg, prompts: list[str], run: Run) -> None:
+    """At the preset tiny: UserError for a codec in cfg.data that cfg.base does not know, and for a prompt of no word
+    that it knows; a warning for single ones.
+    """
+    if cfg.preset == "tiny":
+        check_codec(cfg.base, cfg.data, open_manifest(cfg.data, "prepare.py or prepare.py --pairs"))
+        if (sentence := words.unknown(prompts, cfg.data)) and run.group.main:
+            print(f"{run.stage}: warning: {sentence}", file=sys.stderr)
 
 
 def guidances(cfg) -> tuple[float, float]:
@@ -255,6 +265,7 @@ def previews_of_prompts(cfg, run: Run, size: tuple[int, ...], *data: str) -> Pre
         raise UserError(f"expected --preview_every and --preview_prompts, a file, together, got {got}")
     own = next((folder for folder in data if (Path(folder) / "codec.safetensors").is_file()), data[-1])
     options, prompts = _options(cfg, own), read_prompts(cfg.preview_prompts)
+    check_tiny(options, prompts, run)
     states, negative = encode_text(options, prompts, run.group.device)
     return Previews(run, options, size, [(prompt, states[prompt], ()) for prompt in prompts], negative)
 

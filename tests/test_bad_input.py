@@ -171,6 +171,12 @@ def test_a_base_of_another_codec_is_refused(chain, tmp_path):
         refused(words, run_stage, chain, name, base=base, out=tmp_path / "out")
     cfg = sample.Config(base=base, data=str(chain / "shards"), prompt="a ball", out=str(tmp_path / "out"))
     refused(words, sample.main, cfg)
+    (tmp_path / "prompts.txt").write_text("a ball\n")
+    previews = dict(preview_every=1, preview_prompts=str(tmp_path / "prompts.txt"), preview_data=str(chain / "shards"))
+    own = read_sealed(chain / "pairs" / "MANIFEST.json") | {"codec": "of others"}
+    write_sealed(copy(chain, tmp_path, "pairs") / "pairs" / "MANIFEST.json", own)
+    pairs = str(tmp_path / "pairs")
+    refused(words, run_stage, chain, "asymdpo", base=base, pairs=pairs, out=tmp_path / "out", **previews)
 
 
 def test_words_that_no_caption_has_are_told(chain):

@@ -131,6 +131,10 @@ def test_what_previews_need_is_asked_for_before_anything_is_loaded(chain, tmp_pa
             **options | {"preview_prompts": str(tmp_path / "no.txt")})  # fmt: skip
     refused("shards: expected a finished folder made by prepare.py", run_stage, chain, "asymdpo", out=tmp_path / "a",
             **options, preview_data=str(tmp_path / "shards"))  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a ball\nzebras\n")
+    refused(
+        "prompt 'zebras': expected words of the captions of", run_stage, chain, "sft", out=tmp_path / "a", **options
+    )
     assert not (tmp_path / "a").exists()
 
 

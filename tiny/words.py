@@ -41,7 +41,7 @@ def unknown(prompts: list[str], data: str | Path) -> str:
     UserError for a prompt without any word that is known.
     """
     counts = collections.Counter()
-    for row in Shards(data, "prepare.py", hashed=False).rows:
+    for row in Shards(data, "prepare.py or prepare.py --pairs", hashed=False).rows:
         counts.update(WordVectors.words(row["caption"]))
     common = sorted(word for word, _ in counts.most_common(40))
     known = f"its words are {', '.join(common)}{', …' if len(counts) > len(common) else ''}"
