@@ -140,7 +140,7 @@ def find_pair(
 
 def start_of(row: dict[str, str], pictures: int) -> int:
     """The picture in the column `start`; 0 if there is nothing. ValueError unless it is one of the clip's."""
-    text = row.get("start", "").strip() or "0"
+    text = row.get("start", "").strip().removesuffix(".0") or "0"  # pandas writes 4.0 where another row has no start
     if text.isdecimal() and len(text) < 9 and int(text) < pictures:
         return int(text)
     wanted = f"a whole number from 0 to {pictures - 1}, the first picture of the clip that differs"

@@ -150,7 +150,7 @@ def test_each_bad_row_stands_alone(mine, tmp_path):
     shutil.copy(root / "good/1.mp4", root / "copy.mp4")
     (tmp_path / "canary.mp4").touch()
     (root / "link.mp4").symlink_to("../canary.mp4")
-    good = [("good/0.mp4", "bad/0.mp4", CAPTION, "7"), ("good/2.mp4", "bad/2.mp4", CAPTION, "")]
+    good = [("good/0.mp4", "bad/0.mp4", CAPTION, "7.0"), ("good/2.mp4", "bad/2.mp4", CAPTION, "")]
 
     def read(**changes) -> tuple[list[pairs.Pair], list[dict]]:
         cfg = prepare.Config(pairs=str(root / "pairs.csv"), videos=str(root), frames=49, **changes)
