@@ -51,6 +51,7 @@ import functools
 import hashlib
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +61,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from runtime import dataset, pairs, video
-from runtime.files import checksum, read_jsonl, read_manifest, read_sealed, unchanged, write_tensors
+from runtime.files import checksum, read_jsonl, read_manifest, read_sealed, unchanged, whole_file, write_tensors
 from runtime.group import start_group
 from runtime.options import UserError, option, program, resolve
 from runtime.run import Run
@@ -440,7 +441,8 @@ def make_codec(cfg, run: Run, items: list, each: Callable) -> None:
     path = run.folder / "codec.safetensors"
     if run.group.main and not unchanged(path):
         if cfg.vae:
-            codecs.load(cfg.vae).save(path)
+            with whole_file(path) as file:  # the same bytes, by which a codec is known
+                shutil.copyfile(Path(cfg.vae, path.name), file)
         else:
             fit_codec(cfg, items, path, each)
         checksum(path)  # remembered, for the next start
