@@ -155,7 +155,7 @@ def find_item(folder: dataset.Folder, row: dict[str, str], seen: set, preset: st
 def check_caption(caption: str, preset: str) -> None:
     """ValueError for a caption that says nothing."""
     if not caption:
-        raise ValueError("its caption is empty")
+        raise ValueError("its caption is missing or empty")
     if preset == "tiny" and not words.WordVectors.words(caption):
         raise ValueError("its caption has no word, and --preset tiny reads nothing else")
 

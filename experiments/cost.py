@@ -520,7 +520,7 @@ def to_encode(stage, cfg) -> tuple[int, str]:
     if missing := [path for path in sources if not Path(path).exists()]:
         return 2 * CLIPS["align"] if paired else sum(CLIPS.values()), missing[0]
     if not paired:
-        return cfg.clips * len(stage.read_items(cfg)[0]), ""
+        return cfg.clips * len(stage.read_items(dataclasses.replace(cfg, bad_rows="reject"), talk=False)[0]), ""
     rows = csv_rows(Path(cfg.pairs), COLUMNS) if cfg.pairs else folder_rows(tuple(map(Folder, sources)))
     return 2 * sum(1 for _ in rows), ""
 
@@ -599,6 +599,8 @@ def report(name: str, preset: str, job: Job, shard: bool = False) -> str:
     )
     can_shard, trains = job.gathers and machine.ways > 1, bool(job.summed)
     lines = [("work", job.work), ("operations", f"{job.flop / 1e12:,.1f} TFLOP each"), ("memory", whole)]
+    fits = machine.fits(job.gib(shard))
+    lines += [("", "python -m experiments.recipe chooses options that fit")] if not fits else []
     lines += [("", f"{turn}: {parts(count)}") for turn, count in job.turns.items()]
     lines += [("--shard", f"{split}, the blocks over {machine.ways} GPUs")] if can_shard else []
     step = f"{duration(seconds['computing'])} of computing"

@@ -138,6 +138,7 @@ def verdict(summary: dict) -> str:
     if not resolved(gain):
         words = "a loss" if resolved(gain) is False else "no gain that is resolved"
         return f"{first}{OURS}: {shares}; against SFT that is {words} ({points})."
+    controls["half the LoRA's strength"] = summary["half"]["difference"]["valid"]
     lost = [f"{kind} ({interval(found, 100, 1)})" for kind, found in controls.items() if not resolved(found)]
     held = f"does not hold under {', '.join(lost)}" if lost else f"holds under all {len(controls)} controls"
     bought = [

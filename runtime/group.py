@@ -166,6 +166,8 @@ def start_group(
         # cuBLAS may else add the parts of a long bfloat16 sum in bfloat16, and round more than once
         # (docs.pytorch.org/docs/stable/notes/cuda.html, "Reduced Precision Reduction in BF16 GEMMs")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    elif "OMP_NUM_THREADS" not in os.environ:  # as torchrun does: on shared cores small models take many times as long
+        torch.set_num_threads(1)
     if (size > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         try:
             roll.start("nccl" if cuda else "gloo", rank, size, step_timeout)

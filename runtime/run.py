@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -339,6 +340,7 @@ class Run:
                 print(f"{self.stage}: steps that were not finite and changed nothing: {len(self.skipped)}")
             if self._events:
                 self._events.close()
+            what = re.sub(r"^(1 \w+)s$", r"\1", what)  # one thing
             facts["made"] = f"{what} in {_spoken(self.seconds)}" + f", {figure}" * bool(figure)
             write_manifest(self.folder, files + logged, **facts)
             self._tidy()

@@ -274,7 +274,8 @@ def test_shard_is_counted_as_it_is():
 
 def test_what_is_said_of_a_run(capsys, monkeypatch):
     """All that is assumed, and nothing that was given or is there; what does not fit; --shard, where it is possible."""
-    assert "does NOT fit in 76" in printed("continuation", "--preset 14b", capsys)
+    said = printed("continuation", "--preset 14b", capsys)
+    assert "does NOT fit in 76" in said and "experiments.recipe chooses options that fit" in said
     options = "--preset 1.3b --shard_size 2 --nfe 4 --data nowhere --continuation nowhere"
     found, whole = (printed("make_pairs", options + more, capsys) for more in ("", " --shard"))
     assert "20,000 pairs (16, 13, 36, 64) by 4 steps, with prefix attention, 2 at once" in found

@@ -108,6 +108,15 @@ run_stage(chain, "asymdpo", out=out / "asymdpo", **{changes})
     assert same_training(one, sharded, 1e-5) and len(list(sharded.glob("previews/*/0.mp4"))) == 2
 
 
+def test_one_thread_on_a_cpu_unless_it_is_told(monkeypatch):
+    """On cores that others use, more are many times as slow for small models."""
+    for told, threads in (("2", 2), (None, 1)):
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", told) if told else monkeypatch.delenv("OMP_NUM_THREADS")
+        start_group()
+        assert torch.get_num_threads() == threads
+
+
 def test_a_gpu_for_each_process(monkeypatch):
     """More processes than GPUs are a mistake of the user's. On a GPU bfloat16 products are added up in float32."""
     for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):

@@ -122,7 +122,7 @@ def test_two_folders_are_pairs_by_name(chain, mine, tmp_path, capsys, monkeypatc
     refused(r"good row 1 \('0.mp4', '0.mp4'\): its two videos have different captions", run, chain, **bad)
     (root / "bad/2.txt").unlink()
     (root / "captions.csv").write_text(f"video,caption\n0.mp4,{CAPTION}\n")
-    refused(r"good row 3 .*: its caption is empty", run, chain, **bad, metadata=root / "captions.csv")
+    refused(r"good row 3 .*: its caption is missing or empty", run, chain, **bad, metadata=root / "captions.csv")
 
 
 BAD = {  # a row -> why it is refused
@@ -132,7 +132,7 @@ BAD = {  # a row -> why it is refused
     ("", "bad/1.mp4", CAPTION, ""): "its chosen video: it names no video",
     ("good/1.mp4", "http://host/1.mp4", CAPTION, ""): "its rejected video: it is an address",
     ("good/1.mp4", "1.mp4", CAPTION, ""): "its rejected video: there are 2 videos of that name",
-    ("good/1.mp4", "bad/1.mp4", " ", ""): "its caption is empty",
+    ("good/1.mp4", "bad/1.mp4", " ", ""): "its caption is missing or empty",
     ("good/1.mp4", "bad/1.mp4", "…", ""): "its caption has no word",
     ("good/1.mp4", "bad/1.mp4", CAPTION): "expected 4 cells as in the header, got 3",
     ("good/1.mp4", "bad/1.mp4", CAPTION, "49"): "its start is '49', expected a whole number from 0 to 48",

@@ -291,7 +291,7 @@ HOSTILE = {  # a line of a table -> why it is refused
     b"a.mp4,a ball falls, then bounces": "got 3; put quotes around a text with commas",
     b'a.mp4,"a "red" ball"': "line 6: .*is a quote not closed",
     b"a.mp4," + b"x" * 200_000: "field larger than field limit",
-    b"a.mp4, \t": "caption is empty",
+    b"a.mp4, \t": "caption is missing or empty",
     "a.mp4,\u26bd\u3002".encode(): "no word, and --preset tiny",
     b"part/a.mp4,a ball": "listed twice",
     b"part/a.mov,a ball": "another video's only in the ending",

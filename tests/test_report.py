@@ -235,14 +235,14 @@ SHARES = "95 % of its clips are valid, SFT’s 83 %"
     "found, words",
     [
         ({}, f"DynamicsBoost: {SHARES}, SFT’s for as many operations 89 %, real clips’ 100 %; the gain"),
-        ({}, "; the gain, +12.0 [+10.0, +14.0] points, holds under all 2 controls."),
+        ({}, "; the gain, +12.0 [+10.0, +14.0] points, holds under all 3 controls."),
         ({"gain": 0.01}, "; against SFT that is no gain that is resolved (+1.0 [−1.0, +3.0] points)."),
         ({"gain": -0.1}, "; against SFT that is a loss (−10.0 [−12.0, −8.0] points)."),
         ({"noise": 0.01}, " points, does not hold under noise × 0.85 (+1.0 [−1.0, +3.0])."),
         ({"noise": -0.1}, " points, does not hold under noise × 0.85 (−10.0 [−12.0, −8.0])."),
         ({"longer": 0.01}, " does not hold under SFT for as many operations (+1.0 [−1.0, +3.0])."),
         ({"longer": -0.03}, "SFT for as many operations is better. DynamicsBoost: 95 %"),
-        ({"bought": 0.96}, "all 2 controls; but noise × 0.85 alone brings SFT to 96 %."),
+        ({"bought": 0.96}, "all 3 controls; but noise × 0.85 alone brings SFT to 96 %."),
     ],
 )  # fmt: skip
 def test_verdict_is_made_from_the_figures(found, words):
@@ -254,7 +254,7 @@ def test_verdict_without_longer_training():
     summary = summary_of()
     del summary["table"][page.LONGER], summary["difference"][page.LONGER]
     said = page.verdict(summary)
-    assert "as many operations" not in said and said.endswith("under all 1 controls.")
+    assert "as many operations" not in said and said.endswith("under all 2 controls.")
     assert "as many operations" not in page.controls_table(summary)
 
 

@@ -16,9 +16,14 @@ PAPER = (
     "CVPR 2026, pp. 20024–20033"
 )
 METHOD = (
-    "Asymmetrical DPO trained a text-to-video model on pairs of videos, to prefer the one over the other, with the "
-    "loss on just the frames where the two differ."
+    "Asymmetrical DPO trained a text-to-video model on pairs of videos, to prefer the one over the other. The "
+    "loss is on {frames}."
 )
+FRAMES = {  # --region -> the frames in the loss
+    "23": "just the frames where the two differ",
+    "3": "just the frames that are generated in both",
+    "123": "all frames",
+}
 PAIRS = (
     " Each pair is one real clip whose beginning a continuation model went on with: from few given frames (the loser) "
     "and from many (the winner). So nobody had to label them, and there is no reward model."
@@ -143,7 +148,8 @@ def model_card(
     known: the base as `release` names it; noise: as `expert_of` names it; config: the network's; stages: of `stages_of`
     all files; missing: whether one was trained on top of a LoRA that is in none; file: a LoRA's name.
     """
-    aligned = any(stage.get("task") == "asymdpo" for stage in stages)
+    regions = [stage.get("region") for stage in stages if stage.get("task") == "asymdpo"]
+    aligned = bool(regions)
     name = (known or "a text-to-video transformer") + f", {noise} noise" * bool(noise)
     shape = f"{config.num_layers} blocks of width {config.dim}"
     link = f"[Wan-AI/{known}](https://huggingface.co/Wan-AI/{known})"
@@ -156,7 +162,8 @@ def model_card(
         f"Base: {of} ({shape}).{expert}{f' {HALF}' * missing}",
     ]
     made = any("window" in stage for stage in stages)  # by make_pairs.py
-    sections += ["## Method", METHOD + PAIRS * made + SOURCE] if aligned else []
+    method = METHOD.format(frames=FRAMES.get(regions[-1], "all of their frames, or some")) if aligned else ""
+    sections += ["## Method", method + PAIRS * made + SOURCE] if aligned else []
     sections += ["## What it was trained on", "\n".join(f"* {_sentence(stage)}" for stage in stages)] if stages else []
     sections += ["## How to load it", _loading(layout, known, noise, file), "## Licence", LICENCE]
     return "\n\n".join(sections) + "\n"
