@@ -314,7 +314,14 @@ def test_a_dropped_caption_is_the_prompt_of_guidance(name, chain, tmp_path, monk
     """What the stage trains on in its place is, bit for bit, the unconditional branch of make_pairs.py."""
     videos = some_clips(chain, tmp_path / "clips", 4)
     data = run_stage(
-        chain, "shards", videos=videos, out=tmp_path / "data", negative="a blue ball", align=1.0, train=0.0
+        chain,
+        "shards",
+        videos=videos,
+        vae=chain / "shards",
+        out=tmp_path / "data",
+        negative="a blue ball",
+        align=1.0,
+        train=0.0,
     )
     module, seen = {"sft": sft, "continuation": continuation}[name], []
     loss = f"{name.replace('sft', 'flow')}_loss"

@@ -54,7 +54,7 @@ def test_one_small_run(chain, tmp_path, monkeypatch):
     for name, row in pairs.LADDER.items():
         monkeypatch.setitem(pairs.ROWS, name, dataclasses.replace(row, pairs=row.pairs | dict(nfe=2)))
     copy(chain, tmp_path / "seed-3", "clips", "shards", "base", "sft")
-    cfg = pairs.Config(out=str(tmp_path), seeds="3", rows="unipc2,distilled2,none2", workers=1)
+    cfg = pairs.Config(out=str(tmp_path), seeds="3", rows="unipc2,none2", workers=1)
     threads = torch.get_num_threads()
     pairs.main(cfg)
     torch.set_num_threads(threads)
@@ -62,4 +62,4 @@ def test_one_small_run(chain, tmp_path, monkeypatch):
     assert page_of(tmp_path) == text and "2 UniPC steps, no Φ" in text and "3 UniPC steps" not in text
     assert (tmp_path / "performance.png").stat().st_size > 10_000
     (kept,) = json.loads((tmp_path / "performance.json").read_text(encoding="utf-8"))["rows"]
-    assert {"sft", "full", "unipc2", "distilled2", "none2", "sweep_prefix"} <= kept.keys()
+    assert {"sft", "full", "unipc2", "none2", "sweep_prefix"} <= kept.keys()
