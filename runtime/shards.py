@@ -239,7 +239,7 @@ def check_codec(base: str | Path, folder: str | Path, manifest: dict) -> None:
     known, found = codec_of(read_sealed(path, old=True)) if base and path.is_file() else "", codec_of(manifest)
     if known and found and known != found:
         again = "give the shards that the base was trained on, or make these with prepare.py --vae and those"
-        raise UserError(f"{folder}: expected the codec of {base}, got another one, which it does not know; {again}")
+        raise UserError(f"{folder}: expected the codec of {base}, got another one; {again}")
 
 
 def _rows(path: Path) -> list[dict]:
